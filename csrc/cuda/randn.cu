@@ -1,0 +1,82 @@
+// randn: the noise contract on the GPU. A thread makes the four normals of one counter block and stores them with one
+// instruction where the sample's length keeps them aligned. Writes samples * elements * sizeof(T) bytes, reads nothing.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "randn.h"
+
+namespace ddpm_fast::cuda {
+namespace {
+
+constexpr uint32_t threads_per_block = 256;  // about 40 registers a thread: six blocks fit on an SM of any architecture
+constexpr uint32_t largest_grid_y = 65535;   // the hardware's limit
+
+template <typename T> struct alignas(4 * sizeof(T)) Vector4 { T v[4]; };
+
+__device__ __forceinline__ void convert(float x, float& out) { out = x; }
+__device__ __forceinline__ void convert(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void convert(float x, __half& out) { out = __float2half_rn(x); }
+
+template <typename T>
+__global__ void __launch_bounds__(threads_per_block) randn_kernel(
+    T* __restrict__ out,  // (samples, elements)
+    int64_t samples,
+    int64_t elements,
+    uint64_t seed,
+    uint32_t stream,
+    uint64_t first_sample) {
+  const int64_t j = int64_t(blockIdx.x) * threads_per_block + threadIdx.x;
+  const int64_t i = 4 * j;
+  if (i >= elements) return;
+  const bool whole = elements % 4 == 0;
+  for (int64_t sample = blockIdx.y; sample < samples; sample += gridDim.y) {
+    float z[4];
+    normal4({seed, stream, first_sample}, first_sample + uint64_t(sample), uint32_t(j), z[0], z[1], z[2], z[3]);
+    Vector4<T> values;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) convert(z[k], values.v[k]);
+    T* const target = out + sample * elements + i;
+    if (whole) {
+      *reinterpret_cast<Vector4<T>*>(target) = values;
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (i + k < elements) target[k] = values.v[k];
+    }
+  }
+}
+
+template <typename T>
+void launch(const RandnArguments& a, const RandnPlan& plan, cudaStream_t stream) {
+  randn_kernel<T><<<dim3(plan.grid_x, plan.grid_y), plan.block, 0, stream>>>(
+      static_cast<T*>(a.out), a.samples, a.elements, a.key.seed, a.key.stream, a.key.first_sample);
+}
+
+}  // namespace
+
+RandnPlan randn_plan(int64_t samples, int64_t elements) {
+  const int64_t blocks = (elements + 3) / 4;
+  return {uint32_t((blocks + threads_per_block - 1) / threads_per_block),
+          samples < largest_grid_y ? uint32_t(samples) : largest_grid_y, threads_per_block};
+}
+
+const char* randn(const RandnArguments& a, int device, void* stream) {
+  if (a.samples == 0 || a.elements == 0) return nullptr;
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const RandnPlan plan = randn_plan(a.samples, a.elements);
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (a.dtype) {
+    case DType::float32: launch<float>(a, plan, on); break;
+    case DType::bfloat16: launch<__nv_bfloat16>(a, plan, on); break;
+    case DType::float16: launch<__half>(a, plan, on); break;
+  }
+  error = cudaGetLastError();
+  if (before != device) cudaSetDevice(before);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace ddpm_fast::cuda

@@ -1,0 +1,90 @@
+"""Which implementation of an op runs where, and why another one does not.
+
+Backends: ``reference`` (plain PyTorch, any device), ``cpu`` and ``cuda`` (C++, in ``ddpm_fast._C``), ``triton``. An op lists
+the ones it has in a :class:`BackendTable`; what is missing at run time stays listed with its reason, which
+``ddpm-fast info`` prints and a forced ``backend="..."`` raises.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
+
+native: ModuleType | None
+try:
+    from ddpm_fast import _C as native
+    native_missing = ""
+except ImportError as error:
+    native = None
+    native_missing = f"ddpm_fast._C was not built or does not load ({error}); run `pip install -e .` again and read its output"
+
+
+@lru_cache(maxsize=None)
+def missing(backend: str) -> str:
+    """Why a backend cannot run on this machine; empty where it can."""
+    if backend == "cpu":
+        return native_missing
+    if backend == "cuda":
+        if native_missing:
+            return native_missing
+        if native.build_info()["cuda"] is None:
+            return f"ddpm_fast._C was built without CUDA: {native.build_info()['cuda_missing']}"
+    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device" if torch.version.cuda else "this PyTorch was built without CUDA"
+    return ""
+
+
+class BackendTable:
+    """The implementations of one op, all with the same arguments.
+
+    Args:
+        op: its name, for messages.
+        implementations: backend name to function; ``reference`` must be there.
+    """
+
+    def __init__(self, op: str, **implementations: Callable) -> None:
+        self.op = op
+        self.implementations = implementations
+        self._defaults: dict[tuple[str, torch.dtype], Callable] = {}
+        tables[op] = self
+
+    def choose(self, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Callable:
+        """The function to call for tensors of this device and dtype; ``backend`` forces one.
+
+        Raises:
+            ValueError: for an unknown backend, or one that does not do this device or dtype.
+            RuntimeError: for a backend that is missing on this machine, with the reason.
+        """
+        if backend is None:
+            chosen = self._defaults.get((device.type, dtype))
+            if chosen is None:
+                chosen = self._defaults[device.type, dtype] = self.implementations[self.default(device.type, dtype)]
+            return chosen
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend not in self.implementations:
+            raise ValueError(f"{self.op} has no {backend} backend; it has {', '.join(self.implementations)}")
+        if backend != "reference":
+            if (backend == "cpu") != (device.type == "cpu"):
+                raise ValueError(f"backend {backend!r} of {self.op} takes {'CPU' if backend == 'cpu' else 'CUDA'} tensors, got {device}")
+            if dtype not in NATIVE_DTYPES:
+                raise ValueError(f"backend {backend!r} of {self.op} takes float32, bfloat16 or float16, got {dtype}")
+            if missing(backend):
+                raise RuntimeError(f"backend {backend!r} is not available: {missing(backend)}")
+        return self.implementations[backend]
+
+    def default(self, device_type: str, dtype: torch.dtype) -> str:
+        """Name of the backend that runs unless one is forced. float64 always goes to the reference."""
+        candidates = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device_type, ())
+        for backend in candidates:
+            if backend in self.implementations and dtype in NATIVE_DTYPES and not missing(backend):
+                return backend
+        return "reference"
+
+
+tables: dict[str, BackendTable] = {}

@@ -1,0 +1,181 @@
+"""Noise schedules: from the betas to every table of the method, in float64. The only place that computes them.
+
+Time index, for the whole library: t runs over 0..T-1, and t = 0 means *one* noising step (the paper's x_1). So
+``alphas_bar[t]`` is the product of the first t + 1 alphas, and ``alphas_bar_prev[0]`` is 1.
+
+Formulas: Ho et al. 2020, sections 2 and 3 (https://arxiv.org/abs/2006.11239); cosine: Nichol & Dhariwal 2021, eq. 17
+(https://arxiv.org/abs/2102.09672); 1/t: Sohl-Dickstein et al. 2015, section 2.4.1 (https://arxiv.org/abs/1503.03585).
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+MAX_BETA = 0.999  # Nichol & Dhariwal's cap: a larger last step makes x_start unrecoverable from the noise
+
+
+class NoiseSchedule:
+    """The forward process q, given by its betas: one variance for each step.
+
+    Every table is a float64 CPU tensor of shape (T,); :class:`~ddpm_fast.GaussianDiffusion` casts them to the data's
+    dtype and device once, after all arithmetic.
+
+    Attributes:
+        betas: variance added by step t, in (0, 1).
+        alphas_bar: share of the signal's variance that is left after step t.
+        one_minus_alphas_bar: variance of the noise after step t, without the cancellation of ``1 - alphas_bar``.
+        snr: signal-to-noise ratio, alphas_bar / (1 - alphas_bar).
+        posterior_variance: variance of q(x_{t-1} | x_t, x_0), eq. 7; zero at t = 0.
+        posterior_log_variance: its logarithm, nats; t = 0 takes the value of t = 1, so that it is finite.
+        posterior_mean_coef1, posterior_mean_coef2: weights of x_0 and of x_t in that posterior's mean, eq. 7.
+        fixed_large_log_variance: log of (posterior_variance[1], betas[1:]): the upper choice of Ho et al., section 3.2.
+        timesteps: the time index that the model is told at each row; 0..T-1 unless the schedule was respaced.
+    """
+
+    def __init__(self, betas: Tensor | Sequence[float], *, name: str = "betas", timesteps: Tensor | None = None) -> None:
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").clone()
+        if betas.ndim != 1 or betas.numel() == 0:
+            raise ValueError(f"betas must have shape (T,) with T >= 1, got {tuple(betas.shape)}")
+        outside = ~((betas > 0) & (betas < 1))  # written so that NaN counts as outside
+        if outside.any():
+            i = int(outside.nonzero()[0])
+            raise ValueError(f"every beta must lie inside (0, 1), got betas[{i}] = {betas[i].item():g} ({name})")
+        self.name = name
+        self.betas = betas
+        steps = len(betas)
+        self.timesteps = torch.arange(steps) if timesteps is None else timesteps
+
+        log_alphas_bar = torch.log1p(-betas).cumsum(0)
+        self.alphas = 1.0 - betas
+        self.alphas_bar = log_alphas_bar.exp()
+        self.one_minus_alphas_bar = -torch.expm1(log_alphas_bar)
+        one = torch.ones(1, dtype=torch.float64)
+        self.alphas_bar_prev = torch.cat([one, self.alphas_bar[:-1]])
+        one_minus_alphas_bar_prev = torch.cat([0 * one, self.one_minus_alphas_bar[:-1]])
+        self.sqrt_alphas_bar = self.alphas_bar.sqrt()
+        self.sqrt_one_minus_alphas_bar = self.one_minus_alphas_bar.sqrt()
+        self.snr = self.alphas_bar / self.one_minus_alphas_bar
+
+        self.posterior_variance = betas * one_minus_alphas_bar_prev / self.one_minus_alphas_bar
+        self.posterior_mean_coef1 = betas * self.alphas_bar_prev.sqrt() / self.one_minus_alphas_bar
+        self.posterior_mean_coef2 = one_minus_alphas_bar_prev * self.alphas.sqrt() / self.one_minus_alphas_bar
+        # The decoder's variance at t = 0 is not the posterior's (zero) but that of t = 1, as in Ho's code. A schedule
+        # of a single step has no t = 1 and takes its beta.
+        first = self.posterior_variance[1:2] if steps > 1 else betas[:1]
+        self.posterior_log_variance = torch.cat([first, self.posterior_variance[1:]]).log()
+        self.fixed_large_log_variance = torch.cat([first, betas[1:]]).log()
+        self.log_betas = betas.log()
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    def __repr__(self) -> str:
+        return f"NoiseSchedule({self.name}, T={len(self)}, alphas_bar: {self.alphas_bar[0]:.6f} to {self.alphas_bar[-1]:.3g})"
+
+    @classmethod
+    def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, *, rescale: bool = False) -> NoiseSchedule:
+        """Betas evenly spaced from ``beta_start`` to ``beta_end`` (Ho et al., section 4).
+
+        Args:
+            T: number of steps, at least 1.
+            rescale: multiply both ends by 1000 / T, so that a chain of any length destroys the data as much as
+                Ho's 1000 steps do (improved-diffusion); it needs T > 20 with the default ends.
+
+        Raises:
+            ValueError: where a beta falls outside (0, 1).
+        """
+        scale = 1000.0 / _check_steps(T) if rescale else 1.0
+        return cls(_linspace(scale * beta_start, scale * beta_end, T), name=f"linear({T}{', rescale' if rescale else ''})")
+
+    @classmethod
+    def quadratic(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Betas whose square roots are evenly spaced (Ho's "quad", diffusers' "scaled_linear")."""
+        _check_steps(T)
+        if beta_start < 0 or beta_end < 0:
+            raise ValueError(f"beta_start and beta_end must lie inside (0, 1), got {beta_start:g} and {beta_end:g}")
+        return cls(_linspace(math.sqrt(beta_start), math.sqrt(beta_end), T) ** 2, name=f"quadratic({T})")
+
+    @classmethod
+    def constant(cls, T: int = 1000, beta: float = 0.01) -> NoiseSchedule:
+        """The same beta at each step."""
+        return cls(torch.full((_check_steps(T),), beta, dtype=torch.float64), name=f"constant({T})")
+
+    @classmethod
+    def jsd(cls, T: int = 1000, *, max_beta: float = MAX_BETA) -> NoiseSchedule:
+        """beta_t = 1 / (T - t): each step erases the same share of the signal (Sohl-Dickstein et al., section 2.4.1).
+
+        The formula ends at exactly 1, which leaves no signal to predict the noise from; it is capped at ``max_beta``.
+        """
+        betas = 1.0 / torch.arange(_check_steps(T), 0, -1, dtype=torch.float64)
+        return cls(betas.clamp_max(max_beta), name=f"jsd({T})")
+
+    @classmethod
+    def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Betas on a logistic curve from ``beta_start`` to ``beta_end`` over [-6, 6] (Xu et al. 2022, GeoDiff)."""
+        curve = torch.sigmoid(_linspace(-6.0, 6.0, _check_steps(T)))
+        return cls(beta_start + (beta_end - beta_start) * curve, name=f"sigmoid({T})")
+
+    @classmethod
+    def cosine(cls, T: int = 1000, *, s: float = 0.008, max_beta: float = MAX_BETA) -> NoiseSchedule:
+        """alphas_bar follows cos² (Nichol & Dhariwal, eq. 17), each beta at most ``max_beta``."""
+        u = (torch.arange(_check_steps(T) + 1, dtype=torch.float64) / T + s) / (1 + s)
+        alphas_bar = torch.cos(u * (math.pi / 2)) ** 2
+        return cls((1 - alphas_bar[1:] / alphas_bar[:-1]).clamp_max(max_beta), name=f"cosine({T})")
+
+    @classmethod
+    def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
+        """Any betas inside (0, 1), shape (T,)."""
+        return cls(betas)
+
+    @classmethod
+    def from_name(cls, name: str, T: int) -> NoiseSchedule:
+        """A schedule with its default parameters; ``name`` is one of :data:`SCHEDULES`."""
+        if name not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
+        return SCHEDULES[name](T)
+
+    def respace(self, timesteps: Tensor | Sequence[int]) -> NoiseSchedule:
+        """The schedule that visits only ``timesteps`` (ascending) and has the same marginals there.
+
+        Its betas are 1 - alphas_bar[t] / alphas_bar[t_prev], with t_prev taken from the list (Nichol & Dhariwal,
+        section 4), so uneven lists are right too.
+        """
+        timesteps = torch.as_tensor(timesteps, device="cpu")
+        if timesteps.ndim != 1 or timesteps.numel() == 0 or timesteps.is_floating_point():
+            raise ValueError(f"timesteps must be integers of shape (S,) with S >= 1, got {timesteps.dtype} {tuple(timesteps.shape)}")
+        timesteps = timesteps.long()
+        if timesteps[0] < 0 or timesteps[-1] >= len(self) or (timesteps.diff() <= 0).any():
+            raise ValueError(f"timesteps must ascend strictly within 0..{len(self) - 1}, got {timesteps.tolist()}")
+        if len(timesteps) == len(self):
+            return self
+        log_alphas_bar = torch.log1p(-self.betas).cumsum(0)[timesteps]
+        betas = -torch.expm1(torch.diff(log_alphas_bar, prepend=torch.zeros(1, dtype=torch.float64)))
+        return NoiseSchedule(betas, name=f"{self.name}, {len(timesteps)} of {len(self)} steps", timesteps=self.timesteps[timesteps])
+
+
+def _check_steps(T: int) -> int:
+    if not isinstance(T, int) or isinstance(T, bool) or T < 1:
+        raise ValueError(f"T must be an integer of at least 1, got {T!r}")
+    return T
+
+
+def _linspace(start: float, end: float, steps: int) -> Tensor:
+    return torch.linspace(start, end, _check_steps(steps), dtype=torch.float64)
+
+
+def _linear_rescaled(T: int) -> NoiseSchedule:
+    return NoiseSchedule.linear(T, rescale=True)
+
+
+SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
+    "linear": NoiseSchedule.linear,
+    "linear_rescaled": _linear_rescaled,
+    "cosine": NoiseSchedule.cosine,
+    "quadratic": NoiseSchedule.quadratic,
+    "constant": NoiseSchedule.constant,
+    "jsd": NoiseSchedule.jsd,
+    "sigmoid": NoiseSchedule.sigmoid,
+}

@@ -1,0 +1,79 @@
+"""Drives CMake for `pip install`. Everything declarative is in pyproject.toml.
+
+Environment, read at build time only:
+    DDPM_FAST_CUDA        auto (default: where nvcc works), 0 or 1
+    DDPM_FAST_CUDA_ARCHS  for instance "80;90" (default: the GPUs present, else 80 and 90 with PTX)
+    CXX, CUDACXX          compilers, as CMake understands them
+"""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+NO_COMPILER = """
+ddpm_fast builds its kernels and found no C++ compiler (looked for {looked_for}). Install one:
+    Debian, Ubuntu    apt-get install g++
+    Fedora, RHEL      dnf install gcc-c++
+    macOS             xcode-select --install
+    conda             conda install -c conda-forge cxx-compiler
+or set CXX to the compiler's path.
+"""
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        check_compiler()
+        import pybind11  # build requirements; not needed for metadata
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-G", "Ninja", str(ROOT),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DDDPM_FAST_CUDA={cuda_choice()}",
+        ]
+        architectures = os.environ.get("DDPM_FAST_CUDA_ARCHS") or present_architectures()
+        if architectures:
+            configure.append(f"-DDDPM_FAST_CUDA_ARCHS={architectures}")
+        try:
+            subprocess.run(configure, cwd=build, check=True)
+            subprocess.run(["cmake", "--build", ".", *parallel()], cwd=build, check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"ddpm_fast: {' '.join(error.cmd[:2])} failed; the compiler's message stands above") from None
+
+
+def check_compiler() -> None:
+    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
+        raise SystemExit(NO_COMPILER.format(looked_for=", ".join(names)))
+
+
+def cuda_choice() -> str:
+    choice = os.environ.get("DDPM_FAST_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"DDPM_FAST_CUDA must be auto, 0 or 1, got {choice!r}")
+    return choice
+
+
+def present_architectures() -> str:
+    """Compute capabilities of the GPUs in this machine, for CMake; empty where there are none."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return ";".join(sorted({line.strip().replace(".", "") for line in listed.stdout.splitlines() if line.strip()}))
+
+
+def parallel() -> list[str]:
+    return [] if "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel", str(os.cpu_count() or 1)]
+
+
+setup(ext_modules=[Extension("ddpm_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -9,11 +9,12 @@ Formulas: Ho et al. 2020, sections 2 and 3 (https://arxiv.org/abs/2006.11239); c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+SCHEDULES = ("linear", "cosine", "quadratic", "constant", "jsd", "sigmoid")
 MAX_BETA = 0.999  # Nichol & Dhariwal's cap: a larger last step makes x_start unrecoverable from the noise
 
 
@@ -131,11 +132,14 @@ class NoiseSchedule:
         return cls(betas)
 
     @classmethod
-    def from_name(cls, name: str, T: int) -> NoiseSchedule:
-        """A schedule with its default parameters; ``name`` is one of :data:`SCHEDULES`."""
+    def from_name(cls, name: str, T: int, **options: float) -> NoiseSchedule:
+        """A schedule by name, one of :data:`SCHEDULES`; ``options`` are its keyword arguments."""
         if name not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
-        return SCHEDULES[name](T)
+        try:
+            return getattr(cls, name)(T, **options)
+        except TypeError as error:
+            raise ValueError(f"schedule {name!r} does not take these options: {error}") from None
 
     def respace(self, timesteps: Tensor | Sequence[int]) -> NoiseSchedule:
         """The schedule that visits only ``timesteps`` (ascending) and has the same marginals there.
@@ -164,18 +168,3 @@ def _check_steps(T: int) -> int:
 
 def _linspace(start: float, end: float, steps: int) -> Tensor:
     return torch.linspace(start, end, _check_steps(steps), dtype=torch.float64)
-
-
-def _linear_rescaled(T: int) -> NoiseSchedule:
-    return NoiseSchedule.linear(T, rescale=True)
-
-
-SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
-    "linear": NoiseSchedule.linear,
-    "linear_rescaled": _linear_rescaled,
-    "cosine": NoiseSchedule.cosine,
-    "quadratic": NoiseSchedule.quadratic,
-    "constant": NoiseSchedule.constant,
-    "jsd": NoiseSchedule.jsd,
-    "sigmoid": NoiseSchedule.sigmoid,
-}

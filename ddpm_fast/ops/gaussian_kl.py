@@ -33,7 +33,8 @@ def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2
     """The formula in plain PyTorch, elementwise; fp32 arithmetic (float64 for float64 data)."""
     dtype = mean1.dtype
     mean1, logvar1, mean2, logvar2 = (x.to(table_dtype(dtype)) for x in (mean1, logvar1, mean2, logvar2))
-    distance = (mean1 - mean2).square() * torch.exp(-logvar2)
+    # Squared last: e^-logvar2 alone overflows fp32 below -88, and times a distance of 0 it would be NaN.
+    distance = ((mean1 - mean2) * torch.exp(-0.5 * logvar2)).square()
     return (0.5 * (exp_minus_one_minus(logvar1 - logvar2) + distance)).to(dtype)
 
 

@@ -56,7 +56,8 @@ def simple_loss(
     """
     check_data("x_start", x_start)
     check_output(out, "x_start", x_start)
-    for name, table in (("weight", weight), ("x_start_coef", x_start_coef), ("noise_coef", noise_coef)):
+    check_table("weight", weight, "x_start", x_start)
+    for name, table in (("x_start_coef", x_start_coef), ("noise_coef", noise_coef)):
         check_table(name, table, "x_start", x_start, tuple(weight.shape))
     check_t(t, "x_start", x_start, weight.shape[0])
     check_noise(noise, "x_start", x_start)

@@ -20,10 +20,13 @@ COLUMNS = ("from_x_t", "from_out", "mean1", "mean2", "posterior_log_variance", "
 CDFS = ("tanh", "erf")
 _FLOOR = 1e-12  # of a bin's probability, as in the published code
 _EDGE = 0.999  # data beyond it lies in one of the two open bins
+_SATURATED = 100.0  # Φ is 0 or 1 beyond it in fp32 and float64; a larger argument would overflow where it is cubed
+_MIN_LOG_SCALE = -80.0  # e^80 is still finite in fp32; at this scale every argument that is not 0 is saturated
 
 
 def normal_cdf(x: Tensor, cdf: str) -> Tensor:
     """Φ(x): by the tanh approximation that published bounds were computed with, or exactly by erf."""
+    x = x.clamp(-_SATURATED, _SATURATED)
     if cdf == "tanh":
         return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
     return 0.5 * torch.erfc(x * -math.sqrt(0.5))
@@ -39,7 +42,7 @@ def discretized_gaussian_log_likelihood(x_start: Tensor, mean: Tensor, log_scale
         mean, log_scale: of the Gaussian; log_scale is the log of the standard deviation; broadcast against x_start.
     """
     half = 1.0 / (levels - 1)
-    inverse_scale = torch.exp(-log_scale)
+    inverse_scale = torch.exp(-log_scale.clamp_min(_MIN_LOG_SCALE))
     centered = x_start - mean
     upper, lower = inverse_scale * (centered + half), inverse_scale * (centered - half)
     below = normal_cdf(upper, cdf)

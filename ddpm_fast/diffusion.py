@@ -1,0 +1,305 @@
+"""GaussianDiffusion: the method of Ho et al. 2020 and Nichol & Dhariwal 2021, from a schedule and a parameterisation.
+
+docs/math.md maps each formula to its function here and to the test that proves it.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import ops
+from ddpm_fast.noise import Noise
+from ddpm_fast.ops._common import check_data, check_like, check_t, gather, table_dtype
+from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, log_variance, split_output
+from ddpm_fast.ops.p_step import COLUMNS as STEP_COLUMNS
+from ddpm_fast.ops.vlb_terms import CDFS
+from ddpm_fast.sampling import ddpm_table
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.tables import VARIANCES, bound_table, log_variance_range, loss_weights, target_coefficients, x_start_coefficients
+
+Model = Callable[[Tensor, Tensor], Tensor]
+LOSSES = ("simple", "vlb", "hybrid")
+
+
+class PMeanVariance(NamedTuple):
+    """p_θ(x_{t-1} | x_t): each (N, C, ...); log_variance in nats; x_start is the model's x̂0."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    x_start: Tensor
+
+
+class BoundTerms(NamedTuple):
+    """The bound of each sample in bits per dimension.
+
+    total: (N,), prior + Σ terms. prior: (N,), L_T. terms: (N, T), column t is L_t; column 0 is the decoder's. mse: (N, T),
+    mean squared error of x̂0.
+    """
+
+    total: Tensor
+    prior: Tensor
+    terms: Tensor
+    mse: Tensor
+
+
+class GaussianDiffusion:
+    """A forward process and the parameterisation of its reverse.
+
+    Args:
+        schedule: the betas.
+        prediction: what the model's output is: "epsilon", "x_start", "v" or "mean" (of the posterior).
+        variance: of p_θ: "fixed_small" (β̃), "fixed_large" (β), "learned" (the output's second half is the
+            log-variance) or "learned_range" (it interpolates between log β̃ and log β).
+        levels: grey levels of the data, which set the decoder's bins: 256 for 8-bit images, 17 for the digits.
+        cdf: of the decoder: "tanh" as published numbers use, or "erf", exact.
+
+    Tables are computed once in float64 and cast once for each device and dtype that is used.
+
+    Raises:
+        TypeError, ValueError: for an unknown name, or a schedule that leaves no signal (ᾱ_T = 0 in fp32) for an
+            ε-prediction, which could not be solved for x_0.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, prediction: str = "epsilon", variance: str = "fixed_large", levels: int = 256, *, cdf: str = "tanh"
+    ) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+        if not isinstance(levels, int) or levels < 2:
+            raise ValueError(f"levels must be an integer of at least 2, got {levels!r}")
+        if cdf not in CDFS:
+            raise ValueError(f"cdf must be one of {', '.join(CDFS)}, got {cdf!r}")
+        log_variance_range(schedule, variance)
+        factors = torch.stack(x_start_coefficients(schedule, prediction)).float()
+        if not factors.isfinite().all():
+            raise ValueError(f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} ({schedule.name})")
+        self.schedule = schedule
+        self.prediction = prediction
+        self.variance = variance
+        self.levels = levels
+        self.cdf = cdf
+        self._tables: dict[tuple, Tensor] = {}
+
+    def __len__(self) -> int:
+        """T, the number of steps."""
+        return len(self.schedule)
+
+    def __repr__(self) -> str:
+        return f"GaussianDiffusion({self.schedule!r}, prediction={self.prediction!r}, variance={self.variance!r}, levels={self.levels})"
+
+    @property
+    def variance_kind(self) -> str:
+        """How the ops treat the variance: "fixed", "learned" or "learned_range"."""
+        return VARIANCES[self.variance]
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the model's output must have twice the channels."""
+        return self.variance_kind in (LEARNED, LEARNED_RANGE)
+
+    def table(self, name: str, like: Tensor, make: Callable[[], Tensor] | None = None) -> Tensor:
+        """A table in the dtype that ops on ``like`` read, on its device; made by ``make`` or an attribute of the schedule."""
+        key = name, like.device, table_dtype(like.dtype)
+        if key not in self._tables:
+            self._tables[key] = (make() if make else getattr(self.schedule, name)).to(key[1], key[2]).contiguous()
+        return self._tables[key]
+
+    # The forward chain.
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
+        """Draws x_t ~ q(x_t | x_0) = N(√ᾱ_t x_0, (1-ᾱ_t) I) (Ho et al., eq. 4).
+
+        Args:
+            x_start: (N, ...) data in [-1, 1].
+            t: (N,) int64 in 0..T-1.
+            noise: ε, as :class:`~ddpm_fast.Noise` or a tensor like x_start.
+
+        Returns:
+            x_t like x_start, contiguous; differentiable in x_start and in a noise tensor.
+        """
+        return ops.q_sample(x_start, t, self.table("sqrt_alphas_bar", x_start), self.table("sqrt_one_minus_alphas_bar", x_start), noise)
+
+    def q_step(self, x_previous: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
+        """Draws x_t ~ q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I), one step of the chain (Ho et al., eq. 2)."""
+        signal = self.table("sqrt_alphas", x_previous, lambda: self.schedule.alphas.sqrt())
+        return ops.q_sample(x_previous, t, signal, self.table("sqrt_betas", x_previous, lambda: self.schedule.betas.sqrt()), noise)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance (nats) of q(x_t | x_0); the last two broadcast over x_start."""
+        check_data("x_start", x_start)
+        check_t(t, "x_start", x_start, len(self))
+        variance = gather(self.table("one_minus_alphas_bar", x_start), t, x_start)
+        return gather(self.table("sqrt_alphas_bar", x_start), t, x_start) * x_start, variance, variance.log()
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance (nats) of q(x_{t-1} | x_t, x_0) (Ho et al., eq. 6 and 7).
+
+        The variance at t = 0 is zero, its log-variance that of t = 1. The last two broadcast over x_start.
+        """
+        check_data("x_t", x_t)
+        check_like("x_start", x_start, "x_t", x_t)
+        check_t(t, "x_t", x_t, len(self))
+        mean = gather(self.table("posterior_mean_coef1", x_t), t, x_t) * x_start + gather(self.table("posterior_mean_coef2", x_t), t, x_t) * x_t
+        return mean, gather(self.table("posterior_variance", x_t), t, x_t), gather(self.table("posterior_log_variance", x_t), t, x_t)
+
+    # The reverse chain.
+
+    def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> PMeanVariance:
+        """p_θ(x_{t-1} | x_t) from a model's output.
+
+        Args:
+            model_output: (N, C, ...), or (N, 2C, ...) for a learned variance.
+            x_t: (N, C, ...).
+            t: (N,) int64.
+            clip: clip x̂0 to [-1, 1].
+
+        Returns:
+            :class:`PMeanVariance`, in fp32 (float64 for float64 data), each of x_t's shape.
+        """
+        check_data("x_t", x_t)
+        check_output(model_output, "x_t", x_t, self.variance_kind)
+        check_t(t, "x_t", x_t, len(self))
+        row = gather_row(self._step_table(x_t), t, x_t)
+        prediction, raw = split_output(model_output, x_t)
+        x = x_t.to(prediction.dtype)
+        x_start = row["from_x_t"] * x + row["from_out"] * prediction
+        if clip:
+            x_start = x_start.clamp(-1.0, 1.0)
+        log_var = log_variance(self.variance_kind, row["log_variance_low"], row["log_variance_high"], raw).expand_as(x)
+        return PMeanVariance(row["x_start"] * x_start + row["x_t"] * x, log_var.exp(), log_var, x_start)
+
+    def p_step(self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True) -> Tensor:
+        """Draws x_{t-1} ~ p_θ(x_{t-1} | x_t); at t = 0 returns the mean (Ho et al., algorithm 2).
+
+        Args, Raises: as :meth:`p_mean_variance`; ``noise`` is z, drawn per sample.
+
+        Returns:
+            x_{t-1} like x_t.
+        """
+        return ops.p_step(x_t, model_output, t, self._step_table(x_t), noise, variance=self.variance_kind, clip=clip)[0]
+
+    def predict_x_start(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x̂0 from a model's output, not clipped, in fp32 (float64 for float64 data)."""
+        return self.p_mean_variance(model_output, x_t, t, clip=False).x_start
+
+    def _step_table(self, like: Tensor) -> Tensor:
+        return self.table("p_step", like, lambda: ddpm_table(self).table)
+
+    # Losses.
+
+    def target(self, x_start: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
+        """What the model is to predict for x_t = q_sample(x_start, t, noise); like x_start."""
+        return ops.q_sample(x_start, t, *self._target_tables(x_start), noise)
+
+    def simple_loss(
+        self, model_output: Tensor, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, weight: str = "uniform", gamma: float | None = None
+    ) -> Tensor:
+        """Weighted mean squared error of the prediction (Ho et al., eq. 14, for any prediction).
+
+        Args:
+            weight: "uniform", "min_snr", "p2" or "vlb"; ``gamma`` is its parameter (:func:`ddpm_fast.tables.loss_weights`).
+
+        Returns:
+            (N,), differentiable in the model's output.
+        """
+        weights = self.table(f"weight_{weight}_{gamma}", x_start, lambda: loss_weights(self.schedule, self.prediction, weight, gamma=gamma))
+        return ops.simple_loss(model_output, x_start, t, weights, *self._target_tables(x_start), noise)
+
+    def vlb_terms(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool = False, *, detach_mean: bool = False) -> Tensor:
+        """L_t of the bound: the KL divergence of the posterior from p_θ, at t = 0 the decoder's negative log-likelihood.
+
+        Returns:
+            (N,) in bits per dimension, differentiable in the model's output.
+        """
+        table = self.table("bound", x_t, lambda: bound_table(self.schedule, self.prediction, self.variance))
+        return ops.vlb_terms(
+            model_output, x_start, x_t, t, table,
+            variance=self.variance_kind, clip=clip, levels=self.levels, cdf=self.cdf, detach_mean=detach_mean,
+        )  # fmt: skip
+
+    def loss(
+        self,
+        model_output: Tensor,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        noise: Noise | Tensor,
+        *,
+        kind: str = "simple",
+        weight: str = "uniform",
+        gamma: float | None = None,
+    ) -> Tensor:
+        """A training loss of each sample.
+
+        Args:
+            x_t: q_sample(x_start, t, noise).
+            kind: "simple"; "vlb": T · L_t in bits per dimension, whose mean over uniform t is the bound without its
+                prior; "hybrid": simple + T/1000 · L_t with no gradient from the bound to the prediction, for a learned
+                variance (Nichol & Dhariwal 2021, eq. 16; the scale as in their code).
+            weight, gamma: of the simple part.
+
+        Returns:
+            (N,).
+        """
+        if kind not in LOSSES:
+            raise ValueError(f"kind must be one of {', '.join(LOSSES)}, got {kind!r}")
+        if kind == "hybrid" and not self.learns_variance:
+            raise ValueError(f"the hybrid loss trains a learned variance, but this diffusion's is {self.variance!r}")
+        if kind == "vlb":
+            return len(self) * self.vlb_terms(model_output, x_start, x_t, t)
+        simple = self.simple_loss(model_output, x_start, t, noise, weight=weight, gamma=gamma)
+        if kind == "simple":
+            return simple
+        return simple + len(self) / 1000.0 * self.vlb_terms(model_output, x_start, x_t, t, detach_mean=True)
+
+    def _target_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(self.table(f"target_{i}", like, lambda i=i: target_coefficients(self.schedule, self.prediction)[i]) for i in (0, 1))
+
+    # The bound.
+
+    def prior_bpd(self, x_start: Tensor) -> Tensor:
+        """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of each sample, (N,) in bits per dimension."""
+        t = torch.full((x_start.shape[0],), len(self) - 1, device=x_start.device)
+        mean, _, log_var = self.q_mean_variance(x_start, t)
+        zero = torch.zeros((), dtype=mean.dtype, device=mean.device).view([1] * mean.ndim)
+        return ops.gaussian_kl(mean, log_var.to(mean.dtype), zero, zero, reduction="mean_per_sample") / math.log(2.0)
+
+    @torch.no_grad()
+    def bits_per_dim(self, model: Model, x_start: Tensor, clip: bool = True, noise: Noise | None = None) -> BoundTerms:
+        """The variational bound on -log p(x_0), term by term, by one pass of the model for each of the T steps.
+
+        Args:
+            model: any callable (x_t, t) -> output.
+            x_start: (N, C, ...) data on the grid of ``levels`` values in [-1, 1].
+            clip: clip x̂0 to [-1, 1].
+            noise: the key of the draws of x_t: step t uses stream t. Noise(0) if None.
+
+        Returns:
+            :class:`BoundTerms`.
+        """
+        noise = Noise(0) if noise is None else noise
+        prior = self.prior_bpd(x_start)
+        terms = torch.empty(x_start.shape[0], len(self), dtype=prior.dtype, device=x_start.device)
+        mse = torch.empty_like(terms)
+        for step in range(len(self)):
+            t = torch.full((x_start.shape[0],), step, device=x_start.device)
+            terms[:, step], mse[:, step] = self.bound_at(model, x_start, t, noise.at(stream=step), clip)
+        return BoundTerms(prior + terms.sum(1), prior, terms, mse)
+
+    @torch.no_grad()
+    def bound_at(self, model: Model, x_start: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True) -> tuple[Tensor, Tensor]:
+        """(L_t in bits per dimension, mean squared error of x̂0) of each sample at its own t, both (N,)."""
+        x_t = self.q_sample(x_start, t, noise)
+        out = model(x_t, t)
+        x_hat = self.p_mean_variance(out, x_t, t, clip).x_start
+        return self.vlb_terms(out, x_start, x_t, t, clip), (x_hat - x_start).square().flatten(1).mean(1)
+
+
+def gather_row(table: Tensor, t: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """The columns of a p_step table at t, by name, shaped to broadcast over x."""
+    return {name: gather(column, t, x) for name, column in zip(STEP_COLUMNS, table.unbind(1), strict=True)}

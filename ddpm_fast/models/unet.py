@@ -1,0 +1,316 @@
+"""The UNet of Ho et al. (2020, appendix B): eps_theta(x_t, t), with optional class conditioning and learned variance.
+
+Residual blocks at every resolution, self-attention at some, skip connections by concatenation. The default arguments
+are the paper's CIFAR-10 network: 35,746,307 parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, conv
+from .presets import PRESETS
+
+
+class _Level(nn.Module):
+    """The blocks of one resolution on the way down or up, then the change of resolution, if there is one."""
+
+    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], resample: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        for name, module in resample.items():
+            self.add_module(name, module)
+
+    def step(self, index: int, x: Tensor, embedding: Tensor) -> Tensor:
+        """One residual block and, where this level has attention, the attention after it."""
+        x = self.blocks[index](x, embedding)
+        return self.attentions[index](x) if len(self.attentions) else x
+
+
+class _DownLevel(_Level):
+    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+        """Appends each output, the downsampled one too, to `skips`."""
+        for index in range(len(self.blocks)):
+            x = self.step(index, x, embedding)
+            skips.append(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+            skips.append(x)
+        return x
+
+
+class _UpLevel(_Level):
+    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+        """Takes one entry from the end of `skips` for each block."""
+        for index in range(len(self.blocks)):
+            x = self.step(index, torch.cat([x, skips.pop()], dim=1), embedding)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class _Middle(nn.Module):
+    def __init__(self, block1: nn.Module, attention: nn.Module, block2: nn.Module) -> None:
+        super().__init__()
+        self.block1 = block1
+        self.attention = attention
+        self.block2 = block2
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.block2(self.attention(self.block1(x, embedding)), embedding)
+
+
+class UNet(nn.Module):
+    """UNet of Ho et al. (2020) with the details of their code.
+
+    norm2 + SiLU, then dropout, then a zero-initialised conv2; stride-2 convolutions padded below and to the right;
+    nearest upsampling then convolution; residual, attention, residual in the middle; num_blocks + 1 blocks per level on
+    the way up; attention after each block at the listed resolutions. The last convolution starts at zero, so a new
+    network returns zeros.
+
+    `model.config` is a JSON-able dictionary, and `UNet(**model.config)` builds the same architecture.
+
+    Args:
+        in_channels: channels of x_t.
+        out_channels: channels of the prediction; `in_channels` by default.
+        base_channels: channels of the first level, even and at least 4.
+        channel_mult: one positive integer a level: channels as a multiple of `base_channels`. Each level after the
+            first halves H and W.
+        num_blocks: residual blocks per level on the way down.
+        attention_resolutions: heights (pixels, at `image_size`) of the levels with attention. The middle always has it.
+        image_size: H = W of the training images, divisible by 2**(levels - 1). Other sizes are accepted by `forward`.
+        num_heads: attention heads at every level.
+        head_channels: channels per head, in place of `num_heads`.
+        dropout: probability, in [0, 1), after norm2.
+        num_classes: number of classes K, or None for an unconditional model.
+        learned_variance: double the output channels; the second half parametrises the variance (Nichol & Dhariwal).
+        norm_groups: groups of each GroupNorm; divides the channels of every level.
+        norm_eps: epsilon of each GroupNorm.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for an argument out of range or arguments that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        base_channels: int = 128,
+        channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+        num_blocks: int = 2,
+        attention_resolutions: tuple[int, ...] = (16,),
+        image_size: int = 32,
+        num_heads: int = 1,
+        head_channels: int | None = None,
+        dropout: float = 0.1,
+        num_classes: int | None = None,
+        learned_variance: bool = False,
+        norm_groups: int = 32,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        # Lists, not tuples, so that the dictionary is equal to itself after JSON.
+        self._config = dict(
+            in_channels=in_channels, out_channels=out_channels, base_channels=base_channels,
+            channel_mult=list(channel_mult), num_blocks=num_blocks,
+            attention_resolutions=list(attention_resolutions), image_size=image_size, num_heads=num_heads,
+            head_channels=head_channels, dropout=dropout, num_classes=num_classes,
+            learned_variance=learned_variance, norm_groups=norm_groups, norm_eps=norm_eps,
+        )
+        _check_config(**self._config)
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.size_divisor = 2 ** (len(channel_mult) - 1)
+
+        widths = [base_channels * m for m in channel_mult]
+        resolutions = [image_size // 2**level for level in range(len(widths))]
+        embedding_channels = 4 * base_channels
+
+        def block(channels_in: int, channels_out: int) -> ResidualBlock:
+            return ResidualBlock(channels_in, channels_out, embedding_channels, dropout=dropout,
+                                 norm_groups=norm_groups, norm_eps=norm_eps)
+
+        def attention(channels: int) -> SelfAttention:
+            heads = num_heads if head_channels is None else channels // head_channels
+            return SelfAttention(channels, heads, norm_groups, norm_eps)
+
+        self.time_embedding = TimeEmbedding(base_channels)
+        # Row K is the null class: what `y=None` means, and what label dropout trains.
+        self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_channels)
+        self.conv_in = conv(in_channels, base_channels, 3, padding=1)
+
+        channels = base_channels
+        skip_channels = [channels]
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            blocks, attentions, resample = [], [], {}
+            for _ in range(num_blocks):
+                blocks.append(block(channels, width))
+                channels = width
+                if resolutions[level] in attention_resolutions:
+                    attentions.append(attention(channels))
+                skip_channels.append(channels)
+            if level < len(widths) - 1:
+                resample["downsample"] = Downsample(channels)
+                skip_channels.append(channels)
+            self.down.append(_DownLevel(blocks, attentions, resample))
+
+        self.mid = _Middle(block(channels, channels), attention(channels), block(channels, channels))
+
+        # In order of execution: up[0] has the lowest resolution.
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            blocks, attentions, resample = [], [], {}
+            for _ in range(num_blocks + 1):
+                blocks.append(block(channels + skip_channels.pop(), width))
+                channels = width
+                if resolutions[level] in attention_resolutions:
+                    attentions.append(attention(channels))
+            if level > 0:
+                resample["upsample"] = Upsample(channels)
+            self.up.append(_UpLevel(blocks, attentions, resample))
+
+        self.norm_out = GroupNormAct(norm_groups, channels, norm_eps)
+        self.conv_out = conv(channels, out_channels * (2 if learned_variance else 1), 3, padding=1, init_scale=0.0)
+        # With weights in the layout of the activations no convolution reorders them on each call.
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> UNet:
+        """Build a network of the table in presets.py.
+
+        Args:
+            name: "cifar10", "photos32" or "digits".
+            **overrides: arguments of `UNet` that replace those of the preset.
+
+        Raises:
+            ValueError: for an unknown name; TypeError and ValueError as `UNet`.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def config(self) -> dict:
+        """The arguments of this network, JSON-able: `UNet(**model.config)` has the same architecture."""
+        return copy.deepcopy(self._config)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict from x_t and t (the noise, or whatever the network was trained for).
+
+        Args:
+            x_t: (N, in_channels, H, W) in the dtype of the weights (any floating dtype under autocast); H and W
+                divisible by 2**(levels - 1). NCHW and channels_last are both taken; inside it is channels_last.
+            t: (N,), int64 in {0, ..., T-1} or floating point, on the device of x_t.
+            y: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
+                The values are not checked here: that would synchronise the device. (On CPU the lookup raises.)
+
+        Returns:
+            (N, out_channels, H, W), twice the channels with `learned_variance`, contiguous (NCHW) because the diffusion
+            operators read it linearly.
+
+        Raises:
+            TypeError: for a wrong dtype.
+            ValueError: for a wrong shape, or y given to an unconditional model.
+        """
+        self._check_inputs(x_t, t, y)
+        embedding = self.time_embedding(t)
+        if self.label_embedding is not None:
+            labels = self.label_embedding.weight[self.num_classes] if y is None else self.label_embedding(y)
+            embedding = embedding + labels
+        embedding = F.silu(embedding)
+
+        # A one-channel image is in both layouts at once and the convolution would choose NCHW: hence after conv_in too.
+        x = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        skips = [x]
+        for level in self.down:
+            x = level(x, embedding, skips)
+        x = self.mid(x, embedding)
+        for level in self.up:
+            x = level(x, embedding, skips)
+        return self.conv_out(self.norm_out(x)).contiguous()
+
+    def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:
+        if x_t.dim() != 4 or x_t.shape[1] != self.in_channels:
+            raise ValueError(f"x_t must have shape (N, {self.in_channels}, H, W), got {tuple(x_t.shape)}")
+        if not x_t.is_floating_point():
+            raise TypeError(f"x_t must have a floating-point dtype, got {x_t.dtype}")
+        n, _, height, width = x_t.shape
+        if height % self.size_divisor or width % self.size_divisor:
+            raise ValueError(f"height and width of x_t must be divisible by {self.size_divisor}, got {height} x {width}")
+        if t.dtype != torch.int64 and not t.is_floating_point():
+            raise TypeError(f"t must have dtype torch.int64 or a floating-point dtype, got {t.dtype}")
+        if t.dim() != 1 or t.shape[0] != n:
+            raise ValueError(f"t must have shape ({n},), got {tuple(t.shape)}")
+        if y is None:
+            return
+        if self.label_embedding is None:
+            raise ValueError("y must be None: this model is unconditional (num_classes=None)")
+        if y.dtype != torch.int64:
+            raise TypeError(f"y must have dtype torch.int64, got {y.dtype}")
+        if y.dim() != 1 or y.shape[0] != n:
+            raise ValueError(f"y must have shape ({n},), got {tuple(y.shape)}")
+
+
+def _check_config(*, channel_mult: list[int], attention_resolutions: list[int], dropout: float, norm_eps: float,
+                  learned_variance: bool, **integers: int | None) -> None:
+    """Raise TypeError or ValueError unless the arguments describe a network."""
+    optional = ("head_channels", "num_classes")
+    for name, value in integers.items():
+        if value is None and name in optional:
+            continue
+        _check_positive_int(name, value)
+    if not channel_mult:
+        raise ValueError("channel_mult must have at least one level, got none")
+    for value in channel_mult:
+        _check_positive_int("each entry of channel_mult", value)
+    for value in attention_resolutions:
+        _check_positive_int("each entry of attention_resolutions", value)
+    if not isinstance(learned_variance, bool):
+        raise TypeError(f"learned_variance must be a bool, got {type(learned_variance).__name__}")
+    for name, value in (("dropout", dropout), ("norm_eps", norm_eps)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if not (norm_eps > 0.0 and math.isfinite(norm_eps)):
+        raise ValueError(f"norm_eps must be positive and finite, got {norm_eps}")
+
+    base_channels, image_size, norm_groups = (integers[k] for k in ("base_channels", "image_size", "norm_groups"))
+    num_heads, head_channels = integers["num_heads"], integers["head_channels"]
+    if base_channels < 4 or base_channels % 2:
+        raise ValueError(f"base_channels must be even and at least 4 (time embedding), got {base_channels}")
+    divisor = 2 ** (len(channel_mult) - 1)
+    if image_size % divisor:
+        raise ValueError(f"image_size must be divisible by 2**(levels - 1) = {divisor}, got {image_size}")
+    resolutions = [image_size // 2**level for level in range(len(channel_mult))]
+    never = [r for r in attention_resolutions if r not in resolutions]
+    if never:
+        raise ValueError(f"attention_resolutions must be among {resolutions}, got {never}")
+    # The skip connections concatenate these widths, so their sums are divisible as well.
+    for width in (base_channels * m for m in (1, *channel_mult)):
+        if width % norm_groups:
+            raise ValueError(f"norm_groups must divide the channels of every level, got {norm_groups} and {width}")
+    if head_channels is not None and num_heads != 1:
+        raise ValueError(f"give num_heads or head_channels, not both: got {num_heads} and {head_channels}")
+    name, divisor = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
+    for multiplier, resolution in zip(channel_mult, resolutions, strict=True):
+        # The middle, as wide as the last level, has attention in any case.
+        has_attention = resolution in attention_resolutions or resolution == resolutions[-1]
+        width = base_channels * multiplier
+        if has_attention and width % divisor:
+            raise ValueError(f"{name} must divide the channels of every level with attention, got {divisor} and {width}")
+
+
+def _check_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,312 @@
+"""Checkpoints: one ``.safetensors`` file that is complete by itself, and a ``.json`` to read.
+
+The tensors, and in the header everything else (configuration, step, history), are one file, which
+is replaced in one step: whatever happens while saving, a whole checkpoint is there, the old one or
+the new one. The JSON beside it is a copy of the header for people and scripts. Both carry the same
+random id, and loading compares them, so a pair put together from two saves is noticed.
+
+Nothing is pickled: loading a checkpoint runs no code from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..files import atomic_write
+
+FORMAT = "ddpm_fast"
+FORMAT_VERSION = 1
+_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_KEYS_SHOWN = 5
+# safetensors reads headers of up to 100 MB, after escaping, and writes longer ones without a word.
+_META_BYTES = 40_000_000
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, found, trusted or fitted; says what was expected."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` returns.
+
+    Attributes:
+        tensors: flat names (``"model.conv_in.weight"``) to tensors.
+        meta: the JSON values given to `save_checkpoint`; tuples have become lists.
+        path: the ``.safetensors`` file.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    meta: dict[str, Any]
+    path: Path
+
+
+def add_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``add_prefix("ema", {"w": x})`` is ``{"ema.w": x}``."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def strip_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries under ``prefix.``, without it; empty where there are none."""
+    start = f"{prefix}."
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as flat tensors and JSON values; `unpack_optimizer` is the way back.
+
+    Returns:
+        Tensors named ``"<parameter index>.<name>"`` (``"0.exp_avg"``), and a dict of the parameter
+        groups and of the state that is not a tensor.
+    """
+    state_dict = optimizer.state_dict()
+    tensors, other = {}, {}
+    for index, state in state_dict["state"].items():
+        for name, value in state.items():
+            (tensors if isinstance(value, torch.Tensor) else other)[f"{index}.{name}"] = value
+    # A learning rate is a tensor in capturable optimizers.
+    groups = [
+        {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return tensors, {"groups": groups, "state": other}
+
+
+def unpack_optimizer(tensors: Mapping[str, torch.Tensor], packed: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument for ``optimizer.load_state_dict``, from what `pack_optimizer` returned."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in (*tensors.items(), *packed["state"].items()):
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": packed["groups"]}
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any],
+    *,
+    name: str = "checkpoint",
+) -> Path:
+    """Writes ``folder/name.safetensors`` and ``folder/name.json``, replacing an earlier save.
+
+    An earlier checkpoint of the same name survives any failure before the new one is complete,
+    and no temporary file stays behind.
+
+    Args:
+        folder: created if missing.
+        tensors: flat names to tensors of any dtype, device and layout; shared storage is written
+            once for each name.
+        meta: JSON values (model and diffusion configuration, data, step, history, package version);
+            keys become strings and tuples become lists.
+        name: stem of both files.
+
+    Returns:
+        Path of the ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: `meta` is not JSON, a tensor cannot be stored, or the tensor file could
+            not be written.
+        OSError: the folder cannot be written.
+    """
+    if Path(name).name != name:
+        raise CheckpointError(f"name must be a file stem without folders, got {name!r}")
+    save_id = secrets.token_hex(16)
+    try:
+        meta_json = json.dumps(meta)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"meta must hold JSON values (dict with str keys, list, str, int, float, bool, None): {error}"
+        ) from error
+    if len(meta_json) > _META_BYTES:
+        raise CheckpointError(f"meta must take at most {_META_BYTES} bytes as JSON, got {len(meta_json)}")
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "id": save_id, "meta": meta_json}
+    tensors = _storable(tensors)
+    tensor_path = Path(folder) / f"{name}.safetensors"
+    json_path = Path(folder) / f"{name}.json"
+
+    with atomic_write(json_path) as json_temporary:
+        json_temporary.write_text(json.dumps(_document(header), indent=2) + "\n", "utf-8")
+        with atomic_write(tensor_path) as tensor_temporary:
+            try:
+                save_file(tensors, tensor_temporary, metadata=header)
+            except (SafetensorError, KeyError) as error:
+                raise CheckpointError(f"could not write {tensor_path}: {error}") from error
+            # Gone before the tensors change: a process killed between the two replacements leaves
+            # a tensor file without a copy of its header, never with the copy of another.
+            json_path.unlink(missing_ok=True)
+    return tensor_path
+
+
+def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | None = None) -> Checkpoint:
+    """Reads what `save_checkpoint` wrote.
+
+    Args:
+        path: the folder (its ``checkpoint.safetensors`` is read), the ``.safetensors`` file or the
+            ``.json`` beside it.
+        map_location: device of the tensors; CPU by default.
+
+    Raises:
+        CheckpointError: nothing there; not a checkpoint of this library, or a pickle; damaged;
+            written by a newer format; or the JSON beside it belongs to another save.
+    """
+    tensor_path = _resolve(Path(path))
+    device = torch.device("cpu" if map_location is None else map_location)
+    try:
+        with safe_open(tensor_path, framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            _check_header(tensor_path, header)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(_damaged(tensor_path, error)) from error
+    document = _document(header)
+    _check_json(tensor_path, document)
+    return Checkpoint(tensors, document["meta"], tensor_path)
+
+
+def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what: str = "model") -> None:
+    """Copies `tensors` into the parameters and buffers of `module`, all of them or none.
+
+    Args:
+        module: keeps its dtypes, devices and memory formats.
+        tensors: names as in ``module.state_dict()``.
+        what: name of the module for the error message.
+
+    Raises:
+        CheckpointError: names are missing or unexpected, or shapes differ; no weight is changed.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unexpected = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and own[name].shape != tensors[name].shape
+    ]
+    lines = [
+        f"  {len(names)} {kind}: {_shortened(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if lines:
+        raise CheckpointError(
+            f"the checkpoint does not fit the {what} ({len(own)} tensors expected, {len(tensors)} given)\n"
+            + "\n".join(lines)
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Dense contiguous tensors, each with a storage of its own, as the format wants them."""
+    result, storages = {}, set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"tensors[{name!r}] must be a tensor, got {type(tensor).__name__}; put it into meta")
+        if tensor.layout != torch.strided:
+            raise CheckpointError(f"tensors[{name!r}] must be dense, got layout {tensor.layout}")
+        tensor = tensor.detach().contiguous()
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        result[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return result
+
+
+def _document(header: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON file's content, from the tensor file's header."""
+    return {
+        "format": header["format"],
+        "format_version": int(header["format_version"]),
+        "id": header["id"],
+        "meta": json.loads(header["meta"]),
+    }
+
+
+def _resolve(path: Path) -> Path:
+    """The tensor file that `path` stands for."""
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise CheckpointError(_pickle_message(path))
+    if path.is_dir():
+        tensor_path = path / "checkpoint.safetensors"
+    elif path.suffix in (".safetensors", ".json"):
+        tensor_path = path.with_suffix(".safetensors")
+    elif path.exists():
+        raise CheckpointError(f"expected a folder, a .safetensors or a .json file, got {path}")
+    else:
+        raise CheckpointError(f"no checkpoint at {path}: no such file or folder")
+    if not tensor_path.is_file():
+        json_path = tensor_path.with_suffix(".json")
+        if json_path.is_file():
+            raise CheckpointError(f"{json_path} is there, but its tensor file {tensor_path.name} is missing beside it")
+        raise CheckpointError(
+            f"no checkpoint in {tensor_path.parent}: expected {tensor_path.name} (and {json_path.name} beside it)"
+        )
+    return tensor_path
+
+
+def _check_header(path: Path, header: Mapping[str, str]) -> None:
+    found = header.get("format")
+    if found != FORMAT:
+        says = "no 'format' entry" if found is None else f"'format' is {found!r}"
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not a checkpoint of ddpm_fast: {says} in its header, "
+            f"expected {FORMAT!r}"
+        )
+    version = header.get("format_version", "")
+    if not version.isdecimal() or not {"id", "meta"} <= header.keys():
+        raise CheckpointError(f"{path} is damaged: its header lacks format_version, id or meta")
+    if int(version) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} was written by a newer ddpm_fast: format_version {version}, this one reads up to {FORMAT_VERSION}"
+        )
+
+
+def _check_json(tensor_path: Path, document: Mapping[str, Any]) -> None:
+    """Compares the JSON beside the tensor file, if there is one, with the tensor file's header."""
+    path = tensor_path.with_suffix(".json")
+    if not path.is_file():
+        return
+    remedy = f"{tensor_path.name} is complete by itself: remove {path.name} to load it"
+    try:
+        beside = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}). {remedy}") from error
+    found = beside.get("id") if isinstance(beside, dict) else None
+    if found != document["id"]:
+        raise CheckpointError(
+            f"{path} and {tensor_path.name} come from two different saves: id {found}, expected "
+            f"{document['id']}. {remedy}"
+        )
+    # As texts, because a diverged run's history may hold NaN, which equals nothing.
+    if json.dumps(beside, sort_keys=True) != json.dumps(document, sort_keys=True):
+        raise CheckpointError(f"{path} was changed after it was saved, which would have no effect. {remedy}")
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(_PICKLE_STARTS):
+        return _pickle_message(path)
+    return f"{path} is damaged or cut short: {error}"
+
+
+def _pickle_message(path: Path) -> str:
+    return (
+        f"{path} is a pickle, or named like one: pickles can run any code and are not loaded; "
+        "expected a .safetensors file written by ddpm_fast"
+    )
+
+
+def _shortened(names: list[str]) -> str:
+    rest = len(names) - _KEYS_SHOWN
+    return ", ".join(names[:_KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

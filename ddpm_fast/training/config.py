@@ -1,0 +1,118 @@
+"""What a training run is made of: one flat record, which the command line fills and the checkpoint stores."""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from ddpm_fast.diffusion import LOSSES, GaussianDiffusion
+from ddpm_fast.models import PRESETS, UNet
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.tables import WEIGHTS
+from ddpm_fast.training.data import ImageData
+
+PRECISIONS = ("fp32", "bf16")
+DECAYS = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The defaults are those of Ho et al. 2020 for CIFAR-10.
+
+    Attributes:
+        data: "digits", "photos", a folder of images, or a .npy or .npz file.
+        image_size: side to resize a folder's images to, or None.
+        preset: network, a name of :data:`ddpm_fast.models.PRESETS`; ``network`` overrides its arguments.
+        schedule, timesteps, schedule_options: of :meth:`NoiseSchedule.from_name`.
+        prediction, variance: of :class:`GaussianDiffusion`.
+        loss, weight: of :meth:`GaussianDiffusion.loss`.
+        steps, batch: optimiser steps, and images in each.
+        learning_rate, warmup, decay: Adam's; linear warm-up over ``warmup`` steps, then "constant" or "cosine" to 0.
+        clip_norm: largest global norm of the gradient.
+        ema: decay of the moving average of the weights.
+        flip: mirror each image with probability ½.
+        class_conditional, label_dropout: give the network the labels, but drop them with this probability.
+        stratified: spread each batch's t evenly over 0..T-1 instead of drawing them independently.
+        seed: of everything random in the run.
+        precision: "fp32", or "bf16" for autocast.
+        device: "auto" (CUDA where there is one), "cpu" or "cuda[:i]".
+    """
+
+    data: str = "digits"
+    image_size: int | None = None
+    preset: str = "cifar10"
+    network: dict[str, Any] = field(default_factory=dict)
+    schedule: str = "linear"
+    timesteps: int = 1000
+    schedule_options: dict[str, float] = field(default_factory=dict)
+    prediction: str = "epsilon"
+    variance: str = "fixed_large"
+    loss: str = "simple"
+    weight: str = "uniform"
+    steps: int = 800_000
+    batch: int = 128
+    learning_rate: float = 2e-4
+    warmup: int = 5000
+    decay: str = "constant"
+    clip_norm: float = 1.0
+    ema: float = 0.9999
+    flip: bool = True
+    class_conditional: bool = False
+    label_dropout: float = 0.1
+    stratified: bool = False
+    seed: int = 0
+    precision: str = "fp32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch", 1), ("timesteps", 1), ("warmup", 0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout must lie in [0, 1], got {self.label_dropout}")
+        for name, allowed in (("loss", LOSSES), ("weight", WEIGHTS), ("precision", PRECISIONS), ("decay", DECAYS), ("preset", tuple(PRESETS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def for_data(cls, data: str, **overrides: Any) -> TrainConfig:
+        """The recipe for a data set, with what is given (not None) replaced."""
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return cls(**{**RECIPES.get(data, {}), "data": data, **given})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of ``dataclasses.asdict``; entries of a later version are refused."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"the training configuration has entries that this version does not know: {', '.join(unknown)}")
+        return cls(**values)
+
+    def make_diffusion(self, levels: int) -> GaussianDiffusion:
+        schedule = NoiseSchedule.from_name(self.schedule, self.timesteps, **self.schedule_options)
+        return GaussianDiffusion(schedule, self.prediction, self.variance, levels)
+
+    def make_network(self, data: ImageData) -> UNet:
+        """The preset, fitted to the data's channels and size and to the variance's head. Weights are random."""
+        channels, height, width = data.image_shape
+        arguments = {**PRESETS[self.preset], "in_channels": channels, "image_size": height, **self.network}
+        if height != width:
+            raise ValueError(f"images must be square for the UNet, got {height}x{width}; use image_size")
+        if self.class_conditional and data.num_classes is None:
+            raise ValueError(f"class_conditional needs labels, and {data.name} has none")
+        arguments["learned_variance"] = self.variance in ("learned", "learned_range")
+        arguments["num_classes"] = data.num_classes if self.class_conditional else None
+        return UNet(**arguments)
+
+
+# What the two built-in data sets are trained with unless told otherwise; other data get the class's defaults.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": dict(
+        preset="digits", timesteps=250, schedule_options=dict(beta_start=2e-3, beta_end=0.08), variance="learned_range", loss="hybrid",
+        steps=400, batch=64, learning_rate=2e-3, warmup=50, decay="cosine", ema=0.98, flip=False, stratified=True,
+    ),
+    "photos": dict(preset="photos32", steps=20_000, batch=32, warmup=500, ema=0.999),
+}  # fmt: skip

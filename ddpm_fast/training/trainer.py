@@ -1,0 +1,225 @@
+"""The training loop. Step s is a function of the weights before it, the data and (seed, s) alone."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.models import EMA, UNet
+from ddpm_fast.noise import FOLD_AUGMENT, FOLD_LABELS, FOLD_TRAIN_NOISE, FOLD_TRAIN_TIMESTEPS, Noise
+from ddpm_fast.training.checkpoint import add_prefix, pack_optimizer, save_checkpoint
+from ddpm_fast.training.config import TrainConfig
+from ddpm_fast.training.data import Batches, ImageData
+
+METRICS = "metrics.jsonl"
+
+
+class Progress(NamedTuple):
+    """What the trainer tells after each step. loss is None where it was not read, which would wait for the device."""
+
+    step: int
+    steps: int
+    loss: float | None
+
+
+class Trainer:
+    """Trains a UNet on images.
+
+    Args:
+        config: the run.
+        data: the images, as ``load_data(config.data)`` gives them.
+
+    Attributes:
+        model, ema, optimizer, diffusion: the parts, on ``device``.
+        step: optimiser steps done.
+
+    Raises:
+        ValueError, TypeError: where the configuration does not fit the data.
+    """
+
+    def __init__(self, config: TrainConfig, data: ImageData) -> None:
+        self.config, self.data = config, data
+        self.device = resolve_device(config.device)
+        self.diffusion = config.make_diffusion(data.levels)
+        if config.loss == "hybrid" and not self.diffusion.learns_variance:
+            raise ValueError(f"loss 'hybrid' trains a learned variance, got variance {config.variance!r}; use learned or learned_range")
+        with seeded(config.seed):
+            self.model = config.make_network(data).to(self.device).train()
+        self.ema = EMA(self.model, config.ema)
+        # One fused kernel for all parameters, on CPU as on CUDA.
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
+        self.batches = Batches(len(data.train), config.batch, config.seed)
+        self.step = 0
+        key = Noise(config.seed)
+        self._noise, self._timesteps = key.fold_in(FOLD_TRAIN_NOISE), key.fold_in(FOLD_TRAIN_TIMESTEPS)
+        self._flips, self._labels = key.fold_in(FOLD_AUGMENT), key.fold_in(FOLD_LABELS)
+
+    def learning_rate(self, step: int) -> float:
+        """Warm-up, then constant or a half cosine to zero at the last step."""
+        config = self.config
+        rate = config.learning_rate * min(1.0, (step + 1) / max(config.warmup, 1))
+        return rate * 0.5 * (1.0 + math.cos(math.pi * step / config.steps)) if config.decay == "cosine" else rate
+
+    def timesteps(self, step: int) -> Tensor:
+        """The t of a step's batch, (N,) int64."""
+        T, batch = len(self.diffusion), self.config.batch
+        noise = self._timesteps.at(stream=step)
+        if not self.config.stratified:
+            return noise.integers(batch, T, self.device)
+        offset = torch.arange(batch, dtype=torch.float64, device=self.device)
+        return ((offset + noise.uniform(batch, self.device)) * (T / batch)).long().clamp_max(T - 1)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Images (N, C, H, W) in [-1, 1] and, for a conditional model, labels with some dropped."""
+        config = self.config
+        x, labels = self.data.batch("train", self.batches.indices(step), self.device)
+        if config.flip:
+            mirrored = self._flips.at(stream=step).integers(len(x), 2, self.device).bool()
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        if not config.class_conditional:
+            return x, None
+        dropped = self._labels.at(stream=step).uniform(len(x), self.device) < config.label_dropout
+        return x, labels.masked_fill(dropped, self.model.num_classes)
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One optimiser step. Returns (loss, norm of the gradient) as tensors: reading them is the caller's choice."""
+        config, step = self.config, self.step
+        x_start, labels = self.batch(step)
+        t, noise = self.timesteps(step), self._noise.at(stream=step)
+        x_t = self.diffusion.q_sample(x_start, t, noise)
+        with self._autocast():
+            out = self.model(x_t, t) if labels is None else self.model(x_t, t, labels)
+        loss = self.diffusion.loss(out.float(), x_start, x_t, t, noise, kind=config.loss, weight=config.weight).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        self.ema.update(self.model)
+        self.step += 1
+        return loss.detach(), norm
+
+    def run(self, out: Path | str | None = None, *, log_every: int = 10, save_every: int | None = None, report: Callable[[Progress], Any] = lambda _: None) -> list[dict]:
+        """Trains up to the last step.
+
+        Args:
+            out: folder for metrics.jsonl and the checkpoint; None writes nothing.
+            log_every: steps between two lines of metrics (and of reading the loss).
+            save_every: steps between checkpoints; the last step always saves one. On Ctrl-C too, before
+                KeyboardInterrupt goes on.
+            report: called after each step.
+
+        Returns:
+            The lines of metrics.
+
+        Raises:
+            FloatingPointError: where the loss is not finite; no checkpoint is written over the last good one.
+            OSError: where ``out`` cannot be written.
+        """
+        history: list[dict] = []
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(seeded(self.config.seed))
+            metrics = stack.enter_context(open_metrics(Path(out) / METRICS)) if out is not None else None
+            start, first = time.perf_counter(), self.step
+            try:
+                while self.step < self.config.steps:
+                    torch.manual_seed(Noise(self.config.seed, self.step).fold_in(self.step).seed)  # dropout
+                    loss, norm = self.train_step()
+                    read = self.step % log_every == 0 or self.step == self.config.steps
+                    if read:
+                        elapsed = time.perf_counter() - start
+                        line = dict(
+                            step=self.step, loss=loss.item(), grad_norm=norm.item(), lr=self.learning_rate(self.step - 1),
+                            elapsed_s=round(elapsed, 3), images_per_s=round((self.step - first) * self.config.batch / elapsed, 1),
+                        )  # fmt: skip
+                        if not math.isfinite(line["loss"]):
+                            raise FloatingPointError(f"the loss is {line['loss']} at step {self.step}; lower the learning rate or check the data")
+                        history.append(line)
+                        if metrics:
+                            print(json.dumps(line), file=metrics, flush=True)
+                    report(Progress(self.step, self.config.steps, line["loss"] if read else None))
+                    if out is not None and save_every and self.step % save_every == 0 and self.step < self.config.steps:
+                        self.save(out)
+            except KeyboardInterrupt:
+                if out is not None and self.step > first:
+                    self.save(out)
+                raise
+            if out is not None:
+                self.save(out)
+        return history
+
+    def save(self, out: Path | str) -> Path:
+        """Writes the checkpoint into a folder, atomically: weights, their average, the optimiser, and the configuration."""
+        from ddpm_fast import __version__
+
+        optimizer, optimizer_meta = pack_optimizer(self.optimizer)
+        ema = self.ema.state_dict()
+        tensors = {
+            **add_prefix("model", self.model.state_dict()),
+            **add_prefix("ema", {**ema["parameters"], **ema["buffers"]}),
+            **add_prefix("optimizer", optimizer),
+        }
+        meta = dict(
+            ddpm_fast_version=__version__,
+            step=self.step,
+            network=self.model.config,
+            levels=self.data.levels,
+            image_shape=list(self.data.image_shape),
+            train=dataclasses.asdict(self.config),
+            ema_updates=ema["num_updates"],
+            optimizer=optimizer_meta,
+        )
+        return save_checkpoint(out, tensors, meta)
+
+    def averaged_model(self) -> UNet:
+        """A copy of the network with the averaged weights, in eval mode."""
+        model = UNet(**self.model.config).to(self.device)
+        self.ema.copy_to(model)
+        return model.eval()
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a device that PyTorch does not know or does not see here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda[:i], got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda[:i], got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's own generators (initial weights, dropout) seeded within the block, and as they were after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def open_metrics(path: Path) -> Iterator[Any]:
+    """metrics.jsonl of a new run, opened before any work, so that an unwritable folder is noticed at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        yield file

@@ -6,6 +6,7 @@ Environment, read at build time only:
     CXX, CUDACXX          compilers, as CMake understands them
 """
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,12 +65,21 @@ def cuda_choice() -> str:
 
 
 def present_architectures() -> str:
-    """Compute capabilities of the GPUs in this machine, for CMake; empty where there are none."""
+    """Compute capabilities of the GPUs in this machine, for CMake; empty, for the default, where there are none.
+
+    Empty too where the nvcc at hand is too old for one of them: the default's PTX serves it.
+    """
+    present = re.findall(r"^(\d+)\.(\d+)$", output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"), re.MULTILINE)
+    known = output(os.environ.get("CUDACXX", "nvcc"), "--list-gpu-arch")
+    architectures = sorted({major + minor for major, minor in present})
+    return ";".join(architectures) if all(f"compute_{a}" in known for a in architectures) else ""
+
+
+def output(*command: str) -> str:
     try:
-        listed = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return ";".join(sorted({line.strip().replace(".", "") for line in listed.stdout.splitlines() if line.strip()}))
 
 
 def parallel() -> list[str]:

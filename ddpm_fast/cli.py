@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,14 +34,17 @@ def train(
     preset: Annotated[str | None, typer.Option(help="Network: digits, photos32 or cifar10.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Of the network's residual blocks.")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine, quadratic, constant, jsd or sigmoid.")] = None,
-    timesteps: Annotated[int | None, typer.Option("-T", "--timesteps", min=1, help="Length of the chain.")] = None,
+    timesteps: Annotated[int | None, typer.Option("-T", "--timesteps", min=1, help="Length of the chain; a linear schedule's betas scale with its inverse.")] = None,
     prediction: Annotated[str | None, typer.Option(help="epsilon, x_start, v or mean.")] = None,
     variance: Annotated[str | None, typer.Option(help="fixed_small, fixed_large, learned or learned_range.")] = None,
     loss: Annotated[str | None, typer.Option(help="simple, vlb or hybrid.")] = None,
     weight: Annotated[str | None, typer.Option(help="Of the simple loss: uniform, min_snr, p2 or vlb.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises.")] = None,
+    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images at random: on but for digits; wrong for text.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the moving average of the weights.")] = None,
     class_conditional: Annotated[bool | None, typer.Option("--class-conditional/--unconditional", help="Give the network the labels.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Crop and resize the images of a folder to this side.")] = None,
+    levels: Annotated[int | None, typer.Option(min=2, max=256, help="Grey levels of the data in a .npy or .npz file.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; the end always writes one.")] = None,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
@@ -52,22 +56,36 @@ def train(
     from ddpm_fast.plots import write_loss_curve
     from ddpm_fast.progress import Bar
     from ddpm_fast.training import TrainConfig, Trainer, load_data
+    from ddpm_fast.training.data import BUILT_IN
 
     set_threads(threads)
-    if not overwrite and any((out / name).exists() for name in ("checkpoint.safetensors", "metrics.jsonl")):
-        raise typer.BadParameter(f"{out} already holds a run; choose another folder or pass --overwrite", param_hint="--out")
+    old = [out / name for name in ("checkpoint.safetensors", "checkpoint.json", "metrics.jsonl")]
+    if not overwrite and any(path.exists() and path.stat().st_size for path in old):
+        raise ValueError(f"{out} already holds a run; choose another folder with --out, or pass --overwrite")
+    if Path(data).exists() and data not in BUILT_IN:
+        data = str(Path(data).resolve())  # the run can then be evaluated from any folder
     config = TrainConfig.for_data(
-        data, image_size=image_size, steps=steps, batch=batch, learning_rate=learning_rate, preset=preset, schedule=schedule,
-        timesteps=timesteps, schedule_options={} if schedule or timesteps else None, prediction=prediction, variance=variance,
-        loss=loss or implied_loss(variance), weight=weight, ema=ema, class_conditional=class_conditional, precision=precision, device=device,
-        seed=seed, network=None if dropout is None else {"dropout": dropout},
+        data, image_size=image_size, levels=levels, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup, preset=preset,
+        schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss or implied_loss(variance),
+        weight=weight, flip=flip, ema=ema, class_conditional=class_conditional, precision=precision, device=device, seed=seed,
+        network=None if dropout is None else {"dropout": dropout},
     )  # fmt: skip
-    trainer = Trainer(config, load_data(data, image_size=image_size))
+    trainer = Trainer(config, load_data(data, image_size=image_size, levels=levels))
+    for path in old:
+        path.unlink(missing_ok=True)  # a run that fails early must not leave new metrics beside an old checkpoint
+    left = float(trainer.diffusion.schedule.alphas_bar[-1])
+    if left > 0.01:
+        console.print(f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it")
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(f"{trainer.data.name}: {len(trainer.data.train)} images, network {config.preset} with {parameters:,} parameters, on {trainer.device}")
-    with Bar("training") as bar:
-        history = trainer.run(out, log_every=log_every, save_every=save_every, report=lambda p: bar.update(p.step, p.steps, p.loss))
-    write_loss_curve(out / "loss.png", [line["step"] for line in history], [line["loss"] for line in history])
+    try:
+        with Bar("training") as bar:
+            history = trainer.run(out, log_every=log_every, save_every=save_every, report=lambda p: bar.update(p.step, p.steps, p.loss))
+    except KeyboardInterrupt:
+        saved = f"; its checkpoint is in {out}" if trainer.step else ""
+        console.print(f"stopped after step {trainer.step} of {config.steps}{saved}")
+        raise typer.Exit(130) from None
+    write_loss_curve(out / "loss.png", [line["step"] for line in history], [line["loss"] for line in history], ylabel=f"{config.loss} loss")
     print_table({"loss": f"{history[-1]['loss']:.4f}", "images/s": history[-1]["images_per_s"], "checkpoint": out / "checkpoint.safetensors", "metrics": out / "metrics.jsonl", "loss curve": out / "loss.png"})
 
 
@@ -76,16 +94,17 @@ def sample(
     run: Run,
     out: Out = Path("runs/samples"),
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time; does not change them.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
     sampler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; by default all T.")] = None,
     eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="DDIM's share of noise.")] = 0.0,
+    label: Annotated[int | None, typer.Option("--class", min=0, help="Class of all images, for a class-conditional model.")] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Also draw the reverse process of the first batch.")] = False,
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw images from a trained model: a grid as PNG and all of them as samples.npz. Image i depends on (seed, i) alone."""
+    """Draw images from a trained model: a grid as PNG and all of them as samples.npz. Image i does not depend on --count or --batch."""
     import numpy as np
     import torch
 
@@ -100,6 +119,12 @@ def sample(
 
     set_threads(threads)
     trained = load_trained(run, resolve_device(device))
+    model = trained.model
+    if label is not None:
+        classes = trained.model.num_classes
+        if classes is None or label >= classes:
+            raise ValueError(f"--class must be {f'in 0..{classes - 1}' if classes else 'left out: the model is not class-conditional'}, got {label}")
+        model = lambda x, t: trained.model(x, t, torch.full_like(t, label))  # noqa: E731
     length = len(make_table(trained.diffusion, sampler, steps, eta).timesteps)
     make_folder(out)
     batches, frames, every = range(0, count, batch), [], max(1, length // 40)
@@ -115,7 +140,7 @@ def sample(
                     frames.append(x[:100].cpu())
 
             size = min(batch, count - start)
-            x = draw(trained.model, trained.diffusion, (size, *trained.image_shape), seed, sampler=sampler, steps=steps, eta=eta, first_sample=start, callback=step)
+            x = draw(model, trained.diffusion, (size, *trained.image_shape), seed, sampler=sampler, steps=steps, eta=eta, first_sample=start, device=trained.device, callback=step)
             images.append(x.cpu())
     x = torch.cat(images)
     written = {"grid": out / "samples.png", "images": out / "samples.npz"}
@@ -152,7 +177,7 @@ def evaluate(
     device = resolve_device(device)
     trained = load_trained(run, device)
     source = data or trained.config.data
-    images = load_data(source, image_size=trained.config.image_size)
+    images = load_data(source, image_size=trained.config.image_size, levels=trained.config.levels)
     if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
         raise ValueError(f"the model was trained on {trained.image_shape} with {trained.diffusion.levels} levels, but {source} has {images.image_shape} with {images.levels}")
     out = out or (run if run.is_dir() else run.parent)
@@ -164,8 +189,7 @@ def evaluate(
             terms_per_image=terms, batch=batch, seed=seed, report=bar.update,
         )  # fmt: skip
     summary = dict(
-        bits_per_dim=bound.total, standard_error=bound.standard_error, decoder=bound.decoder, divergence=bound.divergence,
-        prior=float(bound.prior.mean()), images=count, data=source, estimated=terms is not None, seed=seed, step=trained.step,
+        **bound.summary(), images=count, data=source, estimated=terms is not None, seed=seed, step=trained.step,
         first_t=bound.first.tolist(), count_t=bound.counts.tolist(), mean_term=bound.terms.mean(0).tolist(),
     )  # fmt: skip
     with atomic_write(out / "bound.json") as temporary:
@@ -186,7 +210,6 @@ def demo(
     from ddpm_fast.demo import run_demo
 
     set_threads(threads)
-    make_folder(out)
     result = run_demo(out, seed=seed, steps=steps, device=device)
     rows = {
         **bound_rows(result.bound),
@@ -236,9 +259,8 @@ def implied_loss(variance: str | None) -> str | None:
 def make_folder(path: Path) -> None:
     """Creates the output folder, and notices before any work that it cannot be written."""
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".write-test"
-    probe.touch()
-    probe.unlink()
+    with tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def set_threads(threads: int | None) -> None:
@@ -256,12 +278,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point. What the user can mend is one line on stderr and exit code 2; Ctrl-C is 130."""
+    """Entry point. What the user can mend is one line on stderr and exit code 2."""
     try:
         app()
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"ddpm-fast: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("ddpm-fast: stopped", file=sys.stderr)
-        sys.exit(130)

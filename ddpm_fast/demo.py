@@ -19,6 +19,7 @@ from ddpm_fast.training import ImageData, TrainConfig, Trainer, load_data
 
 SAMPLES = 100
 TERMS_PER_IMAGE = 24
+CHECKPOINT, RESULTS = "checkpoint.safetensors", "results.json"
 _GIF_FRAMES = 40
 _STRIP_COLUMNS, _STRIP_ROWS = 8, 4
 
@@ -35,11 +36,7 @@ class DemoResult:
 
     def summary(self) -> dict[str, Any]:
         return dict(
-            bits_per_dim=self.bound.total,
-            standard_error=self.bound.standard_error,
-            decoder=self.bound.decoder,
-            divergence=self.bound.divergence,
-            prior=float(self.bound.prior.mean()),
+            **self.bound.summary(),
             samples_in_each_class=self.classes,
             neighbour_distance_ratio=self.neighbour_ratio,
             seconds=self.seconds,
@@ -57,6 +54,8 @@ def run_demo(out: Path | str = "demo", *, seed: int = 0, steps: int | None = Non
         :class:`DemoResult`.
     """
     out = Path(out)
+    if (out / CHECKPOINT).exists() and not (out / RESULTS).exists():
+        raise ValueError(f"{out} holds another run; choose another folder with --out")
     data = load_data("digits")
     config = TrainConfig.for_data("digits", seed=seed, steps=steps, device=device)
     trainer = Trainer(config, data)
@@ -78,13 +77,13 @@ def run_demo(out: Path | str = "demo", *, seed: int = 0, steps: int | None = Non
         bound = evaluate_bound(model, diffusion, x_test, terms_per_image=TERMS_PER_IMAGE, seed=seed, report=bar.update)
     seconds["evaluating"] = clock() - start
 
-    paths = {name: out / name for name in ("samples.png", "forward.png", "reverse.gif", "bound.png", "results.json")}
+    paths = {name: out / name for name in ("samples.png", "forward.png", "reverse.gif", "bound.png", RESULTS)}
     write_grid(paths["samples.png"], x, columns=10)
     write_forward(paths["forward.png"], data, trainer)
     write_reverse_gif(paths["reverse.gif"], frames, columns=10)
     write_bound_plot(paths["bound.png"], bound.terms, bound.prior, bound.centers, weights=bound.counts, title="held-out digits")
     result = DemoResult(bound, class_counts(x, data), neighbour_distance_ratio(x, data), {k: round(v, 1) for k, v in seconds.items()}, paths)
-    with atomic_write(paths["results.json"]) as temporary:
+    with atomic_write(paths[RESULTS]) as temporary:
         temporary.write_text(json.dumps(result.summary(), indent=2) + "\n")
     return result
 

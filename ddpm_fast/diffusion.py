@@ -4,6 +4,7 @@ docs/math.md maps each formula to its function here and to the test that proves 
 """
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from ddpm_fast import ops
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._common import check_data, check_like, check_t, gather, table_dtype
+from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_range, gather, table_dtype
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, log_variance, split_output
 from ddpm_fast.ops.p_step import COLUMNS as STEP_COLUMNS
-from ddpm_fast.ops.vlb_terms import CDFS
+from ddpm_fast.ops.vlb_terms import CDFS, MAX_LEVELS
 from ddpm_fast.sampling import ddpm_table
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import VARIANCES, bound_table, log_variance_range, loss_weights, target_coefficients, x_start_coefficients
@@ -70,8 +71,8 @@ class GaussianDiffusion:
     ) -> None:
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
-        if not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"levels must be an integer of at least 2, got {levels!r}")
+        if not isinstance(levels, int) or not 2 <= levels <= MAX_LEVELS:
+            raise ValueError(f"levels must be an integer in 2..{MAX_LEVELS}, got {levels!r}")
         if cdf not in CDFS:
             raise ValueError(f"cdf must be one of {', '.join(CDFS)}, got {cdf!r}")
         log_variance_range(schedule, variance)
@@ -106,7 +107,9 @@ class GaussianDiffusion:
         """A table in the dtype that ops on ``like`` read, on its device; made by ``make`` or an attribute of the schedule."""
         key = name, like.device, table_dtype(like.dtype)
         if key not in self._tables:
-            self._tables[key] = (make() if make else getattr(self.schedule, name)).to(key[1], key[2]).contiguous()
+            # A table made in inference mode could never serve a call that wants gradients. (A compiler cannot trace this.)
+            with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                self._tables[key] = (make() if make else getattr(self.schedule, name)).to(key[1], key[2]).contiguous()
         return self._tables[key]
 
     # The forward chain.
@@ -281,23 +284,25 @@ class GaussianDiffusion:
 
         Returns:
             :class:`BoundTerms`.
+
+        Raises:
+            TypeError, ValueError: for data that are not finite or not in [-1, 1], or a noise that is a tensor.
         """
         noise = Noise(0) if noise is None else noise
+        if not isinstance(noise, Noise):
+            raise TypeError(f"noise must be a Noise, which gives each step its own draw, got {type(noise).__name__}")
+        check_data("x_start", x_start)
+        check_unit_range("x_start", x_start)
         prior = self.prior_bpd(x_start)
         terms = torch.empty(x_start.shape[0], len(self), dtype=prior.dtype, device=x_start.device)
         mse = torch.empty_like(terms)
         for step in range(len(self)):
             t = torch.full((x_start.shape[0],), step, device=x_start.device)
-            terms[:, step], mse[:, step] = self.bound_at(model, x_start, t, noise.at(stream=step), clip)
+            x_t = self.q_sample(x_start, t, noise.at(stream=step))
+            out = model(x_t, t)
+            terms[:, step] = self.vlb_terms(out, x_start, x_t, t, clip)
+            mse[:, step] = (self.p_mean_variance(out, x_t, t, clip).x_start - x_start).square().flatten(1).mean(1)
         return BoundTerms(prior + terms.sum(1), prior, terms, mse)
-
-    @torch.no_grad()
-    def bound_at(self, model: Model, x_start: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True) -> tuple[Tensor, Tensor]:
-        """(L_t in bits per dimension, mean squared error of x̂0) of each sample at its own t, both (N,)."""
-        x_t = self.q_sample(x_start, t, noise)
-        out = model(x_t, t)
-        x_hat = self.p_mean_variance(out, x_t, t, clip).x_start
-        return self.vlb_terms(out, x_start, x_t, t, clip), (x_hat - x_start).square().flatten(1).mean(1)
 
 
 def gather_row(table: Tensor, t: Tensor, x: Tensor) -> dict[str, Tensor]:

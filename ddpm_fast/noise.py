@@ -31,6 +31,7 @@ FOLD_EVAL_NOISE = 5
 FOLD_EVAL_TIMESTEPS = 6
 FOLD_AUGMENT = 7
 FOLD_LABELS = 8
+FOLD_DROPOUT = 9
 
 
 class Noise:
@@ -54,9 +55,12 @@ class Noise:
     __slots__ = ("first_sample", "seed", "stream")
 
     def __init__(self, seed: int, stream: int = 0, first_sample: int = 0) -> None:
-        self.seed = _check_integer("seed", seed, 64)
-        self.stream = _check_integer("stream", stream, 32)
-        self.first_sample = _check_integer("first_sample", first_sample, 64)
+        object.__setattr__(self, "seed", _check_integer("seed", seed, 64))
+        object.__setattr__(self, "stream", _check_integer("stream", stream, 32))
+        object.__setattr__(self, "first_sample", _check_integer("first_sample", first_sample, 64))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Noise is immutable; make another one, for instance with at({name}=...)")
 
     def __repr__(self) -> str:
         return f"Noise(seed={self.seed}, stream={self.stream}, first_sample={self.first_sample})"
@@ -131,7 +135,7 @@ def noise_reference(shape: tuple[int, ...] | torch.Size, seed: int, stream: int,
     j = torch.arange((elements + 3) // 4, device=device)[None, :].expand(count, -1)
     words = philox4x32_10(j, stream, *_split64(sample), seed & MASK32, (seed >> 32) & MASK32)
     blocks = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], -1)
-    return blocks.reshape(count, -1)[:, :elements].reshape(shape)
+    return blocks.flatten(1)[:, :elements].reshape(shape).contiguous()
 
 
 def philox4x32_10(c0, c1, c2, c3, k0, k1):

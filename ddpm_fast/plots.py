@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .files import atomic_write
+from ddpm_fast.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

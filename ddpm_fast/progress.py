@@ -13,9 +13,9 @@ class _Rate(ProgressColumn):
 
 
 class Bar:
-    """Context manager around a rich progress bar on stderr; silent where stderr is no terminal and at ``quiet``.
+    """Context manager around a rich progress bar on stderr; nothing at all with ``quiet``.
 
-    Off a terminal one line is written at the end, so that logs stay short.
+    Where stderr is no terminal there is one line at the end instead, so that logs stay short.
     """
 
     def __init__(self, title: str, *, quiet: bool = False) -> None:

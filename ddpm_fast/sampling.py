@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_fast import ops
 from ddpm_fast.noise import FOLD_SAMPLE_START, FOLD_SAMPLE_STEPS, Noise
 from ddpm_fast.ops._output import FIXED
+from ddpm_fast.ops.p_step import COLUMNS
 from ddpm_fast.tables import VARIANCES, log_variance_range, x_start_coefficients
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ SAMPLERS = ("ddpm", "ddim")
 class StepTable:
     """A sampler: rows in the order of time, so that sampling walks them from the last to the first.
 
-    table: (S, 8) float64, columns as in :data:`ddpm_fast.ops.p_step.COLUMNS`. timesteps: (S,) int64, the t that the model is
+    table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/p_step.py. timesteps: (S,) int64, the t that the model is
     told at each row. variance: how the log-variance columns are read.
     """
 
@@ -89,7 +90,7 @@ def ddim_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] |
 def _x_start_columns(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """x̂0 comes from the schedule that the model was trained on: only its posterior mean depends on the step's length."""
     columns = x_start_coefficients(diffusion.schedule, diffusion.prediction)
-    return columns if timesteps is None else tuple(column[torch.as_tensor(timesteps)] for column in columns)
+    return columns if timesteps is None else tuple(column[torch.as_tensor(timesteps).long()] for column in columns)
 
 
 def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0) -> StepTable:
@@ -118,12 +119,13 @@ def sample_loop(
     timesteps = table.timesteps.tolist()
     model_t = table.timesteps.to(x_t.device)[:, None].expand(-1, x_t.shape[0]).contiguous()
     row_index = torch.arange(len(timesteps), device=x_t.device)[:, None].expand(-1, x_t.shape[0]).contiguous()
+    multistep = bool((table.table[:, COLUMNS.index("previous")] != 0).any())
     x_start = None
     for row in range(len(timesteps) - 1, -1, -1):
         out = model(x_t, model_t[row])
         x_t, x_start = ops.p_step(
             x_t, out, row_index[row], rows, noise.at(stream=timesteps[row]),
-            variance=table.variance, clip=clip, x_start_previous=x_start,
+            variance=table.variance, clip=clip, x_start_previous=x_start if multistep else None,
         )  # fmt: skip
         yield timesteps[row], x_t, x_start
 
@@ -144,8 +146,8 @@ def sample(
 ) -> Tensor:
     """Draws samples from a model.
 
-    Sample i depends on (seed, first_sample + i) alone, so that neither the batch size nor the number of processes
-    changes it.
+    The noise of sample i depends on (seed, first_sample + i) alone, so that the batch size and the number of processes
+    change a sample by the rounding of the model's own arithmetic only.
 
     Args:
         model: any callable (x_t, t) -> output; put it in eval mode first.

@@ -9,6 +9,7 @@ Formulas: Ho et al. 2020, sections 2 and 3 (https://arxiv.org/abs/2006.11239); c
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -161,9 +162,9 @@ class NoiseSchedule:
 
 
 def _check_steps(T: int) -> int:
-    if not isinstance(T, int) or isinstance(T, bool) or T < 1:
+    if isinstance(T, bool) or not hasattr(T, "__index__") or operator.index(T) < 1:
         raise ValueError(f"T must be an integer of at least 1, got {T!r}")
-    return T
+    return operator.index(T)
 
 
 def _linspace(start: float, end: float, steps: int) -> Tensor:

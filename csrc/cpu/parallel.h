@@ -1,6 +1,5 @@
 // One way to split work over threads. How it is split never changes a result: every block is computed alone.
 #pragma once
-#include <omp.h>
 #include <pthread.h>
 
 #include "kernels.h"

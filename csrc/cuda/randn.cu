@@ -4,15 +4,18 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "randn.h"
 
 namespace ddpm_fast::cuda {
 namespace {
 
-constexpr uint32_t threads_per_block = 256;  // about 40 registers a thread: six blocks fit on an SM of any architecture
+constexpr uint32_t threads_per_block = 256;  // about 30 registers a thread: eight blocks fill an SM of any architecture
 constexpr uint32_t largest_grid_y = 65535;   // the hardware's limit
 
-template <typename T> struct alignas(4 * sizeof(T)) Vector4 { T v[4]; };
+// Four values as one word.
+template <typename T> using Packed4 = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
 
 __device__ __forceinline__ void convert(float x, float& out) { out = x; }
 __device__ __forceinline__ void convert(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
@@ -33,16 +36,18 @@ __global__ void __launch_bounds__(threads_per_block) randn_kernel(
   for (int64_t sample = blockIdx.y; sample < samples; sample += gridDim.y) {
     float z[4];
     normal4({seed, stream, first_sample}, first_sample + uint64_t(sample), uint32_t(j), z[0], z[1], z[2], z[3]);
-    Vector4<T> values;
+    T values[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) convert(z[k], values.v[k]);
+    for (int k = 0; k < 4; ++k) convert(z[k], values[k]);
     T* const target = out + sample * elements + i;
     if (whole) {
-      *reinterpret_cast<Vector4<T>*>(target) = values;
+      Packed4<T> packed;
+      memcpy(&packed, values, sizeof packed);
+      __stwb(reinterpret_cast<Packed4<T>*>(target), packed);  // a plain assignment is split into four stores here
     } else {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        if (i + k < elements) target[k] = values.v[k];
+        if (i + k < elements) target[k] = values[k];
     }
   }
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_fast.diffusion import GaussianDiffusion, Model
 from ddpm_fast.noise import FOLD_EVAL_NOISE, FOLD_EVAL_TIMESTEPS, Noise
+from ddpm_fast.ops._common import check_unit_range
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class Bound:
     def divergence(self) -> float:
         """Σ L_t over t > 0."""
         return float((self.terms[:, 1:] @ self.counts[1:].double()).mean())
+
+    def summary(self) -> dict[str, float]:
+        """Its parts by name, JSON-able."""
+        return dict(
+            bits_per_dim=self.total,
+            standard_error=self.standard_error,
+            decoder=self.decoder,
+            divergence=self.divergence,
+            prior=float(self.prior.mean()),
+        )
 
     @property
     def centers(self) -> Tensor:
@@ -106,7 +117,8 @@ def evaluate_bound(
         :class:`Bound`.
 
     Raises:
-        ValueError: for no images, a batch below 1, fewer than 2 terms, or a model whose output is not finite.
+        ValueError: for no images, images that are not finite or not in [-1, 1], a batch below 1, fewer than 2 terms, or a
+            model whose output is not finite.
     """
     if isinstance(x_start, Tensor):
         images, count = x_start, len(x_start)
@@ -124,12 +136,15 @@ def evaluate_bound(
     for index, start in enumerate(starts):
         part = slice(start, min(start + batch, count))
         x = fetch(part)
+        check_unit_range("x_start", x)
+        columns = []
         prior[part] = diffusion.prior_bpd(x).double().cpu()
         for k, (low, size) in enumerate(zip(first.tolist(), counts.tolist(), strict=True)):
             t = low + t_key.at(stream=k, first_sample=start).integers(len(x), size, x.device)
-            term, _ = diffusion.bound_at(model, x, t, noise_key.at(stream=k, first_sample=start), clip)
-            terms[part, k] = term.double().cpu()
+            x_t = diffusion.q_sample(x, t, noise_key.at(stream=k, first_sample=start))
+            columns.append(diffusion.vlb_terms(model(x_t, t), x, x_t, t, clip))
             report(index * len(first) + k + 1, len(starts) * len(first))
+        terms[part] = torch.stack(columns, 1).double().cpu()  # the one wait for the device in a batch
     if not terms.isfinite().all():
         bad = first[int((~terms.isfinite()).any(0).nonzero()[0])]
         raise ValueError(f"the bound is not finite at t = {int(bad)}: the model's output is NaN or infinite there")

@@ -1,7 +1,7 @@
 """Networks for diffusion models and the moving average of their weights; depends on PyTorch alone."""
 
-from .ema import EMA
-from .presets import PRESETS
-from .unet import UNet
+from ddpm_fast.models.ema import EMA
+from ddpm_fast.models.presets import PRESETS
+from ddpm_fast.models.unet import UNet
 
 __all__ = ["EMA", "PRESETS", "UNet"]

@@ -14,8 +14,8 @@ PRESETS: dict[str, dict] = {
         in_channels=3, base_channels=32, channel_mult=(1, 2, 4), num_blocks=1, attention_resolutions=(8,),
         image_size=32, num_heads=1, dropout=0.0, norm_groups=8, norm_eps=1e-6,
     ),
-    # 0.65 million parameters for 8x8 grey images, fast on two cores: widths in whole vector blocks of oneDNN, half of
-    # the arithmetic at 4x4. There two 3x3 convolutions see the whole image, so only the middle has attention.
+    # 0.65 million parameters for 8x8 grey images, fast on two cores: widths in whole vector blocks of oneDNN, about
+    # half of the arithmetic at 4x4. There two 3x3 convolutions see the whole image, so only the middle has attention.
     # Dropout as in the paper, because the set of digits is small enough to be learnt by heart.
     "digits": dict(
         in_channels=1, base_channels=32, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(), image_size=8,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, conv
-from .presets import PRESETS
+from ddpm_fast.models.layers import Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, conv
+from ddpm_fast.models.presets import PRESETS
 
 
 class _Level(nn.Module):

@@ -14,14 +14,21 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def goes_through_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether a call must be visible to PyTorch as an operator: while compiling, and for tensor subclasses.
+    """Whether a call must be visible to PyTorch as an operator: while compiling or tracing, and for tensor subclasses.
 
     A plain eager call goes straight to the kernel instead: the dispatcher's Python entries cost ten times as much as
     the whole call at small sizes.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():  # make_fx, FlopCounterMode; vmap
         return True
     return any(x is not None and type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
+
+
+def in_functorch() -> bool:
+    """Inside torch.func.grad, vmap and the like, whose tensors have no address: the reference serves them."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def check_data(name: str, x: Tensor) -> None:
@@ -32,6 +39,13 @@ def check_data(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"{name} must have shape (N, ...) with at least one sample and one element, got {tuple(x.shape)}")
+
+
+def check_unit_range(name: str, x: Tensor) -> None:
+    """Finite data in [-1, 1]. Reads the values, and so waits for the device: for evaluation, not for an op."""
+    largest = float(x.abs().amax())
+    if not largest <= 1.001:  # NaN is not <= either
+        raise ValueError(f"{name} must be finite and lie in [-1, 1], got a largest magnitude of {largest:g}")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, same_dtype: bool = True) -> None:
@@ -64,7 +78,7 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
     check_device("t", t, x_name, x)
-    if not torch.compiler.is_compiling() and type(t) is Tensor:
+    if not torch.compiler.is_compiling() and type(t) is Tensor and not in_functorch():
         check_t_values(t, steps)
 
 
@@ -81,10 +95,12 @@ def check_t_values(t: Tensor, steps: int) -> None:
         raise ValueError(f"t must lie in 0..{steps - 1}, got t[{first}] = {int(t[first])}")
 
 
-def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """A contiguous table of fp32 (float64 for float64 data), (T,) or the shape given, on x's device."""
+def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, columns: int | None = None) -> None:
+    """A contiguous table of fp32 (float64 for float64 data), (T,), (T, columns) or the shape given, on x's device."""
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
+    if columns is not None:
+        shape = (len(table), columns) if table.ndim else (0, columns)
     expected = table_dtype(x.dtype)
     if table.dtype != expected:
         raise TypeError(f"{name} must be {expected} for {x.dtype} data, got {table.dtype}")

@@ -29,13 +29,14 @@ def exp_minus_one_minus(d: Tensor) -> Tensor:
     return torch.where(near, series * small * small, torch.expm1(far) - far)
 
 
-def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
-    """The formula in plain PyTorch, elementwise; fp32 arithmetic (float64 for float64 data)."""
+def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, reduction: str | None = None) -> Tensor:
+    """The formula in plain PyTorch; fp32 arithmetic (float64 for float64 data), the mean included."""
     dtype = mean1.dtype
     mean1, logvar1, mean2, logvar2 = (x.to(table_dtype(dtype)) for x in (mean1, logvar1, mean2, logvar2))
     # Squared last: e^-logvar2 alone overflows fp32 below -88, and times a distance of 0 it would be NaN.
     distance = ((mean1 - mean2) * torch.exp(-0.5 * logvar2)).square()
-    return (0.5 * (exp_minus_one_minus(logvar1 - logvar2) + distance)).to(dtype)
+    kl = 0.5 * (exp_minus_one_minus(logvar1 - logvar2) + distance)
+    return (kl if reduction is None else kl.reshape(len(kl), -1).mean(1)).to(dtype)
 
 
 backends = BackendTable("gaussian_kl", reference=gaussian_kl_reference)
@@ -72,5 +73,4 @@ def gaussian_kl(
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, inputs, strict=True))
         raise ValueError(f"shapes must broadcast against each other, got {shapes}") from None
-    kl = backends.choose(mean1.device, mean1.dtype, backend)(*inputs)
-    return kl if reduction is None else kl.flatten(1).mean(1)
+    return backends.choose(mean1.device, mean1.dtype, backend)(*inputs, reduction)

@@ -75,7 +75,7 @@ def p_step(
         x_t: (N, C, ...) the current state.
         out: (N, C, ...) the model's output, or (N, 2C, ...) with a variance half, which a fixed variance does not read.
         t: (N,) int64, the row of the table for each sample.
-        table: (S, 8) float32 (float64 for float64 data), columns as in :data:`COLUMNS`.
+        table: (S, 8) float32 (float64 for float64 data), columns as in COLUMNS above.
         noise: z, as :class:`~ddpm_fast.Noise` or a tensor like x_t; None leaves the last term out.
         variance: "fixed" (log_variance_low), "learned" (the raw half) or "learned_range" (between low and high).
         clip: clip x̂0 to [-1, 1].
@@ -93,7 +93,7 @@ def p_step(
     if variance not in VARIANCE_KINDS:
         raise ValueError(f"variance must be one of {', '.join(VARIANCE_KINDS)}, got {variance!r}")
     check_output(out, "x_t", x_t, variance)
-    check_table("table", table, "x_t", x_t, (table.shape[0], len(COLUMNS)))
+    check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
     if noise is not None:
         check_noise(noise, "x_t", x_t)

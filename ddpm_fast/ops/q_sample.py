@@ -14,10 +14,10 @@ from ddpm_fast.ops._common import (
     check_data,
     check_noise,
     check_t,
-    check_t_values,
     check_table,
     gather,
     goes_through_dispatcher,
+    in_functorch,
     library,
     noise_arguments,
     resolve_noise,
@@ -32,7 +32,7 @@ _NO_NOISE, _TENSOR_NOISE, _GENERATED_NOISE = 0, 1, 2  # csrc/common/arguments.h
 def q_sample_reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor) -> Tensor:
     """The formula in plain PyTorch; fp32 arithmetic (float64 for float64 data), one rounding at the end."""
     mean = gather(signal, t, x_start) * x_start.to(table_dtype(x_start.dtype))
-    return (mean + gather(sigma, t, x_start) * resolve_noise(noise, x_start)).to(x_start.dtype)
+    return (mean + gather(sigma, t, x_start) * resolve_noise(noise, x_start)).to(x_start.dtype).contiguous()
 
 
 def _q_sample_cpu(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor) -> Tensor:
@@ -96,19 +96,23 @@ def q_sample(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: N
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here.
     """
+    _check(x_start, t, signal, sigma, noise)
+    noise_tensor = None if isinstance(noise, Noise) else noise
+    if backend is None and goes_through_dispatcher(x_start, t, noise_tensor):
+        return torch.ops.ddpm_fast.q_sample(x_start, t, signal, sigma, *noise_arguments(noise))
+    implementation = backends.choose(x_start.device, x_start.dtype, "reference" if in_functorch() else backend)
+    needs_grad = x_start.requires_grad or (noise_tensor is not None and noise_tensor.requires_grad)
+    if needs_grad and torch.is_grad_enabled() and implementation is not q_sample_reference:
+        return _QSample.apply(x_start, t, signal, sigma, noise, implementation, noise_tensor)
+    return implementation(x_start, t, signal, sigma, noise)
+
+
+def _check(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor) -> None:
     check_data("x_start", x_start)
     check_table("signal", signal, "x_start", x_start)
     check_table("sigma", sigma, "x_start", x_start, tuple(signal.shape))
     check_t(t, "x_start", x_start, signal.shape[0])
     check_noise(noise, "x_start", x_start)
-    noise_tensor = None if isinstance(noise, Noise) else noise
-    if backend is None and goes_through_dispatcher(x_start, t, noise_tensor):
-        return torch.ops.ddpm_fast.q_sample(x_start, t, signal, sigma, *noise_arguments(noise))
-    implementation = backends.choose(x_start.device, x_start.dtype, backend)
-    needs_grad = x_start.requires_grad or (noise_tensor is not None and noise_tensor.requires_grad)
-    if needs_grad and torch.is_grad_enabled() and implementation is not q_sample_reference:
-        return _QSample.apply(x_start, t, signal, sigma, noise, implementation, noise_tensor)
-    return implementation(x_start, t, signal, sigma, noise)
 
 
 library.define(
@@ -119,9 +123,9 @@ library.define(
 
 @torch.library.impl(library, "q_sample", "CompositeExplicitAutograd")
 def _q_sample_op(x_start, t, signal, sigma, noise, seed, stream, first_sample):
-    check_t_values(t, signal.shape[0])
     if noise is None:
         noise = Noise(unsigned64(seed), stream, unsigned64(first_sample))
+    _check(x_start, t, signal, sigma, noise)  # a compiled graph has not seen the values of t yet
     return backends.choose(x_start.device, x_start.dtype)(x_start, t, signal, sigma, noise).contiguous()
 
 

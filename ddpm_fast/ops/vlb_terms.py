@@ -20,6 +20,7 @@ COLUMNS = ("from_x_t", "from_out", "mean1", "mean2", "posterior_log_variance", "
 CDFS = ("tanh", "erf")
 _FLOOR = 1e-12  # of a bin's probability, as in the published code
 _EDGE = 0.999  # data beyond it lies in one of the two open bins
+MAX_LEVELS = 2000  # with more, inner levels would lie beyond _EDGE
 _SATURATED = 100.0  # Φ is 0 or 1 beyond it in fp32 and float64; a larger argument would overflow where it is cubed
 _MIN_LOG_SCALE = -80.0  # e^80 is still finite in fp32; at this scale every argument that is not 0 is saturated
 
@@ -96,10 +97,10 @@ def vlb_terms(
         x_start: (N, C, ...) clean data on the grid of ``levels`` values in [-1, 1].
         x_t: (N, C, ...) a draw of q(x_t | x_0).
         t: (N,) int64 in 0..T-1.
-        table: (T, 8) float32 (float64 for float64 data), columns as in :data:`COLUMNS`.
+        table: (T, 8) float32 (float64 for float64 data), columns as in COLUMNS above.
         variance: "fixed", "learned" or "learned_range".
         clip: clip x̂0 to [-1, 1]; usual in evaluation, not in a loss.
-        levels: grey levels, at least 2: they set the decoder's bins.
+        levels: grey levels, 2..2000: they set the decoder's bins.
         cdf: "tanh" (published numbers) or "erf" (exact).
         detach_mean: no gradient to the prediction, only to the variance half (the hybrid loss).
         backend: force "reference".
@@ -115,10 +116,10 @@ def vlb_terms(
     if variance not in VARIANCE_KINDS:
         raise ValueError(f"variance must be one of {', '.join(VARIANCE_KINDS)}, got {variance!r}")
     check_output(out, "x_t", x_t, variance)
-    check_table("table", table, "x_t", x_t, (table.shape[0], len(COLUMNS)))
+    check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
-    if levels < 2:
-        raise ValueError(f"levels must be at least 2, got {levels}")
+    if not 2 <= levels <= MAX_LEVELS:
+        raise ValueError(f"levels must lie in 2..{MAX_LEVELS}, got {levels}")
     if cdf not in CDFS:
         raise ValueError(f"cdf must be one of {', '.join(CDFS)}, got {cdf!r}")
     return backends.choose(x_t.device, x_t.dtype, backend)(out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import atomic_write
+from ddpm_fast.files import atomic_write
 
 FORMAT = "ddpm_fast"
 FORMAT_VERSION = 1
@@ -170,7 +170,12 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | 
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise CheckpointError(_damaged(tensor_path, error)) from error
-    document = _document(header)
+    try:
+        document = _document(header)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(_damaged(tensor_path, error)) from error
+    if not isinstance(document["meta"], dict):
+        raise CheckpointError(f"{tensor_path} is damaged: the meta of its header is not a JSON object")
     _check_json(tensor_path, document)
     return Checkpoint(tensors, document["meta"], tensor_path)
 
@@ -234,10 +239,10 @@ def _document(header: Mapping[str, str]) -> dict[str, Any]:
 
 def _resolve(path: Path) -> Path:
     """The tensor file that `path` stands for."""
-    if path.suffix in _PICKLE_SUFFIXES:
-        raise CheckpointError(_pickle_message(path))
     if path.is_dir():
         tensor_path = path / "checkpoint.safetensors"
+    elif path.suffix in _PICKLE_SUFFIXES:
+        raise CheckpointError(_pickle_message(path))
     elif path.suffix in (".safetensors", ".json"):
         tensor_path = path.with_suffix(".safetensors")
     elif path.exists():
@@ -263,7 +268,7 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
             f"expected {FORMAT!r}"
         )
     version = header.get("format_version", "")
-    if not version.isdecimal() or not {"id", "meta"} <= header.keys():
+    if not version.isdecimal() or len(version) > 9 or not {"id", "meta"} <= header.keys():
         raise CheckpointError(f"{path} is damaged: its header lacks format_version, id or meta")
     if int(version) > FORMAT_VERSION:
         raise CheckpointError(

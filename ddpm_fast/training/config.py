@@ -22,12 +22,13 @@ class TrainConfig:
     Attributes:
         data: "digits", "photos", a folder of images, or a .npy or .npz file.
         image_size: side to resize a folder's images to, or None.
+        levels: grey levels of an array file, or None for what the data has.
         preset: network, a name of :data:`ddpm_fast.models.PRESETS`; ``network`` overrides its arguments.
         schedule, timesteps, schedule_options: of :meth:`NoiseSchedule.from_name`.
         prediction, variance: of :class:`GaussianDiffusion`.
         loss, weight: of :meth:`GaussianDiffusion.loss`.
         steps, batch: optimiser steps, and images in each.
-        learning_rate, warmup, decay: Adam's; linear warm-up over ``warmup`` steps, then "constant" or "cosine" to 0.
+        learning_rate, adam_beta2, warmup, decay: Adam's; linear warm-up over ``warmup`` steps, then "constant" or "cosine" to 0.
         clip_norm: largest global norm of the gradient.
         ema: decay of the moving average of the weights.
         flip: mirror each image with probability ½.
@@ -40,6 +41,7 @@ class TrainConfig:
 
     data: str = "digits"
     image_size: int | None = None
+    levels: int | None = None
     preset: str = "cifar10"
     network: dict[str, Any] = field(default_factory=dict)
     schedule: str = "linear"
@@ -52,6 +54,7 @@ class TrainConfig:
     steps: int = 800_000
     batch: int = 128
     learning_rate: float = 2e-4
+    adam_beta2: float = 0.999
     warmup: int = 5000
     decay: str = "constant"
     clip_norm: float = 1.0
@@ -68,9 +71,13 @@ class TrainConfig:
         for name, low in (("steps", 1), ("batch", 1), ("timesteps", 1), ("warmup", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.loss == "vlb" and self.weight != "uniform":
+            raise ValueError(f"weight is of the simple loss and has no part in loss 'vlb', got {self.weight!r}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2 must lie in [0, 1), got {self.adam_beta2}")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must lie in [0, 1], got {self.label_dropout}")
         for name, allowed in (("loss", LOSSES), ("weight", WEIGHTS), ("precision", PRECISIONS), ("decay", DECAYS), ("preset", tuple(PRESETS))):
@@ -79,9 +86,19 @@ class TrainConfig:
 
     @classmethod
     def for_data(cls, data: str, **overrides: Any) -> TrainConfig:
-        """The recipe for a data set, with what is given (not None) replaced."""
+        """The recipe for a data set, with what is given (not None) replaced; another schedule starts from its own defaults."""
+        recipe = RECIPES.get(data, {})
         given = {name: value for name, value in overrides.items() if value is not None}
-        return cls(**{**RECIPES.get(data, {}), "data": data, **given})
+        if "schedule" in given:
+            recipe = {**recipe, "schedule_options": {}}
+        config = cls(**{**recipe, "data": data, **given})
+        if config.schedule == "linear" and "timesteps" in given and "schedule_options" not in given:
+            # A chain of another length destroys as much as the recipe's: the betas scale with 1/T.
+            T, options = (recipe.get("timesteps", 1000), recipe.get("schedule_options", {})) if "schedule" not in given else (1000, {})
+            start, end = options.get("beta_start", 1e-4), options.get("beta_end", 0.02)
+            scaled = dict(beta_start=start * T / config.timesteps, beta_end=end * T / config.timesteps)
+            config = dataclasses.replace(config, schedule_options=scaled)
+        return config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -98,7 +115,14 @@ class TrainConfig:
     def make_network(self, data: ImageData) -> UNet:
         """The preset, fitted to the data's channels and size and to the variance's head. Weights are random."""
         channels, height, width = data.image_shape
-        arguments = {**PRESETS[self.preset], "in_channels": channels, "image_size": height, **self.network}
+        preset = PRESETS[self.preset]
+        # Attention stays at the level, not at the resolution, that the preset has it at.
+        levels = [preset["image_size"] // r for r in preset["attention_resolutions"]]
+        arguments = {**preset, "in_channels": channels, "image_size": height, "attention_resolutions": [height // level for level in levels]}
+        arguments.update(self.network)
+        divisor = 2 ** (len(arguments["channel_mult"]) - 1)
+        if height % divisor:
+            raise ValueError(f"preset {self.preset!r} halves images {len(arguments['channel_mult']) - 1} times and needs sides divisible by {divisor}, got {height}; resize a folder with image_size")
         if height != width:
             raise ValueError(f"images must be square for the UNet, got {height}x{width}; use image_size")
         if self.class_conditional and data.num_classes is None:
@@ -112,7 +136,7 @@ class TrainConfig:
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": dict(
         preset="digits", timesteps=250, schedule_options=dict(beta_start=2e-3, beta_end=0.08), variance="learned_range", loss="hybrid",
-        steps=400, batch=64, learning_rate=2e-3, warmup=50, decay="cosine", ema=0.98, flip=False, stratified=True,
+        network=dict(dropout=0.0), steps=500, batch=64, learning_rate=2e-3, adam_beta2=0.99, warmup=50, decay="cosine", ema=0.98, flip=False, stratified=True,
     ),
     "photos": dict(preset="photos32", steps=20_000, batch=32, warmup=500, ema=0.999),
 }  # fmt: skip

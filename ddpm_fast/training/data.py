@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .readers import IMAGE_SUFFIXES, DataError, read_array_file, read_folder, to_levels, to_unit
+from ddpm_fast.training.readers import IMAGE_SUFFIXES, DataError, read_array_file, read_folder, to_levels, to_unit
 
 __all__ = ["BUILT_IN", "IMAGE_SUFFIXES", "Batches", "DataError", "ImageData", "load_data", "to_levels", "to_unit"]
 

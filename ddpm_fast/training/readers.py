@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ _NPZ_TRAIN = ("train", "x_train", "images", "x", "arr_0")
 _NPZ_TEST = ("test", "x_test")
 _NPZ_TRAIN_LABELS = ("train_labels", "y_train", "labels", "y", "arr_1")
 _NPZ_TEST_LABELS = ("test_labels", "y_test")
+_NPZ_KEYS = _NPZ_TRAIN + _NPZ_TEST + _NPZ_TRAIN_LABELS + _NPZ_TEST_LABELS
 _GREY_MODES = ("1", "L", "LA", "I;16", "I;16B", "I;16L")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -119,8 +121,13 @@ def read_array_file(path: Path, levels: int) -> tuple[np.ndarray, ...]:
         raise DataError(f"data must be a built-in name, a folder, a .npy or a .npz file, got {path}")
     try:
         loaded = np.load(path, allow_pickle=False)
-        arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"train": loaded}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                arrays = {key: loaded[key] for key in loaded.files if key in _NPZ_KEYS}
+        else:
+            arrays = {"train": loaded}
+    # The last three: damaged, unknown and encrypted compression.
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         if "object" in str(error).lower():
             error = "it holds Python objects (pickles), or is no NumPy file; expected plain numbers"
         raise DataError(f"cannot read {path}: {error}") from None
@@ -130,7 +137,7 @@ def read_array_file(path: Path, levels: int) -> tuple[np.ndarray, ...]:
 
     train, test = first(_NPZ_TRAIN), first(_NPZ_TEST)
     if train is None:
-        raise DataError(f"{path} must have images under {', '.join(_NPZ_TRAIN)}; got {', '.join(arrays) or 'nothing'}")
+        raise DataError(f"{path} must have images under {', '.join(_NPZ_TRAIN)}; got {', '.join(getattr(loaded, 'files', ())) or 'nothing'}")
     labels, test_labels = first(_NPZ_TRAIN_LABELS), first(_NPZ_TEST_LABELS)
     train = _images(train, str(path), levels)
     labels = _labels(labels, len(train), str(path))

@@ -26,6 +26,10 @@ class TrainedModel:
     step: int
     meta: dict[str, Any]
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
 
 def load_trained(path: str | os.PathLike, device: torch.device | str = "cpu", *, averaged: bool = True) -> TrainedModel:
     """Reads what `Trainer.save` wrote.
@@ -37,17 +41,20 @@ def load_trained(path: str | os.PathLike, device: torch.device | str = "cpu", *,
     Raises:
         CheckpointError: for a file that is missing, foreign, damaged or of a later version.
     """
-    checkpoint = load_checkpoint(path, map_location=device)
+    checkpoint = load_checkpoint(path)  # on the CPU: the optimiser's half of it is not wanted on the device
     meta = checkpoint.meta
     absent = [name for name in _META if name not in meta]
     if absent:
         raise CheckpointError(f"{checkpoint.path} is a ddpm_fast checkpoint but not of a training run: it has no {', '.join(absent)}")
     try:
         config = TrainConfig.from_dict(meta["train"])
-        model = UNet(**meta["network"]).to(device)
+        with torch.device("meta"):  # no random weights, which would move the global generator
+            model = UNet(**meta["network"])
+        model = model.to_empty(device=device)
+        image_shape = tuple(meta["image_shape"])
         diffusion = config.make_diffusion(meta["levels"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path} describes a run that this version cannot rebuild: {error}") from None
     part = "ema" if averaged else "model"
-    load_into(model, strip_prefix(part, checkpoint.tensors), f"the {part} weights of {checkpoint.path}")
-    return TrainedModel(model.eval(), diffusion, config, tuple(meta["image_shape"]), meta["step"], meta)
+    load_into(model, strip_prefix(part, checkpoint.tensors), f"network ({part} weights of {checkpoint.path})")
+    return TrainedModel(model.eval(), diffusion, config, image_shape, meta["step"], meta)

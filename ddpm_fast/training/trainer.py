@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.models import EMA, UNet
-from ddpm_fast.noise import FOLD_AUGMENT, FOLD_LABELS, FOLD_TRAIN_NOISE, FOLD_TRAIN_TIMESTEPS, Noise
+from ddpm_fast.noise import FOLD_AUGMENT, FOLD_DROPOUT, FOLD_LABELS, FOLD_TRAIN_NOISE, FOLD_TRAIN_TIMESTEPS, Noise
 from ddpm_fast.training.checkpoint import add_prefix, pack_optimizer, save_checkpoint
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.data import Batches, ImageData
@@ -51,19 +52,22 @@ class Trainer:
         self.diffusion = config.make_diffusion(data.levels)
         if config.loss == "hybrid" and not self.diffusion.learns_variance:
             raise ValueError(f"loss 'hybrid' trains a learned variance, got variance {config.variance!r}; use learned or learned_range")
-        with seeded(config.seed):
+        if config.loss == "simple" and self.diffusion.learns_variance:
+            raise ValueError(f"loss 'simple' does not train a variance, got variance {config.variance!r}; use loss hybrid or vlb")
+        with seeded(config.seed):  # on the CPU: the same weights on any device
             self.model = config.make_network(data).to(self.device).train()
         self.ema = EMA(self.model, config.ema)
         # One fused kernel for all parameters, on CPU as on CUDA.
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True)
         self.batches = Batches(len(data.train), config.batch, config.seed)
         self.step = 0
         key = Noise(config.seed)
         self._noise, self._timesteps = key.fold_in(FOLD_TRAIN_NOISE), key.fold_in(FOLD_TRAIN_TIMESTEPS)
         self._flips, self._labels = key.fold_in(FOLD_AUGMENT), key.fold_in(FOLD_LABELS)
+        self._dropout = key.fold_in(FOLD_DROPOUT)
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up, then constant or a half cosine to zero at the last step."""
+        """Warm-up, then constant or a half cosine that would reach zero after the last step."""
         config = self.config
         rate = config.learning_rate * min(1.0, (step + 1) / max(config.warmup, 1))
         return rate * 0.5 * (1.0 + math.cos(math.pi * step / config.steps)) if config.decay == "cosine" else rate
@@ -95,7 +99,7 @@ class Trainer:
         x_start, labels = self.batch(step)
         t, noise = self.timesteps(step), self._noise.at(stream=step)
         x_t = self.diffusion.q_sample(x_start, t, noise)
-        with self._autocast():
+        with seeded(self._dropout.fold_in(step).seed, self.device), self._autocast():
             out = self.model(x_t, t) if labels is None else self.model(x_t, t, labels)
         loss = self.diffusion.loss(out.float(), x_start, x_t, t, noise, kind=config.loss, weight=config.weight).mean()
         self.optimizer.zero_grad(set_to_none=True)
@@ -108,7 +112,14 @@ class Trainer:
         self.step += 1
         return loss.detach(), norm
 
-    def run(self, out: Path | str | None = None, *, log_every: int = 10, save_every: int | None = None, report: Callable[[Progress], Any] = lambda _: None) -> list[dict]:
+    def run(
+        self,
+        out: Path | str | None = None,
+        *,
+        log_every: int = 10,
+        save_every: int | None = None,
+        report: Callable[[Progress], Any] = lambda _: None,
+    ) -> list[dict]:
         """Trains up to the last step.
 
         Args:
@@ -127,35 +138,41 @@ class Trainer:
         """
         history: list[dict] = []
         with contextlib.ExitStack() as stack:
-            stack.enter_context(seeded(self.config.seed))
             metrics = stack.enter_context(open_metrics(Path(out) / METRICS)) if out is not None else None
             start, first = time.perf_counter(), self.step
+            loss = norm = torch.zeros(())
             try:
                 while self.step < self.config.steps:
-                    torch.manual_seed(Noise(self.config.seed, self.step).fold_in(self.step).seed)  # dropout
                     loss, norm = self.train_step()
-                    read = self.step % log_every == 0 or self.step == self.config.steps
+                    last = self.step == self.config.steps
+                    read = self.step % log_every == 0 or last
+                    saves = out is not None and (last or (save_every and self.step % save_every == 0))
+                    if read or saves:
+                        self._check_finite(loss, norm)
                     if read:
                         elapsed = time.perf_counter() - start
-                        line = dict(
+                        history.append(dict(
                             step=self.step, loss=loss.item(), grad_norm=norm.item(), lr=self.learning_rate(self.step - 1),
                             elapsed_s=round(elapsed, 3), images_per_s=round((self.step - first) * self.config.batch / elapsed, 1),
-                        )  # fmt: skip
-                        if not math.isfinite(line["loss"]):
-                            raise FloatingPointError(f"the loss is {line['loss']} at step {self.step}; lower the learning rate or check the data")
-                        history.append(line)
+                        ))  # fmt: skip
                         if metrics:
-                            print(json.dumps(line), file=metrics, flush=True)
-                    report(Progress(self.step, self.config.steps, line["loss"] if read else None))
-                    if out is not None and save_every and self.step % save_every == 0 and self.step < self.config.steps:
+                            print(json.dumps(history[-1]), file=metrics, flush=True)
+                    if saves:
                         self.save(out)
+                    report(Progress(self.step, self.config.steps, history[-1]["loss"] if read else None))
             except KeyboardInterrupt:
-                if out is not None and self.step > first:
+                if out is not None and first < self.step < self.config.steps:
+                    self._check_finite(loss, norm)
                     self.save(out)
                 raise
-            if out is not None:
-                self.save(out)
         return history
+
+    def _check_finite(self, loss: Tensor, norm: Tensor) -> None:
+        """Before anything is kept: an infinite gradient makes NaN weights even where the loss is finite."""
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step}; lower the learning rate or check the data"
+            )
 
     def save(self, out: Path | str) -> Path:
         """Writes the checkpoint into a folder, atomically: weights, their average, the optimiser, and the configuration."""
@@ -182,7 +199,7 @@ class Trainer:
 
     def averaged_model(self) -> UNet:
         """A copy of the network with the averaged weights, in eval mode."""
-        model = UNet(**self.model.config).to(self.device)
+        model = copy.deepcopy(self.model)
         self.ema.copy_to(model)
         return model.eval()
 
@@ -210,9 +227,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """PyTorch's own generators (initial weights, dropout) seeded within the block, and as they were after it."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 

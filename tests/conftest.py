@@ -1,0 +1,101 @@
+"""What this machine can test, said at the start of every run, and the fixtures that choose among it."""
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from machine import ISAS, SIMULATED_ARCHS, isa_missing, nvcc_missing, nvcc_version
+
+from ddpm_fast.backends import missing, native, native_missing, tables
+
+
+class Backend(NamedTuple):
+    """One way to run an op here: force ``name``, with tensors on ``device``."""
+
+    name: str
+    isa: str | None
+    device: torch.device
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set")
+
+
+def pytest_report_header(config):
+    isas = [isa if not isa_missing(isa) else f"no {isa} ({isa_missing(isa)})" for isa in ISAS]
+    simulator = f"yes, {nvcc_version()} for {' '.join(SIMULATED_ARCHS)}" if not nvcc_missing() else f"no: {nvcc_missing()}"
+    device = f"no: {missing('cuda')}" if missing("cuda") else f"yes, {torch.cuda.get_device_name()}"
+    return [
+        "ddpm_fast layers that run here:",
+        f"  reference: yes, PyTorch {torch.__version__}, {torch.get_num_threads()} threads",
+        f"  cpu: {native_missing or ', '.join(isas)}",
+        f"  PTX simulator: {simulator}",
+        f"  CUDA device: {device}",
+    ]
+
+
+def pytest_generate_tests(metafunc):
+    marker = metafunc.definition.get_closest_marker("backends")
+    if marker is None or "backend" not in metafunc.fixturenames:
+        return
+    names = []
+    for name in tables[marker.args[0]].implementations:
+        if name not in marker.kwargs.get("without", ()):
+            names += [f"cpu-{isa}" for isa in ISAS] if name == "cpu" else [name]
+    metafunc.parametrize("backend", names, indirect=True)
+
+
+@contextlib.contextmanager
+def _selected(isa: str):
+    if isa_missing(isa):
+        pytest.skip(f"cpu kernels for {isa}: {isa_missing(isa)}")
+    native.select_isa(isa)
+    try:
+        assert native.isa() == isa
+        yield isa
+    finally:
+        native.select_isa(None)
+
+
+@pytest.fixture(params=list(ISAS))
+def isa(request):
+    """Each build of the CPU kernels in turn."""
+    with _selected(request.param) as name:
+        yield name
+
+
+@pytest.fixture
+def backend(request):
+    """A :class:`Backend`. With ``@pytest.mark.backends(op)``, each one that the op has; what is missing is skipped by name."""
+    name, _, isa = request.param.partition("-")
+    if name == "cpu":
+        with _selected(isa):
+            yield Backend("cpu", isa, torch.device("cpu"))
+        return
+    if missing(name):
+        pytest.skip(f"backend {name}: {missing(name)}")
+    yield Backend(name, None, torch.device("cpu" if name == "reference" else "cuda"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """torch's global generator starts every test in the same state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    """Number of threads of PyTorch, and so of the CPU kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def csrc():
+    """Folder of the native sources."""
+    return Path(__file__).resolve().parents[1] / "csrc"

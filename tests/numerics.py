@@ -1,0 +1,120 @@
+"""The one comparison of the suite: every test that looks at numbers ends in one of these three functions.
+
+An ulp of a dtype at a value x is eps·max(|x|, smallest normal number): one to two times the spacing of the numbers there.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def assert_as_accurate(actual: Tensor, baseline: Tensor, exact: Tensor, *, factor: float = 2.0, floor: float = 1.0, what: str = "") -> None:
+    """``actual`` errs at most ``factor`` times as much as ``baseline`` anywhere does, plus ``floor`` ulps of the value.
+
+    Args:
+        actual: what is tested, of any dtype.
+        baseline: the reference twin's result, of the same dtype.
+        exact: the truth in float64.
+        factor: how many times the baseline's largest error is allowed.
+        floor: what is allowed beside it, in ulps of actual's dtype at each element: the last rounding may fall the
+            other way where the baseline happens to be exact.
+        what: said first in the message.
+
+    Raises:
+        AssertionError: with the place, both values and both errors; also for another shape or dtype, and where one is
+            NaN or infinite and the truth, rounded to the dtype, is not the same.
+    """
+    _same_kind(actual, baseline, what)
+    _exact_kind(actual, exact, what)
+    _same_nonfinite(baseline, exact, f"{what} (the baseline itself)")
+    finite = _same_nonfinite(actual, exact, what)
+    baseline_error = _error(baseline, exact, finite)
+    largest = float(baseline_error.max()) if baseline_error.numel() else 0.0
+    allowed = factor * largest + floor * _ulp(exact, actual.dtype)
+    _within(actual, exact, finite, allowed, f"{factor:g} x the baseline's {largest:.3e} + {floor:g} ulp", what, baseline)
+
+
+def assert_close_to_exact(actual: Tensor, exact: Tensor, *, ulps: float = 0.0, rtol: float = 0.0, atol: float = 0.0, what: str = "") -> None:
+    """|actual - exact| <= ulps·ulp(exact) + rtol·|exact| + atol at every element; ``exact`` is float64. Strict on NaN and inf."""
+    _exact_kind(actual, exact, what)
+    finite = _same_nonfinite(actual, exact, what)
+    allowed = ulps * _ulp(exact, actual.dtype) + rtol * exact.abs() + atol
+    _within(actual, exact, finite, allowed, f"{ulps:g} ulp + {rtol:g} relative + {atol:g}", what)
+
+
+def assert_bits_equal(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """The same shape, dtype and bits: -0 is not 0, and a NaN equals itself alone."""
+    _same_kind(actual, expected, what)
+    a, b = (x.detach().cpu().contiguous().view(_INTEGER_VIEW[x.element_size()]) if x.dtype != torch.bool else x.cpu() for x in (actual, expected))
+    different = a != b
+    count = int(different.sum())
+    if count:
+        at = _index(different.flatten().int().argmax(), actual.shape)
+        bits = "" if a.dtype == torch.bool else f" (bits {_hex(a[at])} and {_hex(b[at])})"
+        _fail(what, f"{count} of {a.numel()} elements differ, the first at {at}: got {_show(actual[at])}, expected {_show(expected[at])}{bits}")
+
+
+def _within(actual, exact, finite, allowed, rule, what, baseline=None):
+    error = _error(actual, exact, finite)
+    excess = torch.where(finite, error - allowed, torch.full_like(error, -torch.inf))
+    if excess.numel() and float(excess.max()) > 0:
+        at = _index(excess.flatten().argmax(), actual.shape)
+        count = int((excess > 0).sum())
+        other = "" if baseline is None else f", baseline {_show(baseline[at])}"
+        _fail(
+            what,
+            f"{count} of {error.numel()} elements are too far off, the worst at {at}: got {_show(actual[at])}, exact {_show(exact[at])}{other}; "
+            f"error {float(error[at]):.3e}, allowed {float(allowed[at]):.3e} ({rule})",
+        )
+
+
+def _same_nonfinite(x: Tensor, exact: Tensor, what: str) -> Tensor:
+    """Fails unless x has NaN and infinities just where the truth, rounded to x's dtype, has them. Returns where it is finite."""
+    x, rounded = x.detach().cpu(), exact.detach().cpu().to(x.dtype)
+    wrong = (x.isnan() != rounded.isnan()) | ((x.isinf() | rounded.isinf()) & (x != rounded) & ~(x.isnan() & rounded.isnan()))
+    if wrong.any():
+        at = _index(wrong.flatten().int().argmax(), x.shape)
+        _fail(what, f"NaN or infinity at {at} ({int(wrong.sum())} such): got {_show(x[at])}, exact {_show(exact[at])}")
+    return x.isfinite()
+
+
+def _same_kind(actual: Tensor, expected: Tensor, what: str) -> None:
+    for name in ("shape", "dtype"):
+        if getattr(actual, name) != getattr(expected, name):
+            _fail(what, f"{name} is {getattr(actual, name)}, expected {getattr(expected, name)}")
+
+
+def _exact_kind(actual: Tensor, exact: Tensor, what: str) -> None:
+    if exact.dtype != torch.float64:
+        raise TypeError(f"exact must be float64, got {exact.dtype}")
+    if actual.shape != exact.shape:
+        _fail(what, f"shape is {actual.shape}, expected {exact.shape}")
+
+
+def _error(x: Tensor, exact: Tensor, finite: Tensor) -> Tensor:
+    error = (x.detach().cpu().double() - exact.detach().cpu()).abs()
+    return torch.where(finite, error, torch.zeros_like(error))
+
+
+def _ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    return info.eps * exact.detach().cpu().abs().clamp_min(info.tiny)
+
+
+def _index(flat: Tensor, shape: torch.Size) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(flat, shape)) if len(shape) else ()
+
+
+def _hex(x: Tensor) -> str:
+    width = 2 * x.element_size()
+    return f"{int(x) & (1 << 4 * width) - 1:0{width}x}"
+
+
+def _show(x: Tensor) -> str:
+    return f"{x.item()!r}"
+
+
+def _fail(what: str, message: str) -> None:
+    raise AssertionError(f"{what}: {message}" if what else message)

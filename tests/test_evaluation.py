@@ -1,0 +1,99 @@
+"""The bound on a data set: full and estimated, and the measures of samples."""
+import math
+
+import pytest
+import torch
+
+import ddpm_fast as df
+from ddpm_fast.evaluation import class_counts, evaluate_bound, neighbour_distance_ratio
+from ddpm_fast.evaluation.bound import intervals
+from ddpm_fast.training.data import load_data
+
+T = 30
+DIFFUSION = df.GaussianDiffusion(df.NoiseSchedule.linear(T, 1e-3, 0.3), levels=17)
+
+
+def grid_images(n):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 17, (n, 1, 4, 4), generator=generator) / 8 - 1.0
+
+
+def model(x, t):
+    return 0.3 * x * (1 + t.view(-1, 1, 1, 1) / T)
+
+
+def test_full_bound_agrees_with_bits_per_dim():
+    x = grid_images(5)
+    bound = evaluate_bound(model, DIFFUSION, x, seed=3)
+    key = df.Noise(3).fold_in(df.noise.FOLD_EVAL_NOISE)
+    expected = DIFFUSION.bits_per_dim(model, x, noise=key)
+    torch.testing.assert_close(bound.per_image, expected.total.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(bound.terms, expected.terms.double(), rtol=0, atol=0)
+    assert bound.total == pytest.approx(bound.decoder + bound.divergence + float(bound.prior.mean()))
+
+
+def test_batch_size_changes_rounding_only():
+    x = grid_images(7)
+    for terms in (None, 6):
+        bounds = [evaluate_bound(model, DIFFUSION, x, terms_per_image=terms, batch=batch).per_image for batch in (1, 3, 7)]
+        for other in bounds[1:]:
+            torch.testing.assert_close(other, bounds[0], rtol=1e-6, atol=0)
+
+
+def test_estimate_is_unbiased():
+    # The same image many times: the spread of the estimates is that of their noise and t, so four standard errors of the
+    # difference bound it.
+    x = grid_images(1).expand(400, -1, -1, -1).contiguous()
+    full = evaluate_bound(model, DIFFUSION, x, seed=1)
+    estimate = evaluate_bound(model, DIFFUSION, x, terms_per_image=6, seed=2)
+    assert estimate.terms.shape == (400, 6) and full.terms.shape == (400, T)
+    assert abs(estimate.total - full.total) < 4 * math.hypot(estimate.standard_error, full.standard_error)
+    assert estimate.standard_error > full.standard_error
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 24, 999, 1000, None])
+@pytest.mark.parametrize("length", [2, 5, 1000])
+def test_intervals_cover_each_t_once(length, count):
+    first, counts = intervals(length, count)
+    covered = [t for a, n in zip(first.tolist(), counts.tolist(), strict=True) for t in range(a, a + n)]
+    assert covered == list(range(length))
+    assert first[0] == 0 and counts[0] == 1 and len(first) <= (count or length)
+
+
+def test_images_by_function_and_progress():
+    x, seen = grid_images(5), []
+    by_function = evaluate_bound(model, DIFFUSION, lambda part: x[part], 5, batch=2, report=lambda done, of: seen.append((done, of)))
+    assert torch.equal(by_function.per_image, evaluate_bound(model, DIFFUSION, x, batch=2).per_image)
+    assert seen[-1] == (3 * T, 3 * T) and len(seen) == 3 * T
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(x_start=grid_images(2)[:0]), "at least one image, got none"),
+        (dict(x_start=grid_images(2), batch=0), "batch must be at least 1, got 0"),
+        (dict(x_start=grid_images(2), terms_per_image=1), "terms per image must be at least 2.*got 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_bound(model, DIFFUSION, **arguments)
+
+
+def test_output_that_is_not_finite_is_named():
+    def broken(x, t):
+        return torch.where(t.view(-1, 1, 1, 1) == 4, float("nan"), 0.0) * x
+
+    with pytest.raises(ValueError, match="not finite at t = 4"):
+        evaluate_bound(broken, DIFFUSION, grid_images(2))
+
+
+def test_measures_of_samples_on_real_digits():
+    data = load_data("digits")
+    test, labels = data.batch("test", slice(None))
+    assert neighbour_distance_ratio(test, data) == pytest.approx(1.0)
+    assert neighbour_distance_ratio(data.batch("train", slice(0, 50))[0], data) == pytest.approx(0.0, abs=1e-3)
+    assert neighbour_distance_ratio(torch.randn(50, 1, 8, 8), data) > 2.0
+    counts = class_counts(test, data)
+    wrong = sum(abs(a - b) for a, b in zip(counts, labels.bincount().tolist(), strict=True))
+    assert sum(counts) == 360 and wrong <= 14  # such a classifier errs on about 1% of the digits

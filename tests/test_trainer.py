@@ -1,0 +1,201 @@
+"""The training loop: reproducible, resumable in principle, safe on disk."""
+import json
+
+import pytest
+import torch
+
+from ddpm_fast.noise import Noise
+from ddpm_fast.training import TrainConfig, Trainer, load_trained
+from ddpm_fast.training.checkpoint import CheckpointError, save_checkpoint
+from ddpm_fast.training.data import ImageData
+from ddpm_fast.training.trainer import resolve_device
+
+TINY = dict(preset="digits", network=dict(base_channels=8, channel_mult=[1], norm_groups=4), timesteps=20, batch=8, steps=4, warmup=2, learning_rate=1e-3, flip=False)
+
+
+def images(n=24, channels=1, size=8, levels=17, classes=3):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, levels, (n, channels, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(n) % classes
+    return ImageData("tiny", x, x[:6], levels, labels, labels[:6])
+
+
+def config(**changes):
+    return TrainConfig(**{**TINY, **changes})
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_same_seed_same_weights_and_global_generator_untouched():
+    before = torch.random.get_rng_state()
+    runs = [Trainer(config(network={**TINY["network"], "dropout": 0.3}), images()) for _ in range(2)]
+    torch.rand(7)  # what others draw meanwhile does not matter
+    for trainer in runs:
+        trainer.run()
+    assert torch.equal(weights(runs[0]), weights(runs[1]))
+    torch.random.set_rng_state(before)
+    Trainer(config(), images()).run()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_another_seed_gives_other_weights():
+    a, b = (Trainer(config(seed=seed), images()) for seed in (0, 1))
+    assert not torch.equal(weights(a), weights(b))
+
+
+def test_training_lowers_the_loss():
+    # Images of one grey each: all but their level is noise, which a short training can learn to see.
+    x = torch.arange(24, dtype=torch.uint8).remainder(17).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+    trainer = Trainer(config(steps=80, batch=24, learning_rate=5e-3, stratified=True), ImageData("grey", x, x[:6], 17))
+    losses = [line["loss"] for line in trainer.run(log_every=1)]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])  # the target is unit noise: the loss starts at 1
+
+
+@pytest.mark.parametrize("variance, loss", [("fixed_small", "simple"), ("fixed_large", "vlb"), ("learned", "vlb"), ("learned_range", "hybrid")])
+@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "v", "mean"])
+def test_every_parameterisation_trains(prediction, variance, loss):
+    trainer = Trainer(config(prediction=prediction, variance=variance, loss=loss, steps=2), images())
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in trainer.run(log_every=1))
+
+
+def test_bf16_autocast_trains_close_to_fp32():
+    losses = [Trainer(config(precision=precision), images()).run(log_every=1)[0]["loss"] for precision in ("fp32", "bf16")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # the same first step, 8 bits of mantissa
+
+
+def test_timesteps_cover_the_chain():
+    drawn = Trainer(config(batch=20), images()).timesteps(0)
+    assert drawn.shape == (20,) and drawn.min() >= 0 and drawn.max() < 20
+    stratified = Trainer(config(batch=40, stratified=True), images()).timesteps(3)
+    assert stratified.bincount(minlength=20).tolist() == pytest.approx([2] * 20, abs=1)  # two strata to each t
+
+
+def test_learning_rate_warms_up_and_decays():
+    trainer = Trainer(config(decay="cosine", steps=100, warmup=10, learning_rate=1.0), images())
+    assert trainer.learning_rate(0) == pytest.approx(0.1)
+    assert trainer.learning_rate(50) == pytest.approx(0.5)
+    assert trainer.learning_rate(100) == pytest.approx(0.0)
+    assert Trainer(config(learning_rate=0.5), images()).learning_rate(1000) == 0.5
+
+
+def test_flips_mirror_about_half_of_the_images():
+    trainer = Trainer(config(flip=True, batch=64), images(64))
+    plain = Trainer(config(batch=64), images(64)).batch(5)[0]
+    flipped = trainer.batch(5)[0]
+    mirrored = (flipped == plain.flip(3)).flatten(1).all(1)
+    assert (mirrored | (flipped == plain).flatten(1).all(1)).all()
+    assert 16 <= mirrored.sum() <= 48  # four standard deviations of a fair coin
+
+
+def test_labels_reach_a_conditional_network_and_some_are_dropped():
+    trainer = Trainer(config(class_conditional=True, label_dropout=0.5, batch=64), images(64))
+    labels = trainer.batch(0)[1]
+    dropped = (labels == 3).sum()
+    assert 16 <= dropped <= 48
+    assert len(trainer.run(log_every=1)) == 4
+
+
+def test_run_writes_metrics_and_a_checkpoint_that_loads(tmp_path):
+    trainer = Trainer(config(variance="learned_range", loss="hybrid"), images())
+    trainer.run(tmp_path, log_every=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {"loss", "grad_norm", "lr", "images_per_s", "elapsed_s"} <= set(lines[0])
+    trained = load_trained(tmp_path)
+    assert trained.step == 4 and trained.image_shape == (1, 8, 8) and trained.config == trainer.config
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 19])
+    assert torch.equal(trained.model(x, t), trainer.averaged_model()(x, t))
+    last = load_trained(tmp_path, averaged=False)
+    assert torch.equal(last.model(x, t), trainer.model.eval()(x, t))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.json", "checkpoint.safetensors", "metrics.jsonl"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    trainer = Trainer(config(), images())
+    trainer.run(tmp_path)
+    kept = (tmp_path / "checkpoint.safetensors").read_bytes()
+    broken = Trainer(config(), images())
+    with torch.no_grad():
+        broken.model.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan and the gradient's norm nan at step 1"):
+        broken.run(tmp_path, log_every=1)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == kept
+
+
+def test_interruption_saves_what_was_trained(tmp_path):
+    trainer = Trainer(config(steps=100), images())
+
+    def interrupt(progress):
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(tmp_path, report=interrupt)
+    assert load_trained(tmp_path).step == 3
+
+
+def test_checkpoint_of_something_else_is_refused(tmp_path):
+    save_checkpoint(tmp_path, {"x": torch.zeros(1)}, {"step": 3})
+    with pytest.raises(CheckpointError, match="not of a training run: it has no network"):
+        load_trained(tmp_path)
+
+
+def test_checkpoint_with_unknown_configuration_is_refused(tmp_path):
+    trainer = Trainer(config(), images())
+    meta = dict(step=1, network=trainer.model.config, levels=17, image_shape=[1, 8, 8], train={"from_the_future": 1})
+    save_checkpoint(tmp_path, {"x": torch.zeros(1)}, meta)
+    with pytest.raises(CheckpointError, match="from_the_future"):
+        load_trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(learning_rate=float("nan")), "learning_rate must be positive, got nan"),
+        (dict(loss="l2"), "loss must be one of simple, vlb, hybrid, got 'l2'"),
+        (dict(preset="big"), "preset must be one of .*, got 'big'"),
+        (dict(label_dropout=2.0), r"label_dropout must lie in \[0, 1\], got 2.0"),
+        (dict(precision="fp8"), "precision must be one of fp32, bf16, got 'fp8'"),
+    ],
+)
+def test_bad_configuration(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, data, message",
+    [
+        (dict(variance="learned"), images(), "loss 'simple' does not train a variance, got variance 'learned'"),
+        (dict(loss="hybrid"), images(), "loss 'hybrid' trains a learned variance, got variance 'fixed_large'"),
+        (dict(class_conditional=True), ImageData("plain", images().train, images().test, 17), "class_conditional needs labels, and plain has none"),
+        (dict(schedule="straight"), images(), "schedule must be one of .*, got 'straight'"),
+        (dict(schedule_options=dict(slope=1.0)), images(), "schedule 'linear' does not take these options"),
+        (dict(device="cuda:99"), images(), "device 'cuda:99' is not there"),
+        (dict(device="tpu9"), images(), "device must be auto, cpu or cuda"),
+    ],
+)
+def test_configuration_that_does_not_fit(changes, data, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(config(**changes), data)
+
+
+def test_images_that_are_not_square():
+    x = torch.zeros(8, 1, 8, 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="images must be square for the UNet, got 8x16"):
+        Trainer(config(), ImageData("wide", x, x[:2], 17))
+
+
+def test_auto_device():
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_noise_of_training_does_not_meet_that_of_sampling():
+    from ddpm_fast import noise
+
+    folds = [getattr(noise, name) for name in dir(noise) if name.startswith("FOLD_")]
+    assert len(set(folds)) == len(folds) >= 8
+    assert len({Noise(0).fold_in(k).seed for k in folds}) == len(folds)

@@ -7,7 +7,7 @@ the ones it has in a :class:`BackendTable`; what is missing at run time stays li
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -24,7 +24,7 @@ except ImportError as error:
     native_missing = f"ddpm_fast._C was not built or does not load ({error}); run `pip install -e .` again and read its output"
 
 
-@lru_cache(maxsize=None)
+@cache
 def missing(backend: str) -> str:
     """Why a backend cannot run on this machine; empty where it can."""
     if backend == "cpu":

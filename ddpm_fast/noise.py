@@ -108,6 +108,8 @@ class Noise:
     def integers(self, count: int, high: int, device: torch.device | str = "cpu") -> Tensor:
         """``count`` integers, uniform over 0..high-1 (high <= 2^31), one per sample. Used to draw t.
 
+        They come from the words that :meth:`materialize` makes normals of: fold a key of their own in first.
+
         The bias of the multiply-and-shift is below high / 2^32.
 
         Returns:

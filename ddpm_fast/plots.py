@@ -59,7 +59,7 @@ def image_grid(
     rows = math.ceil(len(x) / columns)
     images = x.detach().to("cpu", torch.float32)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    n, height, width, channels = pixels.shape
+    height, width, channels = pixels.shape[1:]
     room_x = (max_pixels - (columns + 1) * padding) // (columns * width)
     room_y = (max_pixels - (rows + 1) * padding) // (rows * height)
     factor = max(1, min(room_x, room_y))

@@ -174,8 +174,8 @@ def sample(
         device = "cpu" if parameter is None else parameter.device
     key = Noise(seed, first_sample=first_sample)
     table = make_table(diffusion, sampler, steps, eta)
-    x = key.fold_in(FOLD_SAMPLE_START).materialize(shape, device)
-    for t, x, x_start in sample_loop(model, table, x, key.fold_in(FOLD_SAMPLE_STEPS), clip=clip):
+    start = key.fold_in(FOLD_SAMPLE_START).materialize(shape, device)
+    for t, x, x_start in sample_loop(model, table, start, key.fold_in(FOLD_SAMPLE_STEPS), clip=clip):
         if callback is not None:
             callback(t, x, x_start)
     return x

@@ -84,7 +84,7 @@ def loss_weights(schedule: NoiseSchedule, prediction: str, weight: str, *, gamma
     Weights of another quantity are divided by the squared factor between its error and the prediction's, so that the
     same model gets the same loss whatever it predicts.
     """
-    from_x_t, from_out = x_start_coefficients(schedule, prediction)
+    from_out = x_start_coefficients(schedule, prediction)[1]
     x_start_error = from_out.square()  # squared error of x̂0 = this · squared error of the output
     if weight == "uniform":
         return torch.ones_like(from_out)

@@ -297,3 +297,17 @@ def test_load_into_keeps_dtype_and_memory_format():
     load_into(model, {"weight": torch.ones(4, 2, 3, 3), "bias": torch.zeros(4)})
     assert model.weight.dtype == torch.bfloat16 and (model.weight == 1).all()
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("meta", ["{", "3", "[" * 100_000])
+def test_damaged_meta_is_named(tmp_path, meta):
+    path = save_checkpoint(tmp_path, {"x": torch.zeros(1)}, {})
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": "ddpm_fast", "format_version": "1", "id": "0", "meta": meta})
+    with pytest.raises(CheckpointError, match=f"{path.name}.*damaged"):
+        load_checkpoint(path)
+
+
+def test_run_folder_with_the_suffix_of_a_pickle(tmp_path):
+    folder = tmp_path / "run.bin"
+    save_checkpoint(folder, {"x": torch.zeros(1)}, {"step": 1})
+    assert load_checkpoint(folder).meta == {"step": 1}

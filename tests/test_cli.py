@@ -64,6 +64,29 @@ def test_sample_does_not_depend_on_the_batch(run, tmp_path):
         assert grid.width > 100
 
 
+def test_sample_of_a_class(tmp_path, command):
+    assert command(*TRAIN, "-T", 30, "--class-conditional", "--out", tmp_path / "run")[0] == 0
+    images = []
+    for label in (0, 7):
+        assert command("sample", tmp_path / "run", "-n", 2, "--class", label, "--out", tmp_path)[0] == 0
+        images.append(np.load(tmp_path / "samples.npz")["images"])
+    assert images[0].shape == (2, 1, 8, 8)
+    code, _, error = command("sample", tmp_path / "run", "--class", 10, "--out", tmp_path)
+    assert code == 2 and "--class must be in 0..9, got 10" in error
+
+
+def test_class_of_an_unconditional_model(run, tmp_path, command):
+    code, _, error = command("sample", run, "--class", 1, "--out", tmp_path)
+    assert code == 2 and "not class-conditional" in error
+
+
+def test_short_chain_is_pointed_out(tmp_path, command):
+    code, text, _ = command(*TRAIN, "--schedule", "linear", "-T", 30, "--lr", 1e-3, "--out", tmp_path / "a")
+    assert code == 0 and "note:" not in text  # betas scale with the chain's length
+    code, text, _ = command(*TRAIN, "--schedule", "constant", "-T", 30, "--out", tmp_path / "b")
+    assert code == 0 and "the chain leaves 0.74 of the data's variance" in text
+
+
 def test_sample_with_ddim(run, tmp_path):
     result = invoke("sample", run, "--out", tmp_path, "-n", 2, "--sampler", "ddim", "--steps", 5)
     assert result.exit_code == 0 and (tmp_path / "samples.png").exists()

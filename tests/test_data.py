@@ -329,3 +329,15 @@ def test_batches_errors():
         Batches(4, 4, seed=2**64)
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         Batches(4, 4).indices(-1)
+
+
+def test_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8))
+    content = bytearray(path.read_bytes())
+    start = content.index(b".npy") + 40
+    for i in range(start, start + 60):
+        content[i] ^= 0x5A
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot read .*x.npz"):
+        load_data(str(path))

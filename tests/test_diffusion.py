@@ -332,3 +332,13 @@ def test_unknown_loss_is_refused():
 def test_hybrid_loss_needs_a_learned_variance():
     with pytest.raises(ValueError, match="the hybrid loss trains a learned variance, but this diffusion's is 'fixed_large'"):
         GaussianDiffusion(SCHEDULE).loss(X, X, X, T0, Noise(0), kind="hybrid")
+
+
+def test_tables_made_in_inference_mode_serve_gradients():
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(10, 1e-3, 0.3))
+    t = torch.tensor([3])
+    with torch.inference_mode():
+        diffusion.q_sample(torch.zeros(1, 2), t, Noise(0))
+    x = torch.zeros(1, 2, requires_grad=True)
+    diffusion.q_sample(x, t, Noise(0)).sum().backward()
+    assert_close_to_exact(x.grad, diffusion.schedule.sqrt_alphas_bar[3].expand(1, 2), rtol=1e-6, atol=0.0)

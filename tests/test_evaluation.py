@@ -97,3 +97,21 @@ def test_measures_of_samples_on_real_digits():
     counts = class_counts(test, data)
     wrong = sum(abs(a - b) for a, b in zip(counts, labels.bincount().tolist(), strict=True))
     assert sum(counts) == 360 and wrong <= 14  # such a classifier errs on about 1% of the digits
+
+
+@pytest.mark.parametrize("bad, got", [(float("nan"), "nan"), (200.0, "200")])
+def test_bad_data_are_named_before_the_model_runs(bad, got):
+    def never(x, t):
+        raise AssertionError("the model ran")
+
+    x = grid_images(3)
+    x[1, 0, 2, 2] = bad
+    for run in (lambda: evaluate_bound(never, DIFFUSION, x), lambda: DIFFUSION.bits_per_dim(never, x)):
+        with pytest.raises(ValueError, match=rf"x_start must be finite and lie in \[-1, 1\], got a largest magnitude of {got}"):
+            run()
+
+
+def test_noise_tensor_for_the_whole_bound():
+    x = grid_images(2)
+    with pytest.raises(TypeError, match="noise must be a Noise"):
+        DIFFUSION.bits_per_dim(model, x, noise=torch.randn_like(x))

@@ -158,13 +158,17 @@ def test_tracers_see_the_operator():
         assert_bits_equal(torch.jit.trace(call, x)(x), expected)
 
 
-def test_vmap_maps_and_func_grad_is_refused():
+def test_functional_transforms():
     x, *rest = case((3, 5), torch.float32)
     many = torch.stack([x, 2 * x])
     mapped = torch.func.vmap(lambda x: q_sample(x, *rest, KEY))(many)
     assert_bits_equal(mapped, torch.stack([q_sample(each, *rest, KEY) for each in many]))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: q_sample(x, *rest, KEY).sum())(x)
+    grad = torch.func.grad(lambda x: q_sample(x, *rest, KEY).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    q_sample(leaf, *rest, KEY).square().sum().backward()
+    assert_bits_equal(grad, leaf.grad)
+    tangent = torch.func.jvp(lambda x: q_sample(x, *rest, KEY), (x,), (torch.ones_like(x),))[1]
+    assert_bits_equal(tangent, rest[1][rest[0]][:, None].expand(3, 5).contiguous())
 
 
 def test_autocast_leaves_the_dtype_alone():

@@ -199,3 +199,43 @@ def test_noise_of_training_does_not_meet_that_of_sampling():
     folds = [getattr(noise, name) for name in dir(noise) if name.startswith("FOLD_")]
     assert len(set(folds)) == len(folds) >= 8
     assert len({Noise(0).fold_in(k).seed for k in folds}) == len(folds)
+
+
+def test_infinite_gradient_is_noticed_before_the_checkpoint(tmp_path):
+    # Clipping turns it into NaN weights while the loss itself is still finite.
+    trainer = Trainer(config(), images())
+    trainer.model.conv_out.bias.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(FloatingPointError, match="the gradient's norm (nan|inf) at step 1"):
+        trainer.run(tmp_path, log_every=100, save_every=1)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_loading_and_averaging_leave_the_global_generator_alone(tmp_path):
+    trainer = Trainer(config(), images())
+    trainer.run(tmp_path)
+    before = torch.random.get_rng_state()
+    trainer.averaged_model()
+    load_trained(tmp_path)
+    trainer.train_step()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("preset, size, attention", [("photos32", 64, [16]), ("photos32", 28, [7]), ("cifar10", 64, [32]), ("digits", 16, [])])
+def test_preset_fits_the_image_size(preset, size, attention):
+    # Attention stays at the preset's level: half of the side for cifar10, a quarter for photos32.
+    model = TrainConfig(preset=preset, network=dict(base_channels=32)).make_network(images(8, 3, size, 256))
+    assert model.config["attention_resolutions"] == attention and model.config["image_size"] == size
+
+
+def test_image_size_that_cannot_be_halved():
+    with pytest.raises(ValueError, match="'cifar10' halves images 3 times and needs sides divisible by 8, got 28"):
+        TrainConfig(preset="cifar10").make_network(images(8, 3, 28, 256))
+
+
+def test_chain_of_another_length_destroys_as_much():
+    recipe, longer = TrainConfig.for_data("digits"), TrainConfig.for_data("digits", timesteps=1000)
+    assert TrainConfig.for_data("digits", timesteps=recipe.timesteps).schedule_options == recipe.schedule_options
+    ends = [c.make_diffusion(17).schedule.alphas_bar[-1].log().item() for c in (recipe, longer)]
+    assert ends[0] == pytest.approx(ends[1], rel=0.05)  # both about -T·mean(beta), up to terms of beta²
+    assert TrainConfig.for_data("digits", schedule="cosine").schedule_options == {}
+    assert TrainConfig.for_data("a folder", timesteps=500).schedule_options == dict(beta_start=2e-4, beta_end=0.04)

@@ -21,13 +21,13 @@ def goes_through_dispatcher(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():  # make_fx, FlopCounterMode; vmap
+    if torch._C._len_torch_dispatch_stack():  # make_fx, FlopCounterMode
         return True
     return any(x is not None and type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
 
 
 def in_functorch() -> bool:
-    """Inside torch.func.grad, vmap and the like, whose tensors have no address: the reference serves them."""
+    """Inside torch.func.grad, vmap and the like: their tensors have no address, so the reference serves them."""
     return torch._C._are_functorch_transforms_active()
 
 

@@ -98,9 +98,11 @@ def q_sample(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: N
     """
     _check(x_start, t, signal, sigma, noise)
     noise_tensor = None if isinstance(noise, Noise) else noise
+    if in_functorch():
+        return q_sample_reference(x_start, t, signal, sigma, noise)
     if backend is None and goes_through_dispatcher(x_start, t, noise_tensor):
         return torch.ops.ddpm_fast.q_sample(x_start, t, signal, sigma, *noise_arguments(noise))
-    implementation = backends.choose(x_start.device, x_start.dtype, "reference" if in_functorch() else backend)
+    implementation = backends.choose(x_start.device, x_start.dtype, backend)
     needs_grad = x_start.requires_grad or (noise_tensor is not None and noise_tensor.requires_grad)
     if needs_grad and torch.is_grad_enabled() and implementation is not q_sample_reference:
         return _QSample.apply(x_start, t, signal, sigma, noise, implementation, noise_tensor)

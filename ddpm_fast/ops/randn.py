@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_fast.backends import NATIVE_DTYPES, BackendTable, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, noise_reference
-from ddpm_fast.ops._common import FLOATING, goes_through_dispatcher, library, signed64, unsigned64
+from ddpm_fast.ops._common import FLOATING, goes_through_dispatcher, in_functorch, library, signed64, unsigned64
 
 
 def randn_reference(shape: torch.Size, seed: int, stream: int, first_sample: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -70,7 +70,7 @@ def randn(
     if math.prod(shape[1:]) > MAX_ELEMENTS_PER_SAMPLE:
         raise ValueError(f"a sample may have at most 2^34 elements, got {math.prod(shape[1:])}")
     device = torch.device(device)
-    if backend is None and goes_through_dispatcher():
+    if backend is None and (goes_through_dispatcher() or in_functorch()):
         return torch.ops.ddpm_fast.randn(shape, signed64(noise.seed), noise.stream, signed64(noise.first_sample), dtype, device)
     return backends.choose(device, dtype, backend)(shape, noise.seed, noise.stream, noise.first_sample, dtype, device)
 

@@ -167,7 +167,7 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | 
         with safe_open(tensor_path, framework="pt", device=str(device)) as file:
             header = file.metadata() or {}
             _check_header(tensor_path, header)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise CheckpointError(_damaged(tensor_path, error)) from error
     try:

@@ -14,7 +14,7 @@ from rich.table import Table
 from ddpm_fast import __version__
 
 app = typer.Typer(name="ddpm-fast", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, sample and evaluate denoising diffusion models.")
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # folders may have brackets in their names
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:i].")]
@@ -281,6 +281,6 @@ def main() -> None:
     """Entry point. What the user can mend is one line on stderr and exit code 2."""
     try:
         app()
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"ddpm-fast: {error}", file=sys.stderr)
         sys.exit(2)

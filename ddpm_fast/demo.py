@@ -18,7 +18,7 @@ from ddpm_fast.sampling import sample
 from ddpm_fast.training import ImageData, TrainConfig, Trainer, load_data
 
 SAMPLES = 100
-TERMS_PER_IMAGE = 24
+TERMS_PER_IMAGE = 20
 CHECKPOINT, RESULTS = "checkpoint.safetensors", "results.json"
 _GIF_FRAMES = 40
 _STRIP_COLUMNS, _STRIP_ROWS = 8, 4

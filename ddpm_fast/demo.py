@@ -91,7 +91,7 @@ def run_demo(out: Path | str = "demo", *, seed: int = 0, steps: int | None = Non
 
 
 def draw(trainer: Trainer, model: torch.nn.Module, seed: int, quiet: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples, and they after each step, (K, N, C, H, W)."""
+    """The samples (N, C, H, W), and their states after each step (K, N, C, H, W)."""
     frames = []
     with Bar("sampling", quiet=quiet) as bar:
 

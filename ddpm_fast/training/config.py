@@ -139,7 +139,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # need over the bound, which the variance's share of the hybrid loss still looks after. Too short to overfit: no dropout.
     "digits": dict(
         preset="digits", network=dict(dropout=0.0), timesteps=150, schedule_options=dict(beta_start=3e-3, beta_end=0.13),
-        variance="learned_range", loss="hybrid", weight="p2", steps=470, batch=64, learning_rate=3e-3, adam_beta2=0.99, warmup=50,
+        variance="learned_range", loss="hybrid", weight="p2", steps=400, batch=64, learning_rate=3e-3, adam_beta2=0.99, warmup=50,
         decay="cosine", ema=0.98, flip=False, stratified=True,
     ),
     "photos": dict(preset="photos32", steps=20_000, batch=32, warmup=500, ema=0.999),

@@ -22,6 +22,7 @@ SAMPLES = 100
 # this short it gives cleaner digits than the learned variance (nearest-neighbour ratio 1.18 against 1.22 in all steps).
 SAMPLER = dict(sampler="ddim", steps=50, eta=1.0)
 TERMS_PER_IMAGE = 20
+DEFAULT_FOLDER = "demo"
 CHECKPOINT, RESULTS = "checkpoint.safetensors", "results.json"
 _STRIP_COLUMNS, _STRIP_ROWS = 8, 4
 
@@ -45,7 +46,7 @@ class DemoResult:
         )
 
 
-def run_demo(out: Path | str = "demo", *, seed: int = 0, steps: int | None = None, device: str = "auto", quiet: bool = False) -> DemoResult:
+def run_demo(out: Path | str = DEFAULT_FOLDER, *, seed: int = 0, steps: int | None = None, device: str = "auto", quiet: bool = False) -> DemoResult:
     """Runs the demo and writes its files into ``out``.
 
     Args:
@@ -56,7 +57,8 @@ def run_demo(out: Path | str = "demo", *, seed: int = 0, steps: int | None = Non
         :class:`DemoResult`.
     """
     out = Path(out)
-    if (out / CHECKPOINT).exists() and not (out / RESULTS).exists():
+    # An interrupted demo leaves a checkpoint without results: in its own folder it may start again.
+    if out.name != DEFAULT_FOLDER and (out / CHECKPOINT).exists() and not (out / RESULTS).exists():
         raise ValueError(f"{out} holds another run; choose another folder with --out")
     data = load_data("digits")
     config = TrainConfig.for_data("digits", seed=seed, steps=steps, device=device)

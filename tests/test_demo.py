@@ -22,3 +22,10 @@ def test_demo_keeps_its_promises(tmp_path):
     assert sum(result.classes) == 100 and min(result.classes) >= 1
     # Below 1 by far would mean copies of the training set.
     assert 0.75 <= result.neighbour_ratio <= 1.25
+
+
+def test_demo_does_not_replace_another_run(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"someone's")
+    with pytest.raises(ValueError, match="holds another run"):
+        run_demo(tmp_path, quiet=True)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == b"someone's"

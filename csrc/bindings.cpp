@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -29,24 +31,114 @@ int64_t first_out_of_range(uintptr_t t, int64_t count, int64_t steps) {
   return -1;
 }
 
-void cpu_randn(uintptr_t out, int64_t samples, int64_t elements, int dtype, uint64_t seed, uint32_t stream,
-               uint64_t first_sample, int threads) {
-  cpu::kernels().randn({pointer<void>(out), samples, elements, DType(dtype), {seed, stream, first_sample}, threads});
+View view(uintptr_t address, int dtype) { return {pointer<void>(address), DType(dtype)}; }
+const float* floats(uintptr_t address) { return pointer<const float>(address); }
+const int64_t* steps(uintptr_t address) { return pointer<const int64_t>(address); }
+
+// (address of its tensor or 0, whether there is noise, seed, stream, first sample)
+using Noise = std::tuple<uintptr_t, bool, uint64_t, uint32_t, uint64_t>;
+NoiseSource source(const Noise& noise, int dtype) {
+  const auto [tensor, present, seed, stream, first_sample] = noise;
+  return {view(tensor, dtype), {seed, stream, first_sample}, present};
 }
 
-void cpu_q_sample(uintptr_t x_start, uintptr_t noise, uintptr_t out, uintptr_t t, uintptr_t signal, uintptr_t sigma,
-                  int64_t samples, int64_t elements, int dtype, int source, uint64_t seed, uint32_t stream,
-                  uint64_t first_sample, int threads) {
-  cpu::kernels().q_sample({pointer<const void>(x_start), pointer<const void>(noise), pointer<void>(out),
-                           pointer<const int64_t>(t), pointer<const float>(signal), pointer<const float>(sigma), samples,
-                           elements, DType(dtype), NoiseSource(source), {seed, stream, first_sample}, threads});
+void cpu_randn(uintptr_t out, int dtype, int64_t samples, int64_t elements, int threads, uint64_t seed, uint32_t stream,
+               uint64_t first_sample) {
+  cpu::kernels().randn({view(out, dtype), {samples, elements, threads}, {seed, stream, first_sample}});
+}
+
+void cpu_q_sample(uintptr_t x_start, uintptr_t out, int dtype, uintptr_t t, uintptr_t signal, uintptr_t sigma, const Noise& noise,
+                  int64_t samples, int64_t elements, int threads) {
+  cpu::kernels().q_sample({view(x_start, dtype), view(out, dtype), steps(t), floats(signal), floats(sigma), source(noise, dtype),
+                           {samples, elements, threads}});
+}
+
+// Forward where grad_out is 0, else backward; `loss` is written or, as the gradient that came, read.
+void cpu_simple_loss(uintptr_t out, int out_dtype, int64_t stride, uintptr_t x_start, int dtype, uintptr_t t, uintptr_t weight,
+                     uintptr_t x_start_coef, uintptr_t noise_coef, const Noise& noise, uintptr_t loss, uintptr_t grad_out,
+                     int64_t samples, int64_t elements, int threads) {
+  const auto kernel = grad_out ? cpu::kernels().simple_loss_backward : cpu::kernels().simple_loss;
+  kernel({{view(out, out_dtype), stride}, view(x_start, dtype), steps(t), floats(weight), floats(x_start_coef), floats(noise_coef),
+          source(noise, dtype), pointer<float>(loss), floats(loss), {view(grad_out, out_dtype), stride}, {samples, elements, threads}});
+}
+
+PStepArguments p_step_arguments(uintptr_t x_t, int dtype, uintptr_t out, uintptr_t without, int out_dtype, int64_t stride,
+                                float guidance, uintptr_t previous, uintptr_t t, uintptr_t table, const Noise& noise, int variance,
+                                bool clip, int64_t samples, int64_t elements, int threads) {
+  PStepArguments a{};
+  a.x_t = view(x_t, dtype);
+  a.out = {view(out, out_dtype), stride};
+  a.without = {view(without, out_dtype), stride};
+  a.guidance = guidance;
+  a.previous = view(previous, dtype);
+  a.t = steps(t);
+  a.table = floats(table);
+  a.noise = source(noise, dtype);
+  a.variance = Variance(variance);
+  a.clip = clip;
+  a.sizes = {samples, elements, threads};
+  return a;
+}
+
+void cpu_p_step(uintptr_t x_t, int dtype, uintptr_t out, uintptr_t without, int out_dtype, int64_t stride, float guidance,
+                uintptr_t previous, uintptr_t t, uintptr_t table, const Noise& noise, int variance, bool clip, int64_t samples,
+                int64_t elements, int threads, uintptr_t x_next, uintptr_t x_start) {
+  PStepArguments a = p_step_arguments(x_t, dtype, out, without, out_dtype, stride, guidance, previous, t, table, noise, variance,
+                                      clip, samples, elements, threads);
+  a.x_next = view(x_next, dtype);
+  a.x_start = view(x_start, dtype);
+  cpu::kernels().p_step(a);
+}
+
+void cpu_p_step_backward(uintptr_t x_t, int dtype, uintptr_t out, uintptr_t without, int out_dtype, int64_t stride, float guidance,
+                         uintptr_t previous, uintptr_t t, uintptr_t table, const Noise& noise, int variance, bool clip,
+                         int64_t samples, int64_t elements, int threads, uintptr_t grad_next, uintptr_t grad_start,
+                         uintptr_t grad_x_t, uintptr_t grad_out, uintptr_t grad_without, uintptr_t grad_previous,
+                         uintptr_t grad_noise) {
+  PStepArguments a = p_step_arguments(x_t, dtype, out, without, out_dtype, stride, guidance, previous, t, table, noise, variance,
+                                      clip, samples, elements, threads);
+  a.grad_next = view(grad_next, dtype);
+  a.grad_start = view(grad_start, dtype);
+  a.grad_x_t = view(grad_x_t, dtype);
+  a.grad_out = {view(grad_out, out_dtype), stride};
+  a.grad_without = {view(grad_without, out_dtype), stride};
+  a.grad_previous = view(grad_previous, dtype);
+  a.grad_noise = view(grad_noise, dtype);
+  cpu::kernels().p_step_backward(a);
+}
+
+// (address, sample stride, element stride)
+using Operand = std::tuple<uintptr_t, int64_t, int64_t>;
+Broadcast broadcast(const Operand& operand, int dtype) {
+  const auto [address, sample_stride, element_stride] = operand;
+  return {view(address, dtype), sample_stride, element_stride};
+}
+
+// Forward where there are no gradients to write, else backward; `kl` is written or, as the gradient that came, read.
+void cpu_gaussian_kl(const Operand& mean1, const Operand& logvar1, const Operand& mean2, const Operand& logvar2, int dtype,
+                     uintptr_t kl, const std::array<uintptr_t, 4>& grads, bool reduced, int64_t samples, int64_t elements, int threads) {
+  const GaussianKLArguments a{
+      broadcast(mean1, dtype), broadcast(logvar1, dtype), broadcast(mean2, dtype), broadcast(logvar2, dtype),
+      view(kl, dtype), view(kl, dtype), {view(grads[0], dtype), view(grads[1], dtype), view(grads[2], dtype), view(grads[3], dtype)},
+      reduced, {samples, elements, threads}};
+  const bool backward = grads[0] || grads[1] || grads[2] || grads[3];
+  (backward ? cpu::kernels().gaussian_kl_backward : cpu::kernels().gaussian_kl)(a);
+}
+
+// Forward where grad_out is 0, else backward; `terms` is written or, as the gradient that came, read.
+void cpu_vlb_terms(uintptr_t out, int out_dtype, int64_t stride, uintptr_t x_start, uintptr_t x_t, int dtype, uintptr_t t,
+                   uintptr_t table, int variance, bool clip, int levels, bool exact_cdf, bool detach_mean, uintptr_t terms,
+                   uintptr_t grad_out, int64_t samples, int64_t elements, int threads) {
+  const auto kernel = grad_out ? cpu::kernels().vlb_terms_backward : cpu::kernels().vlb_terms;
+  kernel({{view(out, out_dtype), stride}, view(x_start, dtype), view(x_t, dtype), steps(t), floats(table), Variance(variance), clip,
+          exact_cdf, detach_mean, levels, pointer<float>(terms), floats(terms), {view(grad_out, out_dtype), stride},
+          {samples, elements, threads}});
 }
 
 #if defined(DDPM_FAST_CUDA)
 void cuda_randn(uintptr_t out, int64_t samples, int64_t elements, int dtype, uint64_t seed, uint32_t stream,
                 uint64_t first_sample, int device, uintptr_t cuda_stream) {
-  const char* error = cuda::randn({pointer<void>(out), samples, elements, DType(dtype), {seed, stream, first_sample}, 0},
-                                  device, pointer<void>(cuda_stream));
+  const char* error = cuda::randn({view(out, dtype), {samples, elements, 0}, {seed, stream, first_sample}}, device, pointer<void>(cuda_stream));
   if (error)
     throw std::runtime_error("randn: CUDA launch failed for " + std::to_string(samples) + " samples of " +
                              std::to_string(elements) + " elements: " + error);
@@ -94,6 +186,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("first_out_of_range", &first_out_of_range);
   m.def("cpu_randn", &cpu_randn, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_q_sample", &cpu_q_sample, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_simple_loss", &cpu_simple_loss, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_p_step", &cpu_p_step, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_p_step_backward", &cpu_p_step_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_gaussian_kl", &cpu_gaussian_kl, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_vlb_terms", &cpu_vlb_terms, py::call_guard<py::gil_scoped_release>());
 #if defined(DDPM_FAST_CUDA)
   m.def("cuda_randn", &cuda_randn, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_randn_plan", &cuda_randn_plan, py::arg("samples"), py::arg("elements"));

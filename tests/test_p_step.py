@@ -64,7 +64,7 @@ def exact_step(x_t, out, t, table, noise, kind="fixed", clip=True, previous=None
 
 def run_against_exact(backend, x_t, out, t, table, noise, kind, clip=True, previous=None, guidance=None, written=None):
     got = p_step(x_t, out, t, table, noise, variance=kind, clip=clip, x_start_previous=previous, guidance=guidance, backend=backend.name)
-    baseline = p_step_reference(x_t, out, t, table, noise, kind, clip, previous, guidance)
+    baseline = p_step_reference(x_t, out, t, table, noise, kind, clip, previous, *(guidance or (None, 1.0)))
     exact = exact_step(x_t, out, t, table, noise if written is None else written, kind, clip, previous, guidance)
     for name, a, b, e in zip(("x'", "x̂0"), got, baseline, exact, strict=True):
         assert a.dtype == x_t.dtype

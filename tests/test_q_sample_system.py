@@ -12,7 +12,7 @@ from test_randn import count_compilations
 
 from ddpm_fast import Noise
 from ddpm_fast.ops import q_sample, randn
-from ddpm_fast.ops._common import noise_arguments
+from ddpm_fast.ops._op import noise_arguments
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,33 +1,101 @@
-// What the bindings hand to a kernel: plain structs of pointers and sizes, no Python, no libtorch.
+// What the bindings hand to a kernel: plain structs of pointers and sizes, no Python, no libtorch. Every tensor is contiguous
+// and was checked by the caller, the values of t too.
 #pragma once
+#include "diffusion_math.h"
 #include "dtype.h"
 
 namespace ddpm_fast {
 
-struct RandnArguments {
-  void* out;            // (samples, elements), dtype
+struct Sizes {
   int64_t samples;
-  int64_t elements;     // of one sample
-  DType dtype;
-  NoiseKey key;
+  int64_t elements;  // of one sample
   int threads;
 };
 
-enum class NoiseSource : int { none = 0, tensor = 1, generated = 2 };
+// ε: a tensor like the data, or drawn from a key where the tensor is null.
+struct NoiseSource {
+  View tensor;
+  NoiseKey key;
+  bool present;  // false: there is no noise
+};
+
+// A model's output: the prediction, and after it, in each sample, the half that gives the variance where there is one.
+struct Output {
+  View view;
+  int64_t stride;  // elements of one sample: as many as the data's, or twice that
+};
+
+struct RandnArguments {
+  View out;
+  Sizes sizes;
+  NoiseKey key;
+};
 
 struct QSampleArguments {
-  const void* x_start;  // (samples, elements), dtype
-  const void* noise;    // the same, or null unless source is tensor
-  void* out;            // the same
-  const int64_t* t;     // (samples,), each in [0, T): checked by the caller
-  const float* signal;  // (T,)
-  const float* sigma;   // (T,), or null where source is none
-  int64_t samples;
-  int64_t elements;
-  DType dtype;
-  NoiseSource source;
-  NoiseKey key;
-  int threads;
+  View x_start, out;     // one dtype
+  const int64_t* t;      // (samples,)
+  const float* signal;   // (T,)
+  const float* sigma;    // (T,), not read without noise
+  NoiseSource noise;
+  Sizes sizes;
+};
+
+struct SimpleLossArguments {
+  Output out;
+  View x_start;
+  const int64_t* t;
+  const float *weight, *x_start_coef, *noise_coef;  // (T,)
+  NoiseSource noise;
+  float* loss;             // (samples,): forward
+  const float* grad_loss;  // (samples,): backward
+  Output grad_out;         // like out: backward
+  Sizes sizes;
+};
+
+struct PStepArguments {
+  View x_t;
+  Output out, without;     // without: of guidance, or null
+  float guidance;
+  View previous;           // x̂0 of the step before, or null
+  const int64_t* t;
+  const float* table;      // (T, 8)
+  NoiseSource noise;
+  Variance variance;
+  bool clip;
+  View x_next, x_start;    // forward: results, x_start may be null
+  View grad_next, grad_start;  // backward: of the results, either may be null
+  View grad_x_t, grad_previous, grad_noise;  // backward: null where not wanted
+  Output grad_out, grad_without;
+  Sizes sizes;
+};
+
+// An operand that is broadcast: element (n, i) lies at n * sample_stride + i * element_stride; the latter is 0 or 1.
+struct Broadcast {
+  View view;
+  int64_t sample_stride, element_stride;
+};
+
+struct GaussianKLArguments {
+  Broadcast mean1, logvar1, mean2, logvar2;
+  View kl;             // forward: (samples, elements), or (samples,) where reduced; the operands' dtype
+  View grad_kl;        // backward: like kl
+  View grads[4];       // backward: (samples, elements) each, null where not wanted
+  bool reduced;
+  Sizes sizes;
+};
+
+struct VlbTermsArguments {
+  Output out;
+  View x_start, x_t;
+  const int64_t* t;
+  const float* table;      // (T, 8)
+  Variance variance;
+  bool clip, exact_cdf, detach_mean;
+  int levels;
+  float* terms;            // (samples,), bits per dimension: forward
+  const float* grad_terms; // (samples,): backward
+  Output grad_out;         // like out: backward
+  Sizes sizes;
 };
 
 }  // namespace ddpm_fast

@@ -6,6 +6,12 @@ namespace ddpm_fast {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
+// A contiguous tensor, (samples, elements of each): null where an optional one is absent.
+struct View {
+  void* data;
+  DType dtype;
+};
+
 struct bfloat16_t { uint16_t bits; };
 struct float16_t { uint16_t bits; };
 

@@ -12,6 +12,8 @@
 #define DDPM_INLINE static inline __attribute__((always_inline))
 #endif
 
+#define DDPM_METHOD inline __attribute__((always_inline))  // the same within a class
+
 namespace ddpm_fast {
 
 struct NoiseKey {
@@ -55,14 +57,11 @@ DDPM_INLINE void philox4x32_10(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_
 // y * x + c in two roundings.
 DDPM_INLINE float step_rn(float y, float x, float c) { return add_rn(mul_rn(y, x), c); }
 
-// Natural logarithm on [2^-33, 1]: Cephes' logf polynomial, about 1 ulp.
+// Natural logarithm on [2^-33, 1]: Cephes' logf polynomial on the mantissa in [sqrt(1/2), sqrt(2)), about 1 ulp.
 DDPM_INLINE float log_unit(float x) {
-  uint32_t u = float_to_bits(x);
-  int e = int(u >> 23) - 126;
-  float m = bits_to_float((u & 0x7fffffu) | 0x3f000000u);  // [0.5, 1)
-  bool low = m < 0.70710677f;
-  float f = float(low ? e - 1 : e);
-  m = low ? add_rn(add_rn(m, m), -1.0f) : add_rn(m, -1.0f);
+  const int32_t half_root = 0x3f3504f3;  // bits of 0.70710677
+  int32_t u = int32_t(float_to_bits(x)), e = (u - half_root) >> 23;
+  float f = float(e), m = add_rn(bits_to_float(uint32_t(u) - (uint32_t(e) << 23)), -1.0f);
   float z = mul_rn(m, m);
   float y = step_rn(7.0376836e-2f, m, -1.1514610e-1f);
   y = step_rn(y, m, 1.1676998e-1f);
@@ -78,25 +77,34 @@ DDPM_INLINE float log_unit(float x) {
   return add_rn(add_rn(m, y), mul_rn(0.69335938f, f));
 }
 
-// cos and sin of 2 pi turn for turn = k 2^-24 in [0, 1): the quadrant, then polynomials on [-pi/4, pi/4].
-DDPM_INLINE void cos_sin_turn(float turn, float& cosine, float& sine) {
-  float k = mul_rn(turn, 4.0f);
-  int quadrant = int(add_rn(k, 0.5f));
-  float r = mul_rn(add_rn(k, -float(quadrant)), 1.5707964f), z = mul_rn(r, r);
+// word 2^-32 rounded to fp32, without a conversion of unsigned integers, which AVX2 lacks: both halves of the word are
+// planted in the mantissa of a power of two, so that only the last addition rounds.
+DDPM_INLINE float unit_from_word(uint32_t word) {
+  float high = bits_to_float((word >> 16) | 0x43000000u);     // 2^7 + high half 2^-16
+  float low = bits_to_float((word & 0xffffu) | 0x3b000000u);  // 2^-9 + low half 2^-32
+  return add_rn(add_rn(high, -128.001953125f), low);
+}
+
+// cos and sin of 2 pi turn for turn = (word >> 8) 2^-24: the quadrant, then polynomials on [-pi/4, pi/4].
+DDPM_INLINE void cos_sin_turn(uint32_t word, float& cosine, float& sine) {
+  uint32_t quadrant = word + 0x20000000u;  // to the nearest, in the two highest bits
+  float r = mul_rn(float(int32_t(word << 2) >> 10), 3.7450704e-7f);  // signed remainder, times pi/2 2^-22
+  float z = mul_rn(r, r);
   float s = step_rn(step_rn(z, -1.9515296e-4f, 8.3321609e-3f), z, -1.6666655e-1f);
   s = step_rn(mul_rn(s, z), r, r);
   float c = step_rn(step_rn(z, 2.4433157e-5f, -1.3887316e-3f), z, 4.1666646e-2f);
   c = add_rn(add_rn(mul_rn(mul_rn(c, z), z), mul_rn(-0.5f, z)), 1.0f);
-  float a = (quadrant & 1) ? c : s, b = (quadrant & 1) ? s : c;
-  sine = (quadrant & 2) ? -a : a;
-  cosine = ((quadrant + 1) & 2) ? -b : b;
+  bool odd = int32_t(quadrant << 1) < 0;
+  const uint32_t sign = 0x80000000u;
+  sine = bits_to_float(float_to_bits(odd ? c : s) ^ (quadrant & sign));
+  cosine = bits_to_float(float_to_bits(odd ? s : c) ^ ((quadrant + 0x40000000u) & sign));
 }
 
 DDPM_INLINE void box_muller(uint32_t radius_word, uint32_t angle_word, float& z0, float& z1) {
-  float u = step_rn(float(radius_word), 2.3283064e-10f, 1.1641532e-10f);  // 2^-32, 2^-33: (0, 1]
+  float u = add_rn(unit_from_word(radius_word), 1.1641532e-10f);  // 2^-33: (0, 1]
   float squared = mul_rn(-2.0f, log_unit(u));
   float radius = sqrt_rn(squared > 0.0f ? squared : 0.0f), cosine, sine;
-  cos_sin_turn(mul_rn(float(int(angle_word >> 8)), 5.9604645e-8f), cosine, sine);  // 2^-24
+  cos_sin_turn(angle_word, cosine, sine);
   z0 = mul_rn(radius, cosine);
   z1 = mul_rn(radius, sine);
 }

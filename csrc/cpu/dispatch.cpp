@@ -7,13 +7,24 @@
 namespace ddpm_fast::cpu {
 namespace {
 
-#define DDPM_TABLE(isa) {#isa, isa::randn, isa::q_sample}
-const Kernels tables[] = {
+#define DDPM_ENTRY(kernel, Arguments) kernel,
+#define DDPM_TABLE(isa) \
+  constexpr Kernels isa##_table() { \
+    using namespace isa; \
+    return {#isa, DDPM_KERNELS(DDPM_ENTRY)}; \
+  }
+DDPM_TABLE(portable)
 #if defined(DDPM_FAST_X86)
-    DDPM_TABLE(avx512),
-    DDPM_TABLE(avx2),
+DDPM_TABLE(avx2)
+DDPM_TABLE(avx512)
 #endif
-    DDPM_TABLE(portable),
+
+constexpr Kernels tables[] = {
+#if defined(DDPM_FAST_X86)
+    avx512_table(),
+    avx2_table(),
+#endif
+    portable_table(),
 };
 
 bool runs_here(const Kernels& table) {

@@ -7,27 +7,38 @@
 #pragma once
 #include "../common/arguments.h"
 
+// Every kernel with its arguments.
+#define DDPM_KERNELS(K) \
+  K(randn, RandnArguments) \
+  K(q_sample, QSampleArguments) \
+  K(simple_loss, SimpleLossArguments) \
+  K(simple_loss_backward, SimpleLossArguments) \
+  K(p_step, PStepArguments) \
+  K(p_step_backward, PStepArguments) \
+  K(gaussian_kl, GaussianKLArguments) \
+  K(gaussian_kl_backward, GaussianKLArguments) \
+  K(vlb_terms, VlbTermsArguments) \
+  K(vlb_terms_backward, VlbTermsArguments)
+
 namespace ddpm_fast::cpu {
 
 struct Kernels {
   const char* isa;
-  void (*randn)(const RandnArguments&);
-  void (*q_sample)(const QSampleArguments&);
+#define DDPM_MEMBER(kernel, Arguments) void (*kernel)(const Arguments&);
+  DDPM_KERNELS(DDPM_MEMBER)
+#undef DDPM_MEMBER
 };
 
 const Kernels& kernels();
 bool select_isa(const char* isa);  // for tests; null goes back to the best. False where this processor lacks it.
 int available_isas(const char* names[3]);
 
-#define DDPM_DECLARE_KERNELS(isa) \
-  namespace isa { \
-  void randn(const RandnArguments&); \
-  void q_sample(const QSampleArguments&); \
-  }
-DDPM_DECLARE_KERNELS(portable)
+#define DDPM_DECLARE(kernel, Arguments) void kernel(const Arguments&);
+namespace portable { DDPM_KERNELS(DDPM_DECLARE) }
 #if defined(DDPM_FAST_X86)
-DDPM_DECLARE_KERNELS(avx2)
-DDPM_DECLARE_KERNELS(avx512)
+namespace avx2 { DDPM_KERNELS(DDPM_DECLARE) }
+namespace avx512 { DDPM_KERNELS(DDPM_DECLARE) }
 #endif
+#undef DDPM_DECLARE
 
 }  // namespace ddpm_fast::cpu

@@ -1,6 +1,12 @@
-// One way to split work over threads. How it is split never changes a result: every block is computed alone.
+// One way to split work over threads. How it is split never changes a result: every task is computed alone.
 #pragma once
 #include <pthread.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #include "kernels.h"
 
@@ -12,18 +18,40 @@ namespace {
 bool forked_child = false;
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
 
-// Waking a second thread costs about as much as drawing this many normals.
-constexpr int64_t parallel_elements = 16384;
+// Waking a second thread costs about as much as this many elements of any kernel.
+constexpr int64_t elements_a_thread = 8192;
 
-// Calls body(block) for each block in [0, blocks).
+// libgomp is not instrumented: ThreadSanitizer is told of the order that the team's start and end impose.
+#if defined(__SANITIZE_THREAD__)
+inline void releases(void* fence) { __tsan_release(fence); }
+inline void acquires(void* fence) { __tsan_acquire(fence); }
+#else
+inline void releases(void*) {}
+inline void acquires(void*) {}
+#endif
+
+// Calls body(first, last) for ranges that make up [0, tasks), one a thread.
 template <typename Body>
-void parallel_for(int64_t blocks, int64_t elements, int threads, const Body& body) {
-  if (threads <= 1 || elements < parallel_elements || forked_child) {
-    for (int64_t block = 0; block < blocks; ++block) body(block);
+void parallel_ranges(int64_t tasks, int64_t elements, int threads, const Body& body) {
+#if defined(_OPENMP)
+  if (threads > 1 && tasks > 1 && elements >= 2 * elements_a_thread && !forked_child) {
+    [[maybe_unused]] char start, end;
+    releases(&start);
+#pragma omp parallel num_threads(threads)
+    {
+      acquires(&start);
+      // The whole team is woken, as PyTorch's own operators do: a team of another size would be built anew.
+      int64_t team = omp_get_num_threads(), rank = omp_get_thread_num(), useful = elements / elements_a_thread;
+      if (team > useful) team = useful;
+      if (rank < team) body(tasks * rank / team, tasks * (rank + 1) / team);
+      releases(&end);
+    }
+    acquires(&end);
     return;
   }
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t block = 0; block < blocks; ++block) body(block);
+#endif
+  (void)elements, (void)threads;
+  body(int64_t(0), tasks);
 }
 
 }  // namespace

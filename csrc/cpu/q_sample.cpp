@@ -1,28 +1,35 @@
 // q_sample: x_t = signal[t] x_start + sigma[t] epsilon. Reads x_start (and epsilon where it is a tensor) once, writes x_t
-// once. With NoiseSource::none the second term is left out: that is the gradient of the first.
-#include "../common/diffusion_math.h"
+// once. Without noise the second term is left out: that is the gradient of the first.
 #include "block.h"
 
 namespace ddpm_fast::cpu::DDPM_ISA {
 
+namespace {
+
+struct State {
+  explicit State(const QSampleArguments& a) : epsilon(a.noise, a.sizes) {}
+  Epsilon epsilon;
+  Buffer x_start, out;
+};
+
+}  // namespace
+
 void q_sample(const QSampleArguments& a) {
-  with_dtype(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    for_each_block(a.samples, a.elements, a.threads, [&](int64_t sample, int64_t first, int64_t count) {
-      const int64_t offset = sample * a.elements + first;
-      const float signal = a.signal[a.t[sample]];
-      alignas(64) float x[block_elements], epsilon[block_elements];
-      load(static_cast<const T*>(a.x_start) + offset, count, x);
-      if (a.source == NoiseSource::none) {
-        for (int64_t i = 0; i < count; ++i) x[i] = signal * x[i];
-      } else {
-        const float sigma = a.sigma[a.t[sample]];
-        if (a.source == NoiseSource::tensor) load(static_cast<const T*>(a.noise) + offset, count, epsilon);
-        else normals(a.key, a.key.first_sample + uint64_t(sample), first, count, epsilon);
-        for (int64_t i = 0; i < count; ++i) x[i] = q_sample_element(signal, sigma, x[i], epsilon[i]);
-      }
-      store(x, count, static_cast<T*>(a.out) + offset);
-    });
+  for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
+    const int64_t offset = sample * a.sizes.elements + first;
+    const float signal = a.signal[a.t[sample]];
+    const float* const x = read(a.x_start, offset, count, state.x_start);
+    float* const out = place_for(a.out, offset, state.out);
+    if (a.noise.present) {
+      const float sigma = a.sigma[a.t[sample]];
+      const float* const epsilon = state.epsilon.block(sample, first, count);
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) out[i] = q_sample_element(signal, sigma, x[i], epsilon[i]);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) out[i] = mul_rn(signal, x[i]);
+    }
+    write(a.out, offset, count, state.out);
   });
 }
 

@@ -3,15 +3,21 @@
 
 namespace ddpm_fast::cpu::DDPM_ISA {
 
+namespace {
+
+struct State {
+  explicit State(const RandnArguments& a) : normals(a.key, a.sizes) {}
+  Normals normals;
+  Buffer buffer;
+};
+
+}  // namespace
+
 void randn(const RandnArguments& a) {
-  with_dtype(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    T* const out = static_cast<T*>(a.out);
-    for_each_block(a.samples, a.elements, a.threads, [&](int64_t sample, int64_t first, int64_t count) {
-      alignas(64) float z[block_elements];
-      normals(a.key, a.key.first_sample + uint64_t(sample), first, count, z);
-      store(z, count, out + sample * a.elements + first);
-    });
+  for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
+    const int64_t offset = sample * a.sizes.elements + first;
+    std::memcpy(place_for(a.out, offset, state.buffer), state.normals.draw(sample, first, count), size_t(count) * sizeof(float));
+    write(a.out, offset, count, state.buffer);
   });
 }
 

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(threads_per_block) randn_kernel(
 template <typename T>
 void launch(const RandnArguments& a, const RandnPlan& plan, cudaStream_t stream) {
   randn_kernel<T><<<dim3(plan.grid_x, plan.grid_y), plan.block, 0, stream>>>(
-      static_cast<T*>(a.out), a.samples, a.elements, a.key.seed, a.key.stream, a.key.first_sample);
+      static_cast<T*>(a.out.data), a.sizes.samples, a.sizes.elements, a.key.seed, a.key.stream, a.key.first_sample);
 }
 
 }  // namespace
@@ -67,14 +67,14 @@ RandnPlan randn_plan(int64_t samples, int64_t elements) {
 }
 
 const char* randn(const RandnArguments& a, int device, void* stream) {
-  if (a.samples == 0 || a.elements == 0) return nullptr;
+  if (a.sizes.samples == 0 || a.sizes.elements == 0) return nullptr;
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const RandnPlan plan = randn_plan(a.samples, a.elements);
+  const RandnPlan plan = randn_plan(a.sizes.samples, a.sizes.elements);
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (a.dtype) {
+  switch (a.out.dtype) {
     case DType::float32: launch<float>(a, plan, on); break;
     case DType::bfloat16: launch<__nv_bfloat16>(a, plan, on); break;
     case DType::float16: launch<__half>(a, plan, on); break;

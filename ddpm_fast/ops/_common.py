@@ -1,7 +1,5 @@
-"""What the ops share: input checks, the gather of table rows, the registration with torch.library."""
+"""What the ops share: input checks, the gather of table rows, a noise as a tensor."""
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -9,26 +7,7 @@ from torch import Tensor
 from ddpm_fast.backends import native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
 
-library = torch.library.Library("ddpm_fast", "DEF")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def goes_through_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether a call must be visible to PyTorch as an operator: while compiling or tracing, and for tensor subclasses.
-
-    A plain eager call goes straight to the kernel instead: the dispatcher's Python entries cost ten times as much as
-    the whole call at small sizes.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    if torch._C._len_torch_dispatch_stack():  # make_fx, FlopCounterMode
-        return True
-    return any(x is not None and type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
-
-
-def in_functorch() -> bool:
-    """Inside torch.func.grad, vmap and the like: their tensors have no address, so the reference serves them."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def check_data(name: str, x: Tensor) -> None:
@@ -78,7 +57,7 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
     check_device("t", t, x_name, x)
-    if not torch.compiler.is_compiling() and type(t) is Tensor and not in_functorch():
+    if type(t) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         check_t_values(t, steps)
 
 
@@ -122,22 +101,6 @@ def check_noise(noise: Noise | Tensor, x_name: str, x: Tensor) -> None:
         raise TypeError(f"noise must be a Noise or a tensor, got {type(noise).__name__}")
 
 
-def noise_arguments(noise: Noise | Tensor) -> tuple[Tensor | None, int, int, int]:
-    """A noise as an operator's arguments: tensor or None, then seed, stream and first_sample in int64's range."""
-    if isinstance(noise, Noise):
-        return None, signed64(noise.seed), noise.stream, signed64(noise.first_sample)
-    return noise, 0, 0, 0
-
-
-def signed64(x: int) -> int:
-    """The int64 of the same 64 bits: operators have no unsigned integers."""
-    return x - 2**64 if x >= 2**63 else x
-
-
-def unsigned64(x: int) -> int:
-    return x + 2**64 if x < 0 else x
-
-
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the tables, and the arithmetic, are in: float64 for float64 data, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -148,9 +111,30 @@ def gather(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     return table[t].view(-1, *[1] * (x.ndim - 1))
 
 
-def sample_sizes(x: Tensor) -> tuple[int, int]:
-    """(samples, elements of each)."""
-    return x.shape[0], math.prod(x.shape[1:])
+def check_destination(name: str, target: Tensor, x_name: str, x: Tensor, *others: Tensor | Noise | None) -> None:
+    """A contiguous tensor like x to write a result into: x itself, or none of the inputs' memory."""
+    check_like(name, target, x_name, x)
+    if not target.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    if target.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} requires a gradient and cannot be written into")
+    if target.data_ptr() != x.data_ptr():
+        others = (x, *others)
+    elif not x.is_contiguous():
+        raise ValueError(f"{name} may be {x_name} itself only where that is contiguous")
+    for other in others:
+        if isinstance(other, Tensor) and _overlap(target, other):
+            raise ValueError(f"{name} must not share memory with another input")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    (a_first, a_last), (b_first, b_last) = (
+        (x.storage_offset() * x.element_size(), (x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size())
+        for x in (a, b)
+    )
+    return a_first < b_last and b_first < a_last
 
 
 def resolve_noise(noise: Noise | Tensor, x: Tensor) -> Tensor:

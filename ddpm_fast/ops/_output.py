@@ -1,12 +1,19 @@
 """How the ops read a model's output: the prediction, and the half that gives the variance where there is one."""
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ddpm_fast.backends import NATIVE_DTYPES
 from ddpm_fast.ops._common import FLOATING, check_device, table_dtype
 
 FIXED, LEARNED, LEARNED_RANGE = "fixed", "learned", "learned_range"
 VARIANCE_KINDS = (FIXED, LEARNED, LEARNED_RANGE)
+
+
+def check_variance(kind: str) -> None:
+    if kind not in VARIANCE_KINDS:
+        raise ValueError(f"variance must be one of {', '.join(VARIANCE_KINDS)}, got {kind!r}")
 
 
 def check_output(out: Tensor, x_name: str, x: Tensor, kind: str | None = None) -> None:
@@ -15,15 +22,35 @@ def check_output(out: Tensor, x_name: str, x: Tensor, kind: str | None = None) -
         raise TypeError(f"the model output must be a tensor, got {type(out).__name__}")
     if out.dtype not in FLOATING:
         raise TypeError(f"the model output must be float32, bfloat16, float16 or float64, got {out.dtype}")
-    if x.ndim < 2:
-        raise ValueError(f"{x_name} must have shape (N, C, ...), got {tuple(x.shape)}")
-    doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
-    learned = kind in (LEARNED, LEARNED_RANGE)
-    allowed = (doubled,) if learned else (tuple(x.shape), doubled)
+    shape, learned = x.shape, kind is not None and kind != FIXED
+    if len(shape) < 2:
+        raise ValueError(f"{x_name} must have shape (N, C, ...), got {tuple(shape)}")
+    if learned or out.shape != shape:
+        _check_doubled(out, shape, learned)
+    check_device("the model output", out, x_name, x)
+
+
+def _check_doubled(out: Tensor, shape: torch.Size, learned: bool) -> None:
+    doubled = (shape[0], 2 * shape[1], *shape[2:])
+    allowed = (doubled,) if learned else (tuple(shape), doubled)
     if tuple(out.shape) not in allowed:
         expected = " or ".join(map(str, allowed))
         raise ValueError(f"the model output must have shape {expected}{' for a learned variance' if learned else ''}, got {tuple(out.shape)}")
-    check_device("the model output", out, x_name, x)
+
+
+def arithmetic_dtype(out: Tensor, x: Tensor) -> torch.dtype:
+    """Of the two, the dtype that decides the backend: float64 goes to the reference."""
+    return x.dtype if out.dtype in NATIVE_DTYPES else out.dtype
+
+
+def sample_stride(out: Tensor) -> int:
+    """Elements of one sample of a contiguous output."""
+    return out.numel() // out.shape[0]
+
+
+def per_sample(x: Tensor) -> Tensor:
+    """A new (N,) for a loss, in the dtype of the arithmetic."""
+    return x.new_empty(x.shape[0], dtype=table_dtype(x.dtype))
 
 
 def split_output(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,8 @@
 """gaussian_kl: KL(N(mean1, e^logvar1) ‖ N(mean2, e^logvar2)) of diagonal Gaussians, in nats.
 
 ½ (e^d - 1 - d + (mean1 - mean2)² e^-logvar2) with d = logvar1 - logvar2: the form of Ho et al. 2020, eq. 8, whose first
-part is computed without cancellation, so that the result is never negative and exact near equality.
+part is computed without cancellation, so that the result is never negative and exact near equality. The reference twin is
+here; the kernel is csrc/cpu/gaussian_kl.cpp.
 """
 from __future__ import annotations
 
@@ -10,11 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import BackendTable
+from ddpm_fast.backends import native
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
+from ddpm_fast.ops._native import address, dtype_tag
+from ddpm_fast.ops._op import Op
 
 REDUCTIONS = (None, "mean_per_sample")
 _SERIES_BELOW = 0.3
+_MAX_EXPONENT = {torch.float32: 88.0, torch.float64: 709.0}  # of e^(-½ logvar2): an infinity times a distance of 0 would be NaN
 
 
 def exp_minus_one_minus(d: Tensor) -> Tensor:
@@ -33,13 +37,91 @@ def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2
     """The formula in plain PyTorch; fp32 arithmetic (float64 for float64 data), the mean included."""
     dtype = mean1.dtype
     mean1, logvar1, mean2, logvar2 = (x.to(table_dtype(dtype)) for x in (mean1, logvar1, mean2, logvar2))
-    # Squared last: e^-logvar2 alone overflows fp32 below -88, and times a distance of 0 it would be NaN.
-    distance = ((mean1 - mean2) * torch.exp(-0.5 * logvar2)).square()
+    # Squared last: e^-logvar2 alone overflows fp32 below -88.
+    distance = ((mean1 - mean2) * torch.exp((-0.5 * logvar2).clamp_max(_MAX_EXPONENT[logvar2.dtype]))).square()
     kl = 0.5 * (exp_minus_one_minus(logvar1 - logvar2) + distance)
     return (kl if reduction is None else kl.reshape(len(kl), -1).mean(1)).to(dtype)
 
 
-backends = BackendTable("gaussian_kl", reference=gaussian_kl_reference)
+def _operand(x: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
+    """A tensor that broadcasts to shape, with its sample stride and element stride (0 or 1) there.
+
+    What is one value a sample, one sample for all or one value for all is read where it lies; anything else is written out.
+    """
+    if x.shape == shape:
+        x = x.contiguous()
+        return x, x.numel() // shape[0], 1
+    spread = x.expand(shape)
+    samples, inner = spread.stride(0), spread[0]
+    if inner.numel() == 1 or not any(inner.stride()):
+        return spread, samples, 0
+    if inner.is_contiguous():
+        return spread, samples, 1
+    return _operand(spread.contiguous(), shape)
+
+
+def _shape(inputs: tuple[Tensor, ...]) -> torch.Size:
+    first = inputs[0].shape
+    return first if all(x.shape == first for x in inputs) else torch.broadcast_shapes(*(x.shape for x in inputs))
+
+
+def _launch(arguments, result: Tensor, shape: torch.Size, grads: list[Tensor | None]) -> None:
+    """Forward into ``result``; where there are gradients to write, backward from it."""
+    operands = [_operand(x, shape) for x in arguments[:4]]
+    samples, elements = shape[0], math.prod(shape[1:])
+    native.cpu_gaussian_kl(
+        *((x.data_ptr(), sample, element) for x, sample, element in operands), dtype_tag(operands[0][0]), result.data_ptr(),
+        [address(grad) for grad in grads], arguments[4] is not None, samples, elements, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _gaussian_kl_cpu(*arguments) -> Tensor:
+    shape = _shape(arguments[:4])
+    result = arguments[0].new_empty(shape if arguments[4] is None else shape[:1])
+    _launch(arguments, result, shape, [None] * 4)
+    return result
+
+
+def _backward_cpu(arguments, needs, grads):
+    shape = _shape(arguments[:4])
+    results = [arguments[0].new_empty(shape) if needed else None for needed in needs[:4]]
+    _launch(arguments, grads[0].contiguous(), shape, results)
+    return *(None if grad is None else grad.sum_to_size(x.shape) for grad, x in zip(results, arguments, strict=False)), None
+
+
+def _check(mean1, logvar1, mean2, logvar2, reduction) -> None:
+    inputs = dict(mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2)
+    for name, x in inputs.items():
+        check_data(name, x)
+        check_device(name, x, "mean1", mean1)
+        if x.dtype != mean1.dtype:
+            raise TypeError(f"{name} must have the dtype of mean1, {mean1.dtype}, got {x.dtype}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be None or 'mean_per_sample', got {reduction!r}")
+    try:
+        _shape(tuple(inputs.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+        raise ValueError(f"shapes must broadcast against each other, got {shapes}") from None
+
+
+def _fake(*arguments):
+    shape = _shape(arguments[:4])
+    return arguments[0].new_empty(shape if arguments[4] is None else shape[:1])
+
+
+_op = Op(
+    "gaussian_kl",
+    "Tensor mean1, Tensor logvar1, Tensor mean2, Tensor logvar2, str? reduction",
+    "Tensor",
+    check=_check,
+    fake=_fake,
+    reference=gaussian_kl_reference,
+    differentiable=(0, 1, 2, 3),
+    cpu=_gaussian_kl_cpu,
+    backward=dict(cpu=_backward_cpu),
+)
+backends = _op.backends
 
 
 def gaussian_kl(
@@ -48,29 +130,18 @@ def gaussian_kl(
     """KL divergence of diagonal Gaussians in nats.
 
     Args:
-        mean1, logvar1, mean2, logvar2: floating tensors on one device, broadcast against each other; log-variances are
-            natural logarithms.
+        mean1, logvar1, mean2, logvar2: floating tensors of one dtype on one device, broadcast against each other (one value a
+            sample, or one for all, is not written out); log-variances are natural logarithms.
         reduction: None for one value an element, "mean_per_sample" for the mean over all but the first dimension.
-        backend: force "reference".
+        backend: force "reference" or "cpu".
 
     Returns:
-        Tensor of the broadcast shape, or (N,). Differentiable in all four.
+        Tensor of the broadcast shape, or (N,). Differentiable in all four, any number of times.
 
     Raises:
         TypeError, ValueError: what was expected and what came.
+        RuntimeError: for a forced backend that is not available here.
     """
-    names = ("mean1", "logvar1", "mean2", "logvar2")
-    inputs = (mean1, logvar1, mean2, logvar2)
-    for name, x in zip(names, inputs, strict=True):
-        check_data(name, x)
-        check_device(name, x, "mean1", mean1)
-        if x.dtype != mean1.dtype:
-            raise TypeError(f"{name} must have the dtype of mean1, {mean1.dtype}, got {x.dtype}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be None or 'mean_per_sample', got {reduction!r}")
-    try:
-        inputs = torch.broadcast_tensors(*inputs)
-    except RuntimeError:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip(names, inputs, strict=True))
-        raise ValueError(f"shapes must broadcast against each other, got {shapes}") from None
-    return backends.choose(mean1.device, mean1.dtype, backend)(*inputs, reduction)
+    arguments = (mean1, logvar1, mean2, logvar2, reduction)
+    _check(*arguments)
+    return _op(arguments, mean1, mean1.dtype, backend)

@@ -6,17 +6,19 @@ With one row of the table for each sample::
     x' = x_start · x̂0 + x_t_coef · x_t + previous · x̂0_previous + noise · exp(½ log_variance) · z
 
 Ho et al. 2020, algorithm 2. A sampler is a table (sampling.py): ancestral and strided DDPM, DDIM(η) and second-order
-multistep solvers differ in nothing else.
+multistep solvers differ in nothing else. The reference twin is here; the kernel is csrc/cpu/p_step.cpp.
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import BackendTable
+from ddpm_fast.backends import native
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._common import check_data, check_like, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
-from ddpm_fast.ops._output import VARIANCE_KINDS, check_output, log_variance, split_output
+from ddpm_fast.ops._common import check_data, check_destination, check_like, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
+from ddpm_fast.ops._native import address, contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
+from ddpm_fast.ops._op import NOISE, Op
+from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, sample_stride, split_output
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
@@ -30,15 +32,17 @@ def p_step_reference(
     noise: Noise | Tensor | None,
     variance: str,
     clip: bool,
-    x_start_previous: Tensor | None,
-    guidance: tuple[Tensor, float] | None,
-) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch; returns (x', x̂0)."""
+    x_start_previous: Tensor | None = None,
+    without: Tensor | None = None,
+    scale: float = 1.0,
+    with_x_start: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The formula in plain PyTorch; returns (x', x̂0). ``without`` and ``scale`` are the guidance."""
     from_x_t, from_out, a, b, h, low, high, sigma = (gather(column, t, x_t) for column in table.unbind(1))
     prediction, raw = split_output(out, x_t)
-    if guidance is not None:
-        without, _ = split_output(guidance[0], x_t)
-        prediction = without + guidance[1] * (prediction - without)
+    if without is not None:
+        unconditional, _ = split_output(without, x_t)
+        prediction = unconditional + scale * (prediction - unconditional)
     x = x_t.to(table_dtype(x_t.dtype))
     x_start = from_x_t * x + from_out * prediction
     if clip:
@@ -50,10 +54,70 @@ def p_step_reference(
         deviation = sigma * torch.exp(0.5 * log_variance(variance, low, high, raw))
         # Selected, not multiplied: a learned log-variance may be infinite in the last row.
         x_next = x_next + torch.where(sigma != 0, deviation * resolve_noise(noise, x_t), 0.0)
-    return x_next.to(x_t.dtype), x_start.to(x_t.dtype)
+    return x_next.to(x_t.dtype), x_start.to(x_t.dtype) if with_x_start else None
 
 
-backends = BackendTable("p_step", reference=p_step_reference)
+def _operands(arguments: tuple) -> tuple[list, tuple]:
+    """The tensors, contiguous, which must outlive the call, and what both kernels are called with first."""
+    x_t, out, t, table, noise, variance, clip, previous, without, scale, _ = arguments
+    kept = x_t, out, t, noise, previous, without = x_t.contiguous(), out.contiguous(), t.contiguous(), contiguous_noise(noise), contiguous(previous), contiguous(without)
+    return kept, (
+        x_t.data_ptr(), dtype_tag(x_t), out.data_ptr(), address(without), dtype_tag(out), sample_stride(out), scale, address(previous),
+        t.data_ptr(), table.data_ptr(), native_noise(noise), VARIANCE_KINDS.index(variance), clip, *native_sizes(x_t),
+    )  # fmt: skip
+
+
+def _p_step_cpu(*arguments, x_next: Tensor | None = None, x_start: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    kept, common = _operands(arguments)
+    x_next = torch.empty_like(kept[0]) if x_next is None else x_next
+    if x_start is None and arguments[-1]:
+        x_start = torch.empty_like(kept[0])
+    native.cpu_p_step(*common, x_next.data_ptr(), address(x_start))
+    return x_next, x_start
+
+
+def _backward_cpu(arguments, needs, grads):
+    kept, common = _operands(arguments)
+    grads = [contiguous(grad) for grad in grads]
+    results = [None] * len(arguments)
+    for i in _op.differentiable:
+        if needs[i]:
+            results[i] = new_like(arguments[i])
+    native.cpu_p_step_backward(*common, *map(address, (*grads, results[0], results[1], results[8], results[7], results[4])))
+    return results
+
+
+def _check(x_t, out, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start) -> None:
+    check_data("x_t", x_t)
+    check_variance(variance)
+    check_output(out, "x_t", x_t, variance)
+    check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
+    check_t(t, "x_t", x_t, table.shape[0])
+    if noise is not None:
+        check_noise(noise, "x_t", x_t)
+    if x_start_previous is not None:
+        check_like("x_start_previous", x_start_previous, "x_t", x_t)
+    if without is not None:
+        check_like("the output without the condition", without, "the model output", out)
+
+
+def _fake(x_t, *others):
+    return new_like(x_t), new_like(x_t) if others[-1] else x_t.new_empty(0)
+
+
+_op = Op(
+    "p_step",
+    f"Tensor x_t, Tensor out, Tensor t, Tensor table, {NOISE}, str variance, bool clip, Tensor? x_start_previous, Tensor? without, float scale, bool with_x_start",
+    "(Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    reference=p_step_reference,
+    differentiable=(0, 1, 4, 7, 8),
+    noise=4,
+    cpu=_p_step_cpu,
+    backward=dict(cpu=_backward_cpu),
+)
+backends = _op.backends
 
 
 def p_step(
@@ -67,38 +131,53 @@ def p_step(
     clip: bool = True,
     x_start_previous: Tensor | None = None,
     guidance: tuple[Tensor, float] | None = None,
+    x_next: Tensor | None = None,
+    x_start: bool | Tensor = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One reverse step by a table.
+) -> tuple[Tensor, Tensor | None]:
+    """One reverse step by a table, in one pass.
 
     Args:
         x_t: (N, C, ...) the current state.
         out: (N, C, ...) the model's output, or (N, 2C, ...) with a variance half, which a fixed variance does not read.
         t: (N,) int64, the row of the table for each sample.
         table: (S, 8) float32 (float64 for float64 data), columns as in COLUMNS above.
-        noise: z, as :class:`~ddpm_fast.Noise` or a tensor like x_t; None leaves the last term out.
+        noise: z, as :class:`~ddpm_fast.Noise`, drawn inside the kernel, or a tensor like x_t; None leaves the last term out.
         variance: "fixed" (log_variance_low), "learned" (the raw half) or "learned_range" (between low and high).
         clip: clip x̂0 to [-1, 1].
         x_start_previous: x̂0 of the step before, for multistep tables.
         guidance: (output without the condition, scale): classifier-free guidance, without + scale · (out - without).
-        backend: force "reference".
+        x_next: contiguous tensor like x_t to write x' into, which may be x_t itself; only without gradients.
+        x_start: whether x̂0 is wanted, or a tensor to write it into, which may be x_start_previous itself.
+        backend: force "reference" or "cpu".
 
     Returns:
-        (x', x̂0), each like x_t.
+        (x', x̂0), each like x_t and contiguous; x̂0 is None where it is not wanted. Differentiable in x_t, out, a noise
+        tensor, x_start_previous and the output without the condition.
 
     Raises:
         TypeError, ValueError: what was expected and what came.
+        RuntimeError: for a forced backend that is not available here, or a tensor to write into where a gradient is needed.
     """
-    check_data("x_t", x_t)
-    if variance not in VARIANCE_KINDS:
-        raise ValueError(f"variance must be one of {', '.join(VARIANCE_KINDS)}, got {variance!r}")
-    check_output(out, "x_t", x_t, variance)
-    check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
-    check_t(t, "x_t", x_t, table.shape[0])
-    if noise is not None:
-        check_noise(noise, "x_t", x_t)
-    if x_start_previous is not None:
-        check_like("x_start_previous", x_start_previous, "x_t", x_t)
-    if guidance is not None:
-        check_like("the output without the condition", guidance[0], "the model output", out)
-    return backends.choose(x_t.device, x_t.dtype, backend)(x_t, out, t, table, noise, variance, clip, x_start_previous, guidance)
+    without, scale = (None, 1.0) if guidance is None else guidance
+    with_x_start = x_start is not False
+    arguments = (x_t, out, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
+    _check(*arguments)
+    into = None
+    if x_next is not None or not isinstance(x_start, bool):
+        into = {"x_next": x_next, "x_start": None if isinstance(x_start, bool) else x_start}
+        _check_destinations(into, arguments)
+    results = _op(arguments, x_t, arithmetic_dtype(out, x_t), backend, into)
+    return results if with_x_start else (results[0], None)
+
+
+def _check_destinations(into: dict[str, Tensor | None], arguments: tuple) -> None:
+    x_t, out, _, _, noise, _, _, previous, without, *_ = arguments
+    x_next, x_start = into.values()
+    if x_next is not None:
+        check_destination("x_next", x_next, "x_t", x_t, out, noise, previous, without)
+    if x_start is not None:
+        other, name = (x_t, "x_t") if previous is None else (previous, "x_start_previous")
+        check_destination("x_start", x_start, name, other, out, noise, without, x_next, None if other is x_t else x_t)
+        if previous is None and x_start.data_ptr() == x_t.data_ptr():
+            raise ValueError("x_start must not share memory with another input")

@@ -12,22 +12,22 @@ from torch import Tensor
 
 from ddpm_fast.backends import NATIVE_DTYPES, BackendTable, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, noise_reference
-from ddpm_fast.ops._common import FLOATING, goes_through_dispatcher, in_functorch, library, signed64, unsigned64
+from ddpm_fast.ops._common import FLOATING
+from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch, library, signed64, unsigned64
 
 
 def randn_reference(shape: torch.Size, seed: int, stream: int, first_sample: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return noise_reference(shape, seed, stream, first_sample, device).to(dtype)
 
 
-def _randn_cpu(shape, seed, stream, first_sample, dtype, device):
-    out = torch.empty(shape, dtype=dtype, device=device)
-    count, elements = shape[0], math.prod(shape[1:])
-    native.cpu_randn(out.data_ptr(), count, elements, NATIVE_DTYPES[dtype], seed, stream, first_sample, torch.get_num_threads())
+def _randn_cpu(shape, seed, stream, first_sample, dtype, device, *, out=None):
+    out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+    native.cpu_randn(out.data_ptr(), NATIVE_DTYPES[dtype], shape[0], math.prod(shape[1:]), torch.get_num_threads(), seed, stream, first_sample)
     return out
 
 
-def _randn_cuda(shape, seed, stream, first_sample, dtype, device):
-    out = torch.empty(shape, dtype=dtype, device=device)
+def _randn_cuda(shape, seed, stream, first_sample, dtype, device, *, out=None):
+    out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
     count, elements = shape[0], math.prod(shape[1:])
     current = torch.cuda.current_stream(out.device).cuda_stream
     native.cuda_randn(out.data_ptr(), count, elements, NATIVE_DTYPES[dtype], seed, stream, first_sample, out.device.index, current)
@@ -43,6 +43,7 @@ def randn(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Standard normals of a :class:`Noise` as a tensor.
@@ -51,14 +52,15 @@ def randn(
         shape: (N, ...), the first dimension counts samples; empty shapes give empty tensors.
         noise: where the values come from.
         dtype: float32, bfloat16, float16 or float64; values are computed in fp32 and rounded (or widened) to it.
+        out: contiguous tensor of that shape, dtype and device to write into.
         backend: force one of "reference", "cpu", "cuda".
 
     Returns:
-        Contiguous tensor of ``shape``. Not differentiable: it has no inputs.
+        Contiguous tensor of ``shape`` (``out`` where given). Not differentiable: it has no inputs.
 
     Raises:
         TypeError, ValueError: for a dtype that is not floating, a shape without dimensions, a negative size, or a sample
-            of more than 2^34 elements.
+            of more than 2^34 elements, or an ``out`` that is not like the result.
     """
     shape = torch.Size(shape)
     if not isinstance(noise, Noise):
@@ -70,9 +72,28 @@ def randn(
     if math.prod(shape[1:]) > MAX_ELEMENTS_PER_SAMPLE:
         raise ValueError(f"a sample may have at most 2^34 elements, got {math.prod(shape[1:])}")
     device = torch.device(device)
+    if out is not None:
+        _check_out(out, shape, dtype, device)
     if backend is None and (goes_through_dispatcher() or in_functorch()):
-        return torch.ops.ddpm_fast.randn(shape, signed64(noise.seed), noise.stream, signed64(noise.first_sample), dtype, device)
-    return backends.choose(device, dtype, backend)(shape, noise.seed, noise.stream, noise.first_sample, dtype, device)
+        drawn = torch.ops.ddpm_fast.randn(shape, signed64(noise.seed), noise.stream, signed64(noise.first_sample), dtype, device)
+        return drawn if out is None else out.copy_(drawn)
+    implementation = backends.choose(device, dtype, backend)
+    if out is None:
+        return implementation(shape, noise.seed, noise.stream, noise.first_sample, dtype, device)
+    if implementation is randn_reference:
+        return out.copy_(randn_reference(shape, noise.seed, noise.stream, noise.first_sample, dtype, device))
+    return implementation(shape, noise.seed, noise.stream, noise.first_sample, dtype, device, out=out)
+
+
+def _check_out(out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.shape != shape or out.dtype != dtype or out.device.type != device.type:
+        raise ValueError(f"out must be {dtype} of shape {tuple(shape)} on {device}, got {out.dtype} of shape {tuple(out.shape)} on {out.device}")
+    if not out.is_contiguous():
+        raise ValueError("out must be contiguous")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("out requires a gradient and cannot be written into")
 
 
 library.define(

@@ -1,16 +1,19 @@
 """simple_loss: per-sample weight[t] · mean (out - (x_start_coef[t] · x_start + noise_coef[t] · ε))².
 
 Ho et al. 2020, eq. 14, for any prediction: the target is a row of two coefficients (tables.target_coefficients), the
-weight any function of t (1, min-SNR, P2).
+weight any function of t (1, min-SNR, P2). The reference twin is here; the kernel is csrc/cpu/simple_loss.cpp.
 """
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ddpm_fast.backends import BackendTable
+from ddpm_fast.backends import native
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
-from ddpm_fast.ops._output import check_output, split_output
+from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes
+from ddpm_fast.ops._op import NOISE, Op
+from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, sample_stride, split_output
 
 
 def simple_loss_reference(
@@ -23,7 +26,52 @@ def simple_loss_reference(
     return weight[t] * (prediction - target).square().flatten(1).mean(1)
 
 
-backends = BackendTable("simple_loss", reference=simple_loss_reference)
+def _launch(arguments, result: Tensor, grad_out: Tensor | None) -> None:
+    """Forward into ``result``; where grad_out is given, backward from it."""
+    out, x_start, t, weight, x_start_coef, noise_coef, noise = arguments
+    out, x_start, t, noise = out.contiguous(), x_start.contiguous(), t.contiguous(), contiguous_noise(noise)
+    native.cpu_simple_loss(
+        out.data_ptr(), dtype_tag(out), sample_stride(out), x_start.data_ptr(), dtype_tag(x_start), t.data_ptr(),
+        weight.data_ptr(), x_start_coef.data_ptr(), noise_coef.data_ptr(), native_noise(noise),
+        result.data_ptr(), 0 if grad_out is None else grad_out.data_ptr(), *native_sizes(x_start),
+    )  # fmt: skip
+
+
+def _simple_loss_cpu(*arguments) -> Tensor:
+    loss = per_sample(arguments[1])
+    _launch(arguments, loss, None)
+    return loss
+
+
+def _backward_cpu(arguments, needs, grads):
+    grad_out = torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
+    _launch(arguments, grads[0].contiguous(), grad_out)
+    return grad_out, *[None] * 6
+
+
+def _check(out, x_start, t, weight, x_start_coef, noise_coef, noise) -> None:
+    check_data("x_start", x_start)
+    check_output(out, "x_start", x_start)
+    check_table("weight", weight, "x_start", x_start)
+    for name, table in (("x_start_coef", x_start_coef), ("noise_coef", noise_coef)):
+        check_table(name, table, "x_start", x_start, weight.shape)
+    check_t(t, "x_start", x_start, weight.shape[0])
+    check_noise(noise, "x_start", x_start)
+
+
+_op = Op(
+    "simple_loss",
+    f"Tensor out, Tensor x_start, Tensor t, Tensor weight, Tensor x_start_coef, Tensor noise_coef, {NOISE}",
+    "Tensor",
+    check=_check,
+    fake=lambda out, x_start, *_: per_sample(x_start),
+    reference=simple_loss_reference,
+    differentiable=(0,),
+    noise=6,
+    cpu=_simple_loss_cpu,
+    backward=dict(cpu=_backward_cpu),
+)
+backends = _op.backends
 
 
 def simple_loss(
@@ -44,21 +92,18 @@ def simple_loss(
             is not read.
         x_start: (N, C, ...) clean data.
         t: (N,) int64 in 0..T-1.
-        weight, x_start_coef, noise_coef: (T,) tables, float32 (float64 for float64 data).
-        noise: the :class:`~ddpm_fast.Noise` or tensor that x_t was made with.
-        backend: force "reference".
+        weight, x_start_coef, noise_coef: (T,) tables, float32 (float64 for float64 data). Where a coefficient is 0 a
+            kernel neither reads nor draws what it multiplies.
+        noise: the :class:`~ddpm_fast.Noise` or tensor that x_t was made with. A Noise is drawn again in backward.
+        backend: force "reference" or "cpu".
 
     Returns:
-        (N,) float32 (float64 for float64 data). Differentiable in out.
+        (N,) float32 (float64 for float64 data). Differentiable in out, any number of times.
 
     Raises:
         TypeError, ValueError: what was expected and what came.
+        RuntimeError: for a forced backend that is not available here.
     """
-    check_data("x_start", x_start)
-    check_output(out, "x_start", x_start)
-    check_table("weight", weight, "x_start", x_start)
-    for name, table in (("x_start_coef", x_start_coef), ("noise_coef", noise_coef)):
-        check_table(name, table, "x_start", x_start, tuple(weight.shape))
-    check_t(t, "x_start", x_start, weight.shape[0])
-    check_noise(noise, "x_start", x_start)
-    return backends.choose(x_start.device, x_start.dtype, backend)(out, x_start, t, weight, x_start_coef, noise_coef, noise)
+    arguments = (out, x_start, t, weight, x_start_coef, noise_coef, noise)
+    _check(*arguments)
+    return _op(arguments, x_start, arithmetic_dtype(out, x_start), backend)

@@ -1,7 +1,8 @@
 """vlb_terms: the terms of the variational bound, L_t in bits per dimension.
 
 For t > 0 the KL divergence of q(x_{t-1} | x_t, x_0) from p_θ(x_{t-1} | x_t); at t = 0 the negative log-likelihood of the
-discretised-Gaussian decoder (Ho et al. 2020, eq. 5, 8 and 13).
+discretised-Gaussian decoder (Ho et al. 2020, eq. 5, 8 and 13). The reference twin is here; the kernel is
+csrc/cpu/vlb_terms.cpp.
 """
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import BackendTable
+from ddpm_fast.backends import native
 from ddpm_fast.ops._common import check_data, check_like, check_t, check_table, gather, table_dtype
-from ddpm_fast.ops._output import VARIANCE_KINDS, check_output, log_variance, split_output
+from ddpm_fast.ops._native import dtype_tag, native_sizes
+from ddpm_fast.ops._op import Op
+from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, per_sample, sample_stride, split_output
 from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
 
 # The table's columns. mean1 and mean2 weigh x̂0 (or x_0) and x_t in the posterior's mean.
@@ -73,7 +76,54 @@ def vlb_terms_reference(
     return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2.0)
 
 
-backends = BackendTable("vlb_terms", reference=vlb_terms_reference)
+def _launch(arguments, result: Tensor, grad_out: Tensor | None) -> None:
+    """Forward into ``result``; where grad_out is given, backward from it."""
+    out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
+    out, x_start, x_t, t = out.contiguous(), x_start.contiguous(), x_t.contiguous(), t.contiguous()
+    native.cpu_vlb_terms(
+        out.data_ptr(), dtype_tag(out), sample_stride(out), x_start.data_ptr(), x_t.data_ptr(), dtype_tag(x_t), t.data_ptr(), table.data_ptr(),
+        VARIANCE_KINDS.index(variance), clip, levels, cdf == "erf", detach_mean,
+        result.data_ptr(), 0 if grad_out is None else grad_out.data_ptr(), *native_sizes(x_t),
+    )  # fmt: skip
+
+
+def _vlb_terms_cpu(*arguments) -> Tensor:
+    terms = per_sample(arguments[2])
+    _launch(arguments, terms, None)
+    return terms
+
+
+def _backward_cpu(arguments, needs, grads):
+    grad_out = torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
+    _launch(arguments, grads[0].contiguous(), grad_out)
+    return grad_out, *[None] * 9
+
+
+def _check(out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean) -> None:
+    check_data("x_t", x_t)
+    check_like("x_start", x_start, "x_t", x_t)
+    check_variance(variance)
+    check_output(out, "x_t", x_t, variance)
+    check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
+    check_t(t, "x_t", x_t, table.shape[0])
+    if not 2 <= levels <= MAX_LEVELS:
+        raise ValueError(f"levels must lie in 2..{MAX_LEVELS}, got {levels}")
+    if cdf not in CDFS:
+        raise ValueError(f"cdf must be one of {', '.join(CDFS)}, got {cdf!r}")
+
+
+_op = Op(
+    "vlb_terms",
+    "Tensor out, Tensor x_start, Tensor x_t, Tensor t, Tensor table, str variance, bool clip, SymInt levels, str cdf, bool detach_mean",
+    "Tensor",
+    check=_check,
+    fake=lambda out, x_start, x_t, *_: per_sample(x_t),
+    reference=vlb_terms_reference,
+    differentiable=(0,),
+    cpu=_vlb_terms_cpu,
+    backward=dict(cpu=_backward_cpu),
+)
+backends = _op.backends
 
 
 def vlb_terms(
@@ -103,23 +153,15 @@ def vlb_terms(
         levels: grey levels, 2..2000: they set the decoder's bins.
         cdf: "tanh" (published numbers) or "erf" (exact).
         detach_mean: no gradient to the prediction, only to the variance half (the hybrid loss).
-        backend: force "reference".
+        backend: force "reference" or "cpu".
 
     Returns:
-        (N,) float32 (float64 for float64 data). Differentiable in out.
+        (N,) float32 (float64 for float64 data). Differentiable in out, any number of times.
 
     Raises:
         TypeError, ValueError: what was expected and what came.
+        RuntimeError: for a forced backend that is not available here.
     """
-    check_data("x_t", x_t)
-    check_like("x_start", x_start, "x_t", x_t)
-    if variance not in VARIANCE_KINDS:
-        raise ValueError(f"variance must be one of {', '.join(VARIANCE_KINDS)}, got {variance!r}")
-    check_output(out, "x_t", x_t, variance)
-    check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
-    check_t(t, "x_t", x_t, table.shape[0])
-    if not 2 <= levels <= MAX_LEVELS:
-        raise ValueError(f"levels must lie in 2..{MAX_LEVELS}, got {levels}")
-    if cdf not in CDFS:
-        raise ValueError(f"cdf must be one of {', '.join(CDFS)}, got {cdf!r}")
-    return backends.choose(x_t.device, x_t.dtype, backend)(out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
+    arguments = (out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
+    _check(*arguments)
+    return _op(arguments, x_t, arithmetic_dtype(out, x_t), backend)

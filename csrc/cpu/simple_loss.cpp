@@ -1,0 +1,61 @@
+// simple_loss: weight[t] mean (out - (x_start_coef[t] x_start + noise_coef[t] epsilon))², one value a sample. Reads the
+// prediction once, x_start and epsilon where their coefficients are not 0. Backward does so again and writes the gradient
+// once: epsilon is drawn a second time, never stored.
+#include "block.h"
+
+namespace ddpm_fast::cpu::DDPM_ISA {
+namespace {
+
+struct State {
+  explicit State(const SimpleLossArguments& a) : epsilon(a.noise, a.sizes) {}
+  Epsilon epsilon;
+  Buffer prediction, x_start, result;
+};
+
+// out - target of one block. A term whose coefficient is 0 is neither read nor drawn.
+DDPM_INLINE void residual(const SimpleLossArguments& a, State& state, int64_t sample, int64_t first, int64_t count, float* result) {
+  const float c0 = a.x_start_coef[a.t[sample]], c1 = a.noise_coef[a.t[sample]];
+  const float* const p = read(a.out.view, sample * a.out.stride + first, count, state.prediction);
+  const float* const x = c0 != 0.0f ? read(a.x_start, sample * a.sizes.elements + first, count, state.x_start) : nullptr;
+  const float* const e = c1 != 0.0f ? state.epsilon.block(sample, first, count) : nullptr;
+  if (x && e) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) result[i] = p[i] - q_sample_element(c0, c1, x[i], e[i]);
+  } else if (e) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) result[i] = p[i] - mul_rn(c1, e[i]);
+  } else if (x) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) result[i] = p[i] - mul_rn(c0, x[i]);
+  } else if (p != result) {
+    std::memcpy(result, p, size_t(count) * sizeof(float));
+  }
+}
+
+}  // namespace
+
+void simple_loss(const SimpleLossArguments& a) {
+  sum_each_sample<State>(
+      a,
+      [&](State& state, int64_t sample, int64_t first, int64_t count) {
+        float* const r = state.result.values;
+        residual(a, state, sample, first, count, r);
+        for (int64_t i = 0; i < count; ++i) r[i] = mul_rn(r[i], r[i]);
+        return sum(r, count);
+      },
+      [&](int64_t sample, double total) { a.loss[sample] = a.weight[a.t[sample]] * float(total / double(a.sizes.elements)); });
+}
+
+void simple_loss_backward(const SimpleLossArguments& a) {
+  for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
+    const int64_t offset = sample * a.grad_out.stride + first;
+    const float scale = a.grad_loss[sample] * a.weight[a.t[sample]] * float(2.0 / double(a.sizes.elements));
+    float* const grad = place_for(a.grad_out.view, offset, state.result);
+    residual(a, state, sample, first, count, grad);
+    for (int64_t i = 0; i < count; ++i) grad[i] = mul_rn(scale, grad[i]);
+    write(a.grad_out.view, offset, count, state.result);
+    if (a.grad_out.stride > a.sizes.elements) write_zeros(a.grad_out.view, offset + a.sizes.elements, count);
+  });
+}
+
+}  // namespace ddpm_fast::cpu::DDPM_ISA

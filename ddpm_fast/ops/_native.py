@@ -1,0 +1,45 @@
+"""How a tensor, a noise and sizes reach a native kernel: as addresses and tags. See csrc/bindings.cpp."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.backends import NATIVE_DTYPES
+from ddpm_fast.noise import Noise
+
+_NO_NOISE = (0, False, 0, 0, 0)
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def dtype_tag(x: Tensor) -> int:
+    return NATIVE_DTYPES[x.dtype]
+
+
+def native_noise(noise: Noise | Tensor | None) -> tuple[int, bool, int, int, int]:
+    """(address, whether there is noise, seed, stream, first sample); a tensor must be contiguous and outlive the call."""
+    if noise is None:
+        return _NO_NOISE
+    if isinstance(noise, Noise):
+        return 0, True, noise.seed, noise.stream, noise.first_sample
+    return noise.data_ptr(), True, 0, 0, 0
+
+
+def contiguous_noise(noise: Noise | Tensor | None) -> Noise | Tensor | None:
+    return noise.contiguous() if isinstance(noise, Tensor) else noise
+
+
+def native_sizes(x: Tensor) -> tuple[int, int, int]:
+    """(samples, elements of each, threads)."""
+    samples = x.shape[0]
+    return samples, x.numel() // samples, torch.get_num_threads()
+
+
+def new_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,253 @@
+"""Op: what every differentiable op has in common. An op's file gives its formula, kernels and checks; this gives the ways in.
+
+A plain eager call goes straight to the kernel, inside a ``torch.autograd.Function`` where a gradient is needed. While
+compiling or tracing, and for tensor subclasses, it goes through the operator that is registered with torch.library. In
+torch.func the reference serves it, whose operations PyTorch can transform.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.backends import BackendTable
+from ddpm_fast.noise import Noise
+
+library = torch.library.Library("ddpm_fast", "DEF")
+NOISE = "Tensor? noise, SymInt? seed, SymInt stream, SymInt first_sample"  # how an operator takes a Noise, a tensor or None
+
+
+class Op:
+    """One differentiable op.
+
+    All implementations take the same positional ``arguments``.
+
+    Args:
+        name: of the op.
+        schema: the operator's arguments, with NOISE in place of a noise.
+        returns: "Tensor" or "(Tensor, Tensor)"; an implementation may give None for the second.
+        check: called with the arguments of an operator call; raises as the public function does.
+        fake: shapes and dtypes of the results, as new tensors.
+        reference: the formula in plain PyTorch, differentiable.
+        differentiable: positions of the arguments whose gradient the backward kernels give; of others the reference does.
+        noise: position of the noise.
+        saves: positions of the tensors that backward needs; all by default.
+        gradients: backward in plain PyTorch, differentiable again: called as gradients(arguments, needs, grads), it gives
+            one gradient an argument, None where not needed. By default autograd's of the reference.
+        backward: backend to its backward kernel, called as ``gradients`` is.
+        backends: backend to implementation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        returns: str,
+        *,
+        check: Callable,
+        fake: Callable,
+        reference: Callable,
+        differentiable: Sequence[int],
+        noise: int | None = None,
+        saves: Sequence[int] | None = None,
+        gradients: Callable | None = None,
+        backward: dict[str, Callable],
+        **backends: Callable,
+    ) -> None:
+        self.name = name
+        self.check = check
+        self.fake = fake
+        self.reference = reference
+        self.differentiable = tuple(differentiable)
+        self.noise = noise
+        self.saves = saves
+        self.own_gradients = gradients
+        self.backward = {backends[backend]: kernel for backend, kernel in backward.items()}
+        self.backends = BackendTable(name, reference=reference, **backends)
+        self._register(schema, returns)
+
+    def __call__(self, arguments: tuple, like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Tensor] | None = None) -> Any:
+        """Runs it.
+
+        Args:
+            arguments: checked.
+            like: a tensor of the device.
+            dtype: of the data, which with the device decides the backend.
+            backend: forces one.
+            into: tensors to write the results into, by the name that the kernels know them by, in the results' order.
+        """
+        dispatches, needs_grad = goes_through_dispatcher(), False
+        for x in arguments:
+            kind = type(x)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                needs_grad = needs_grad or x.requires_grad
+            elif isinstance(x, Tensor):  # a subclass, whose data a kernel cannot read by itself
+                dispatches = True
+        needs_grad = needs_grad and torch.is_grad_enabled()
+        if into:
+            if needs_grad:
+                raise RuntimeError(f"{self.name} cannot write into a given tensor where a gradient is needed; call it under torch.no_grad()")
+            if dispatches or in_functorch() or self.backends.choose(like.device, dtype, backend) is self.reference:
+                return self._copy_into(into, self(arguments, like, dtype, backend))
+            return self.backends.choose(like.device, dtype, backend)(*arguments, **into)
+        if in_functorch():
+            return self.reference(*arguments)
+        if dispatches and backend is None:
+            return self.operator(*self._flatten(arguments))
+        implementation = self.backends.choose(like.device, dtype, backend)
+        if needs_grad and implementation is not self.reference:
+            return _Differentiable.apply(self, implementation, *arguments)
+        return implementation(*arguments)
+
+    @staticmethod
+    def _copy_into(into: dict[str, Tensor], results: Any) -> Any:
+        several = isinstance(results, (tuple, list))
+        copied = [result if target is None else target.copy_(result) for target, result in zip(into.values(), results if several else [results], strict=True)]
+        return tuple(copied) if several else copied[0]
+
+    def gradients(self, implementation: Callable, arguments: Sequence, needs: Sequence[bool], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Backward: by the kernel that goes with an implementation, or where it cannot, by plain PyTorch with a graph of its own."""
+        kernel = self.backward.get(implementation)
+        if kernel and not torch.is_grad_enabled() and all(i in self.differentiable for i, needed in enumerate(needs) if needed):
+            return kernel(arguments, needs, grads)
+        if self.own_gradients is not None:
+            return self.own_gradients(arguments, needs, grads)
+        with torch.enable_grad():
+            results = self.reference(*arguments)
+            pairs = [(r, g) for r, g in zip(results if isinstance(results, tuple) else (results,), grads, strict=True) if g is not None and r is not None]
+            inputs = [x for x, needed in zip(arguments, needs, strict=True) if needed]
+            found = iter(torch.autograd.grad([r for r, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True))
+        return [next(found) if needed else None for needed in needs]
+
+    # The operator.
+
+    def _flatten(self, arguments: Sequence) -> tuple:
+        """As the operator takes them: it knows no Noise, and no unsigned integers."""
+        i = self.noise
+        return tuple(arguments) if i is None else (*arguments[:i], *noise_arguments(arguments[i]), *arguments[i + 1 :])
+
+    def _restore(self, flat: Sequence) -> tuple:
+        i = self.noise
+        if i is None:
+            return tuple(flat)
+        tensor, seed, stream, first_sample = flat[i : i + 4]
+        generated = None if seed is None else Noise(unsigned64(seed), stream, unsigned64(first_sample))
+        return *flat[:i], generated if tensor is None else tensor, *flat[i + 4 :]
+
+    def _choose(self, arguments: Sequence) -> Callable:
+        # float64 anywhere in the data is the reference's.
+        data = [arguments[i] for i in self.differentiable if isinstance(arguments[i], Tensor)]
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in data) else data[0].dtype
+        return self.backends.choose(data[0].device, dtype)
+
+    def _register(self, schema: str, returns: str) -> None:
+        tags = (torch.Tag.pt2_compliant_tag,)
+        library.define(f"{self.name}({schema}) -> {returns}", tags=tags)
+        library.define(f"{self.name}_backward(Tensor?[] grads, {schema}, bool[] needs) -> Tensor[]", tags=tags)
+
+        def forward(*flat):
+            arguments = self._restore(flat)
+            self.check(*arguments)  # a compiled graph has not seen the values of t yet
+            results = self._choose(arguments)(*arguments)
+            if isinstance(results, tuple):
+                return tuple(flat[0].new_empty(0) if result is None else result for result in results)
+            return results.contiguous()
+
+        def backward(grads, *flat):
+            arguments, needs = self._restore(flat[:-1]), flat[-1]
+            arguments = [x.detach().requires_grad_() if needed else x for x, needed in zip(arguments, needs, strict=True)]
+            with torch.no_grad():
+                found = self.gradients(self._choose(arguments), arguments, needs, grads)
+            return [(torch.zeros_like(x) if grad is None else grad.detach()).contiguous() for x, grad, needed in zip(arguments, found, needs, strict=True) if needed]
+
+        def backward_fake(grads, *flat):
+            arguments, needs = self._restore(flat[:-1]), flat[-1]
+            return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, needed in zip(arguments, needs, strict=True) if needed]
+
+        def setup_context(ctx, inputs, output):
+            keep_for_backward(ctx, inputs, None if self.saves is None else self._flat_positions(self.saves))
+            # The graph of a compiler knows the outputs that nobody asked a gradient of; None comes for them.
+            ctx.set_materialize_grads(False)
+
+        def differentiate(ctx, *grads):
+            flat = kept_for_backward(ctx)
+            needs = ctx.needs_input_grad
+            arguments, needs = self._restore(flat), [bool(needed) for needed in self._unflatten_needs(needs)]
+            if self.own_gradients is not None:
+                found = self.own_gradients(arguments, needs, grads)
+            else:
+                computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), *flat, needs))
+                found = [next(computed) if needed else None for needed in needs]
+            i = self.noise
+            return tuple(found) if i is None else (*found[:i], found[i], None, None, None, *found[i + 1 :])
+
+        library.impl(self.name, forward, "CompositeExplicitAutograd")
+        library.impl(f"{self.name}_backward", backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ddpm_fast::{self.name}", lambda *flat: self.fake(*self._restore(flat)), lib=library)
+        torch.library.register_fake(f"ddpm_fast::{self.name}_backward", backward_fake, lib=library)
+        torch.library.register_autograd(f"ddpm_fast::{self.name}", differentiate, setup_context=setup_context, lib=library)
+        self.operator = getattr(torch.ops.ddpm_fast, self.name)
+
+    def _flat_positions(self, positions: Sequence[int]) -> list[int]:
+        return [p if self.noise is None or p <= self.noise else p + 3 for p in positions]
+
+    def _unflatten_needs(self, needs: Sequence[bool]) -> tuple:
+        i = self.noise
+        return tuple(needs) if i is None else (*needs[: i + 1], *needs[i + 4 :])
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, implementation, *arguments):
+        ctx.op, ctx.implementation = op, implementation
+        keep_for_backward(ctx, arguments, op.saves)
+        ctx.set_materialize_grads(False)
+        return implementation(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        arguments, needs = kept_for_backward(ctx), ctx.needs_input_grad[2:]
+        return None, None, *ctx.op.gradients(ctx.implementation, arguments, needs, grads)
+
+
+def keep_for_backward(ctx: Any, arguments: Sequence, saves: Sequence[int] | None) -> None:
+    """Saves the tensors among the arguments (those at ``saves``, or all) where autograd watches over them, the rest beside."""
+    ctx.save_for_backward(*[x if isinstance(x, Tensor) and (saves is None or i in saves) else None for i, x in enumerate(arguments)])
+    ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+
+
+def kept_for_backward(ctx: Any) -> list:
+    return [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+
+
+def goes_through_dispatcher() -> bool:
+    """Whether every call must be visible to PyTorch as an operator: while compiling or tracing.
+
+    A plain eager call goes straight to the kernel instead: the dispatcher's Python entries cost ten times as much as
+    the whole call at small sizes.
+    """
+    # The dispatch stack is that of make_fx, FlopCounterMode and the like.
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
+
+
+def in_functorch() -> bool:
+    """Inside torch.func.grad, vmap and the like: their tensors have no address, so the reference serves them."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def noise_arguments(noise: Noise | Tensor | None) -> tuple[Tensor | None, int | None, int, int]:
+    """A noise as an operator's arguments: tensor or None, then seed (None without a Noise), stream and first_sample in int64's range."""
+    if isinstance(noise, Noise):
+        return None, signed64(noise.seed), noise.stream, signed64(noise.first_sample)
+    return noise, None, 0, 0
+
+
+def signed64(x: int) -> int:
+    """The int64 of the same 64 bits: operators have no unsigned integers."""
+    return x - 2**64 if x >= 2**63 else x
+
+
+def unsigned64(x: int) -> int:
+    return x + 2**64 if x < 0 else x

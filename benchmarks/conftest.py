@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from harness import COPY
 from measure import environment, threads_set
 
 ALL_THREADS = torch.get_num_threads()
@@ -20,12 +21,19 @@ def threads(request):
 
 @pytest.fixture
 def timed(benchmark, threads):
-    """Times a call and records the bytes that it must move, its bandwidth and the environment."""
+    """Checks and times each side of a case, and records the bytes that it must move, its bandwidth and the environment."""
 
-    def run(function, needed_bytes: int) -> None:
+    def run(case, side: str) -> None:
+        try:
+            function = case.side(side)
+        except LookupError as reason:
+            pytest.skip(str(reason))
+        if side != COPY:
+            case.check(side)
+        function()
         benchmark(function)
-        benchmark.extra_info.update(environment() | {"threads": threads, "bytes": needed_bytes})
+        benchmark.extra_info.update(environment() | {"threads": threads, "bytes": case.needed_bytes})
         if benchmark.stats is not None:  # --benchmark-disable
-            benchmark.extra_info["GB/s"] = needed_bytes / benchmark.stats.stats.median / 1e9
+            benchmark.extra_info["GB/s"] = case.needed_bytes / benchmark.stats.stats.median / 1e9
 
     return run

@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
 
 
 def missing(package: str) -> str:
@@ -12,8 +15,10 @@ def missing(package: str) -> str:
     return "" if importlib.util.find_spec(package) else f"{package} is not installed (pip install ddpm_fast[bench])"
 
 
-def diffusers_add_noise(betas: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """diffusers' DDPMScheduler.add_noise(x_start, noise, t) on a schedule."""
+def diffusers_scheduler(betas: Tensor, variance_type: str = "fixed_small") -> DDPMScheduler:
+    """diffusers' DDPMScheduler on a schedule, with all of its steps; `add_noise` noises, `step` is the reverse step."""
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist()).add_noise
+    scheduler = DDPMScheduler(num_train_timesteps=len(betas), trained_betas=betas.tolist(), variance_type=variance_type, clip_sample=True)
+    scheduler.set_timesteps(len(betas))
+    return scheduler

@@ -53,13 +53,13 @@ void cpu_q_sample(uintptr_t x_start, uintptr_t out, int dtype, uintptr_t t, uint
                            {samples, elements, threads}});
 }
 
-// Forward where grad_out is 0, else backward; `loss` is written or, as the gradient that came, read.
+// Any of loss and grad_out may be 0, which leaves it out; grad_loss 0 stands for ones.
 void cpu_simple_loss(uintptr_t out, int out_dtype, int64_t stride, uintptr_t x_start, int dtype, uintptr_t t, uintptr_t weight,
-                     uintptr_t x_start_coef, uintptr_t noise_coef, const Noise& noise, uintptr_t loss, uintptr_t grad_out,
-                     int64_t samples, int64_t elements, int threads) {
-  const auto kernel = grad_out ? cpu::kernels().simple_loss_backward : cpu::kernels().simple_loss;
-  kernel({{view(out, out_dtype), stride}, view(x_start, dtype), steps(t), floats(weight), floats(x_start_coef), floats(noise_coef),
-          source(noise, dtype), pointer<float>(loss), floats(loss), {view(grad_out, out_dtype), stride}, {samples, elements, threads}});
+                     uintptr_t x_start_coef, uintptr_t noise_coef, const Noise& noise, uintptr_t loss, uintptr_t grad_loss,
+                     uintptr_t grad_out, int64_t samples, int64_t elements, int threads) {
+  cpu::kernels().simple_loss({{view(out, out_dtype), stride}, view(x_start, dtype), steps(t), floats(weight), floats(x_start_coef),
+                              floats(noise_coef), source(noise, dtype), pointer<float>(loss), {view(grad_out, out_dtype), stride},
+                              floats(grad_loss), {samples, elements, threads}});
 }
 
 PStepArguments p_step_arguments(uintptr_t x_t, int dtype, uintptr_t out, uintptr_t without, int out_dtype, int64_t stride,
@@ -125,14 +125,13 @@ void cpu_gaussian_kl(const Operand& mean1, const Operand& logvar1, const Operand
   (backward ? cpu::kernels().gaussian_kl_backward : cpu::kernels().gaussian_kl)(a);
 }
 
-// Forward where grad_out is 0, else backward; `terms` is written or, as the gradient that came, read.
+// As cpu_simple_loss.
 void cpu_vlb_terms(uintptr_t out, int out_dtype, int64_t stride, uintptr_t x_start, uintptr_t x_t, int dtype, uintptr_t t,
                    uintptr_t table, int variance, bool clip, int levels, bool exact_cdf, bool detach_mean, uintptr_t terms,
-                   uintptr_t grad_out, int64_t samples, int64_t elements, int threads) {
-  const auto kernel = grad_out ? cpu::kernels().vlb_terms_backward : cpu::kernels().vlb_terms;
-  kernel({{view(out, out_dtype), stride}, view(x_start, dtype), view(x_t, dtype), steps(t), floats(table), Variance(variance), clip,
-          exact_cdf, detach_mean, levels, pointer<float>(terms), floats(terms), {view(grad_out, out_dtype), stride},
-          {samples, elements, threads}});
+                   uintptr_t grad_terms, uintptr_t grad_out, int64_t samples, int64_t elements, int threads) {
+  cpu::kernels().vlb_terms({{view(out, out_dtype), stride}, view(x_start, dtype), view(x_t, dtype), steps(t), floats(table),
+                            Variance(variance), clip, exact_cdf, detach_mean, levels, pointer<float>(terms),
+                            {view(grad_out, out_dtype), stride}, floats(grad_terms), {samples, elements, threads}});
 }
 
 #if defined(DDPM_FAST_CUDA)

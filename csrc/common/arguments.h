@@ -46,9 +46,9 @@ struct SimpleLossArguments {
   const int64_t* t;
   const float *weight, *x_start_coef, *noise_coef;  // (T,)
   NoiseSource noise;
-  float* loss;             // (samples,): forward
-  const float* grad_loss;  // (samples,): backward
-  Output grad_out;         // like out: backward
+  float* loss;             // (samples,), or null
+  Output grad_out;         // like out, or null
+  const float* grad_loss;  // (samples,) that grad_out is for; null: for ones
   Sizes sizes;
 };
 
@@ -92,9 +92,9 @@ struct VlbTermsArguments {
   Variance variance;
   bool clip, exact_cdf, detach_mean;
   int levels;
-  float* terms;            // (samples,), bits per dimension: forward
-  const float* grad_terms; // (samples,): backward
-  Output grad_out;         // like out: backward
+  float* terms;             // (samples,), bits per dimension, or null
+  Output grad_out;          // like out, or null
+  const float* grad_terms;  // (samples,) that grad_out is for; null: for ones
   Sizes sizes;
 };
 

@@ -17,7 +17,7 @@ DDPM_INLINE float clamp(float x, float low, float high) {
 }
 
 // 1 where a gradient passes clamp(x, -limit, limit), ends included, else 0.
-DDPM_INLINE float passes(float x, float limit) { return x >= -limit && x <= limit ? 1.0f : 0.0f; }
+DDPM_INLINE float passes(float x, float limit) { return (x >= -limit) & (x <= limit) ? 1.0f : 0.0f; }
 
 // How a model's output gives the log-variance: fixed does not read it, learned takes it as it is, learned_range goes from
 // low to high as it goes from -1 to 1.
@@ -30,6 +30,12 @@ DDPM_INLINE float log_variance_slope(Variance kind, float low, float high) {
   return kind == Variance::learned ? 1.0f : 0.5f * (high - low);
 }
 
+// e^(½ log_variance).
+DDPM_INLINE float deviation(float log_variance) {
+  float exponent = mul_rn(0.5f, log_variance);
+  return exponential(exponent > 89.0f ? 89.0f : exponent);
+}
+
 // e^(-½ log_variance), finite in fp32: a distance of 0 stays 0 however small the variance.
 DDPM_INLINE float inverse_deviation(float log_variance) {
   float exponent = mul_rn(-0.5f, log_variance);
@@ -37,30 +43,44 @@ DDPM_INLINE float inverse_deviation(float log_variance) {
 }
 
 // KL(N(m1, e^l1) ‖ N(m2, e^l2)) in nats, from the deviations that Gaussians differ by: d = l1 - l2, distance = (m1 - m2) e^(-½ l2).
-DDPM_INLINE float kl_element(float excess, float distance) { return mul_rn(0.5f, add_rn(excess, mul_rn(distance, distance))); }
+DDPM_INLINE float kl_element(float beyond_linear, float distance) { return add_rn(beyond_linear, mul_rn(mul_rn(0.5f, distance), distance)); }
 
-// The decoder's bin (Ho et al., eq. 13): the probability that a Gaussian around `mean` gives the grey level x_start, and its
-// derivatives. `inverse` is one over the deviation, `half` half a bin's width. Where x_start lies above the mean both edges
-// are mirrored: the mass is then the difference of two small numbers, not of two near 1.
-struct Bin { float probability, slope_mean, slope_log_deviation; };
+// The decoder's bin (Ho et al., eq. 13): the probability that a Gaussian around `mean` gives the grey level x_start, and the
+// derivatives of its logarithm. `inverse` is one over the deviation, `half` half a bin's width.
+struct Bin { float probability, by_mean, by_log_deviation; };
 
-constexpr float decoder_edge = 0.999f;      // data beyond it lies in one of the two open bins
-constexpr float decoder_floor = 1e-12f;     // of a bin's probability, as in the published code
-constexpr float decoder_saturated = 100.0f; // the CDF is 0 or 1 beyond it; a larger argument would overflow where it is cubed
+constexpr float decoder_edge = 0.999f;       // data beyond it lies in one of the two open bins
+constexpr float decoder_floor = 1e-12f;      // of a bin's probability, as in the published code
+constexpr float decoder_saturated = 100.0f;  // the CDF is 0 or 1 beyond it; a larger argument would overflow where it is cubed
 constexpr float decoder_min_log_scale = -80.0f;
 
-template <bool exact>
-DDPM_INLINE Bin decoder_element(float x_start, float mean, float inverse, float half) {
-  float centered = x_start - mean;
-  float upper = clamp(mul_rn(inverse, centered + half), -decoder_saturated, decoder_saturated);
-  float lower = clamp(mul_rn(inverse, centered - half), -decoder_saturated, decoder_saturated);
-  bool first = x_start < -decoder_edge, last = x_start > decoder_edge;
-  bool mirrored = last || (!first && centered > 0.0f);
-  float a = mirrored ? -lower : upper, b = mirrored ? -upper : lower;
-  Normal at_a = exact ? normal_erf(a) : normal_tanh(a), at_b = exact ? normal_erf(b) : normal_tanh(b);
-  float inner = first || last ? 0.0f : 1.0f;
-  float density = at_a.density - inner * at_b.density;
-  return {at_a.cdf - inner * at_b.cdf, inverse * (mirrored ? density : -density), -(a * at_a.density - inner * (b * at_b.density))};
+DDPM_INLINE float saturate(float x) { return clamp(x, -decoder_saturated, decoder_saturated); }
+
+// With the tanh CDF Φ and its argument 2u, Φ(a) - Φ(b) = Φ(a) Φ(-b) (1 - e^-gap), gap = 2u(a) - 2u(b): a product that loses no
+// precision however narrow the bin or far its edges. An open bin lacks the factors of the edge that it lacks.
+DDPM_INLINE Bin decoder_tanh(float x_start, float mean, float inverse, float half) {
+  const float centered = x_start - mean, a = saturate(mul_rn(inverse, centered + half)), b = saturate(mul_rn(inverse, centered - half));
+  const float width = saturate(mul_rn(inverse, half)) * 2.0f, squares = add_rn(mul_rn(a, add_rn(a, b)), mul_rn(b, b));
+  const bool first = x_start < -decoder_edge, last = x_start > decoder_edge, open = first | last;
+  const Logistic upper = normal_tanh(a), lower = normal_tanh(b);
+  const float scale = mul_rn(2.0f * sqrt_two_over_pi, width), inside = -2.0f * excess_of(-mul_rn(scale, step_rn(squares, tanh_cubic, 1.0f))).growth;
+  const float probability = mul_rn(mul_rn(last ? 1.0f : upper.cdf, first ? 1.0f : lower.tail), open ? 1.0f : inside);
+  const float by_a = last ? 0.0f : mul_rn(upper.slope, upper.tail), by_b = first ? 0.0f : mul_rn(lower.slope, lower.cdf);
+  const float by_gap = open ? 0.0f : mul_rn(add_rn(1.0f, -inside) / inside, scale);
+  return {probability,
+          mul_rn(inverse, by_b - by_a - mul_rn(mul_rn(by_gap, 3.0f * tanh_cubic), add_rn(a, b))),
+          mul_rn(b, by_b) - mul_rn(a, by_a) - mul_rn(by_gap, step_rn(squares, 3.0f * tanh_cubic, 1.0f))};
+}
+
+// With the exact CDF. Where x_start lies above the mean both edges are mirrored: the mass is then the difference of two small
+// numbers, not of two near 1.
+DDPM_INLINE Bin decoder_erf(float x_start, float mean, float inverse, float half) {
+  const float centered = x_start - mean, upper = saturate(mul_rn(inverse, centered + half)), lower = saturate(mul_rn(inverse, centered - half));
+  const bool first = x_start < -decoder_edge, last = x_start > decoder_edge, mirrored = last | (!first & (centered > 0.0f));
+  const float a = mirrored ? -lower : upper, b = mirrored ? -upper : lower, inner = first | last ? 0.0f : 1.0f;
+  const Normal at_a = normal_erf(a), at_b = normal_erf(b);
+  const float probability = at_a.cdf - inner * at_b.cdf, density = at_a.density - inner * at_b.density;
+  return {probability, inverse * (mirrored ? density : -density) / probability, -(a * at_a.density - inner * (b * at_b.density)) / probability};
 }
 
 }  // namespace ddpm_fast

@@ -9,53 +9,68 @@ constexpr float sqrt_half = 0.70710678f;
 constexpr float sqrt_two_over_pi = 0.79788456f;
 constexpr float inverse_sqrt_two_pi = 0.39894228f;
 
-// e^x within 1.1 ulp: 2^k times Cephes' polynomial on [-ln 2 / 2, ln 2 / 2]. Overflows to infinity, underflows through the
-// subnormal numbers to 0: 2^k is applied in two halves.
-DDPM_INLINE float exponential(float x) {
-  const float rounder = 12582912.0f;  // 1.5 2^23: adding it leaves the nearest integer in the low bits
-  x = x > 95.0f ? 95.0f : x;
-  x = x < -110.0f ? -110.0f : x;
-  float shifted = step_rn(x, 1.44269504f, rounder), k = add_rn(shifted, -rounder);
+constexpr float integer_bits = 12582912.0f;  // 1.5 2^23: adding it leaves the nearest integer in the low bits
+
+// x = k ln 2 + r, and e^x = 2^k (1 + r + p): Cephes' polynomial on [-ln 2 / 2, ln 2 / 2].
+struct Exponent { float k, r, p; };
+
+// |x| < 2^21.
+DDPM_INLINE Exponent exponent_of(float x) {
+  float k = add_rn(step_rn(x, 1.44269504f, integer_bits), -integer_bits);
   float r = add_rn(add_rn(x, mul_rn(k, -0.693359375f)), mul_rn(k, 2.12194440e-4f));
   float p = step_rn(1.9875691500e-4f, r, 1.3981999507e-3f);
   p = step_rn(p, r, 8.3334519073e-3f);
   p = step_rn(p, r, 4.1665795894e-2f);
   p = step_rn(p, r, 1.6666665459e-1f);
   p = step_rn(p, r, 5.0000001201e-1f);
-  p = add_rn(add_rn(mul_rn(p, mul_rn(r, r)), r), 1.0f);
-  int32_t n = int32_t(float_to_bits(shifted)) - 0x4b400000, half = n >> 1;
-  return mul_rn(mul_rn(p, bits_to_float(uint32_t(half + 127) << 23)), bits_to_float(uint32_t(n - half + 127) << 23));
+  return {k, r, mul_rn(p, mul_rn(r, r))};
+}
+
+// 2^(k + shift) for an integer k, the sum in [-126, 127]; some float for NaN.
+DDPM_INLINE float power_of_two(float k, int shift) {
+  return bits_to_float((float_to_bits(add_rn(k, integer_bits)) << 23) + (uint32_t(127 + shift) << 23));
+}
+
+// e^x within 1.1 ulp for x <= 89, where it is infinite: 2^k is applied in two steps, as 2^128 is no float. Below e^-86.6 it is
+// 0: the last of the normal numbers and all of the subnormal ones are given up.
+DDPM_INLINE float exponential(float x) {
+  const bool vanishes = x < -86.6f;
+  const Exponent e = exponent_of(vanishes ? -86.6f : x);
+  const float result = mul_rn(mul_rn(add_rn(add_rn(e.p, e.r), 1.0f), power_of_two(e.k, -1)), 2.0f);
+  return vanishes ? 0.0f : result;
+}
+
+// ½ (e^d - 1), and ½ (e^d - 1 - d), which is never negative; each keeps its relative precision down to d = 0, where k = 0 and
+// r = d leave p alone. Infinite only where they are beyond the largest float: a quarter is computed first.
+struct Excess { float growth, beyond_linear; };
+
+DDPM_INLINE Excess excess_of(float d) {
+  float x = d > 89.7f ? 89.7f : d;
+  x = x < -85.9f ? -85.9f : x;
+  const Exponent e = exponent_of(x);
+  const float power = power_of_two(e.k, -2), rest = add_rn(power, -0.25f);
+  return {mul_rn(2.0f, add_rn(mul_rn(power, add_rn(e.r, e.p)), rest)),
+          mul_rn(2.0f, add_rn(mul_rn(power, e.p), add_rn(add_rn(mul_rn(power, e.r), rest), mul_rn(-0.25f, d))))};
 }
 
 // Natural logarithm of a positive normal number.
 DDPM_INLINE float logarithm(float x) { return add_rn(log_unit(x), x - x); }
 
-// e^d - 1 - d without cancellation: never negative, relative precision kept down to d = 0. Below |d| = 1 a polynomial
-// interpolated at Chebyshev nodes (relative error 2e-8).
-DDPM_INLINE float exp_minus_one_minus(float d, float exp_d) {
-  float p = step_rn(2.812654657e-6f, d, 2.535864405e-5f);
-  p = step_rn(p, d, 1.983698603e-4f);
-  p = step_rn(p, d, 1.388539444e-3f);
-  p = step_rn(p, d, 8.333344944e-3f);
-  p = step_rn(p, d, 4.166673496e-2f);
-  p = step_rn(p, d, 1.666666716e-1f);
-  p = step_rn(p, d, 0.5f);
-  float near = mul_rn(p, mul_rn(d, d)), far = add_rn(add_rn(exp_d, -1.0f), -d);
-  return (d < 0.0f ? -d : d) < 1.0f ? near : far;
+// The tanh approximation of the normal CDF at x, |x| <= 100, with which published bounds were computed: ½ (1 + tanh u) =
+// 1 / (1 + e^-2u). `tail` is 1 - cdf, both with their relative precision; `slope`, of 2u, is the density over their product.
+struct Logistic { float cdf, tail, slope; };
+
+constexpr float tanh_cubic = 0.044715f;
+
+DDPM_INLINE Logistic normal_tanh(float x) {
+  const float square = mul_rn(x, x), twice_u = mul_rn(mul_rn(2.0f * sqrt_two_over_pi, x), step_rn(square, tanh_cubic, 1.0f));
+  const float e = exponential(twice_u < 0.0f ? twice_u : -twice_u), larger = 1.0f / add_rn(1.0f, e), smaller = mul_rn(e, larger);
+  const bool below = x < 0.0f;
+  return {below ? smaller : larger, below ? larger : smaller, mul_rn(2.0f * sqrt_two_over_pi, step_rn(square, 3.0f * tanh_cubic, 1.0f))};
 }
 
 // The normal distribution at x, |x| <= 100: its CDF and its density.
 struct Normal { float cdf, density; };
-
-// The tanh approximation, with which published bounds were computed: ½ (1 + tanh u) = 1 / (1 + e^-2u), so that both
-// tails keep their relative precision.
-DDPM_INLINE Normal normal_tanh(float x) {
-  float square = mul_rn(x, x);
-  float u = mul_rn(mul_rn(sqrt_two_over_pi, x), step_rn(square, 0.044715f, 1.0f));
-  float e = exponential(mul_rn(-2.0f, u < 0.0f ? -u : u)), inverse = 1.0f / add_rn(1.0f, e);
-  float slope = mul_rn(2.0f * sqrt_two_over_pi, step_rn(square, 0.134145f, 1.0f));  // of 2u
-  return {mul_rn(u < 0.0f ? e : 1.0f, inverse), mul_rn(mul_rn(mul_rn(e, inverse), inverse), slope)};
-}
 
 // ½ erfc(-x / √2). (1 + 2z) e^z² erfc(z) is smooth in (z - 2) / (z + 2): a polynomial interpolated at Chebyshev nodes for z
 // up to 10.2 (relative error 3e-8); beyond it erfc is 0 in fp32. z² is formed exactly in two parts before it is an exponent.

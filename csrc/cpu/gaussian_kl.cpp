@@ -29,11 +29,10 @@ DDPM_INLINE Operands operands(const GaussianKLArguments& a, State& state, int64_
           operand(a.mean2, sample, first, count, state.mean2), operand(a.logvar2, sample, first, count, state.logvar2)};
 }
 
-DDPM_INLINE void divergences(const Operands& o, int64_t count, float* kl) {
+DDPM_INLINE void divergences(const Operands o, int64_t count, float* kl) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const float d = o.logvar1[i] - o.logvar2[i], distance = mul_rn(o.mean1[i] - o.mean2[i], inverse_deviation(o.logvar2[i]));
-    kl[i] = kl_element(exp_minus_one_minus(d, exponential(d)), distance);
+    kl[i] = kl_element(excess_of(o.logvar1[i] - o.logvar2[i]).beyond_linear, mul_rn(o.mean1[i] - o.mean2[i], inverse_deviation(o.logvar2[i])));
   }
 }
 
@@ -68,15 +67,14 @@ void gaussian_kl_backward(const GaussianKLArguments& a) {
     const Broadcast given = {a.grad_kl, a.reduced ? 1 : a.sizes.elements, a.reduced ? 0 : 1};
     const float* const g = operand(given, sample, first, count, state.grad);
     const int64_t offset = sample * a.sizes.elements + first;
-    // e^d - 1 and the distance over the second deviation, from which all four gradients follow.
+    // What all four gradients follow from.
     float *const growth = state.result.values, *const pull = state.mean2.values, *const square = state.mean1.values;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      const float d = o.logvar1[i] - o.logvar2[i], inverse = inverse_deviation(o.logvar2[i]);
-      const float distance = mul_rn(o.mean1[i] - o.mean2[i], inverse), scale = mul_rn(g[i], share);
-      growth[i] = mul_rn(mul_rn(0.5f, scale), add_rn(exp_minus_one_minus(d, exponential(d)), d));
+      const float inverse = inverse_deviation(o.logvar2[i]), distance = mul_rn(o.mean1[i] - o.mean2[i], inverse), scale = mul_rn(g[i], share);
+      growth[i] = mul_rn(scale, excess_of(o.logvar1[i] - o.logvar2[i]).growth);
       pull[i] = mul_rn(scale, mul_rn(distance, inverse));
-      square[i] = mul_rn(mul_rn(0.5f, scale), mul_rn(distance, distance));
+      square[i] = mul_rn(scale, mul_rn(mul_rn(0.5f, distance), distance));
     }
     const auto put = [&](int k, const auto& value) {
       if (!a.grads[k].data) return;

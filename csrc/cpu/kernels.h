@@ -12,13 +12,11 @@
   K(randn, RandnArguments) \
   K(q_sample, QSampleArguments) \
   K(simple_loss, SimpleLossArguments) \
-  K(simple_loss_backward, SimpleLossArguments) \
   K(p_step, PStepArguments) \
   K(p_step_backward, PStepArguments) \
   K(gaussian_kl, GaussianKLArguments) \
   K(gaussian_kl_backward, GaussianKLArguments) \
-  K(vlb_terms, VlbTermsArguments) \
-  K(vlb_terms_backward, VlbTermsArguments)
+  K(vlb_terms, VlbTermsArguments)
 
 namespace ddpm_fast::cpu {
 

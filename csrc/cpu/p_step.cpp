@@ -44,19 +44,16 @@ struct Block {
   // noise e^(½ log_variance) of each element, for a learned variance.
   DDPM_METHOD const float* deviations() const {
     const float* const raw = read(a.out.view, sample * a.out.stride + a.sizes.elements + first, count, state.raw);
-    float* const deviation = state.deviation.values;
-    const Variance kind = a.variance;
-    if (kind == Variance::learned) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) deviation[i] = mul_rn(row.noise, exponential(mul_rn(0.5f, raw[i])));
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
-        deviation[i] = mul_rn(row.noise, exponential(mul_rn(0.5f, log_variance_element(Variance::learned_range, row.low, row.high, raw[i]))));
-    }
-    return deviation;
+    if (a.variance == Variance::learned) deviations<Variance::learned>(row, raw, count, state.deviation.values);
+    else deviations<Variance::learned_range>(row, raw, count, state.deviation.values);
+    return state.deviation.values;
   }
-  DDPM_METHOD float fixed_deviation() const { return mul_rn(row.noise, exponential(mul_rn(0.5f, row.low))); }
+  template <Variance kind>
+  static DDPM_METHOD void deviations(const Row row, const float* raw, int64_t count, float* result) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) result[i] = mul_rn(row.noise, deviation(log_variance_element(kind, row.low, row.high, raw[i])));
+  }
+  DDPM_METHOD float fixed_deviation() const { return mul_rn(row.noise, deviation(row.low)); }
 };
 
 DDPM_INLINE void forward(const Block& b) {

@@ -1,6 +1,6 @@
 // simple_loss: weight[t] mean (out - (x_start_coef[t] x_start + noise_coef[t] epsilon))², one value a sample. Reads the
-// prediction once, x_start and epsilon where their coefficients are not 0. Backward does so again and writes the gradient
-// once: epsilon is drawn a second time, never stored.
+// prediction once, x_start and epsilon where their coefficients are not 0; epsilon is drawn, never stored. Writes the loss, the
+// gradient of out (for the gradient of the loss given, or for ones), or both in one pass.
 #include "block.h"
 
 namespace ddpm_fast::cpu::DDPM_ISA {
@@ -9,7 +9,7 @@ namespace {
 struct State {
   explicit State(const SimpleLossArguments& a) : epsilon(a.noise, a.sizes) {}
   Epsilon epsilon;
-  Buffer prediction, x_start, result;
+  Buffer prediction, x_start, result, grad;
 };
 
 // out - target of one block. A term whose coefficient is 0 is neither read nor drawn.
@@ -35,27 +35,29 @@ DDPM_INLINE void residual(const SimpleLossArguments& a, State& state, int64_t sa
 }  // namespace
 
 void simple_loss(const SimpleLossArguments& a) {
+  const float share = float(2.0 / double(a.sizes.elements));
   sum_each_sample<State>(
       a,
       [&](State& state, int64_t sample, int64_t first, int64_t count) {
         float* const r = state.result.values;
         residual(a, state, sample, first, count, r);
+        if (a.grad_out.view.data) {
+          const int64_t place = sample * a.grad_out.stride + first;
+          const float weight = a.weight[a.t[sample]] * share, scale = a.grad_loss ? a.grad_loss[sample] * weight : weight;
+          float* const grad = place_for(a.grad_out.view, place, state.grad);
+#pragma omp simd
+          for (int64_t i = 0; i < count; ++i) grad[i] = mul_rn(scale, r[i]);
+          write(a.grad_out.view, place, count, state.grad);
+          if (a.grad_out.stride > a.sizes.elements) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
+        }
+        if (!a.loss) return 0.0f;
+#pragma omp simd
         for (int64_t i = 0; i < count; ++i) r[i] = mul_rn(r[i], r[i]);
         return sum(r, count);
       },
-      [&](int64_t sample, double total) { a.loss[sample] = a.weight[a.t[sample]] * float(total / double(a.sizes.elements)); });
-}
-
-void simple_loss_backward(const SimpleLossArguments& a) {
-  for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
-    const int64_t offset = sample * a.grad_out.stride + first;
-    const float scale = a.grad_loss[sample] * a.weight[a.t[sample]] * float(2.0 / double(a.sizes.elements));
-    float* const grad = place_for(a.grad_out.view, offset, state.result);
-    residual(a, state, sample, first, count, grad);
-    for (int64_t i = 0; i < count; ++i) grad[i] = mul_rn(scale, grad[i]);
-    write(a.grad_out.view, offset, count, state.result);
-    if (a.grad_out.stride > a.sizes.elements) write_zeros(a.grad_out.view, offset + a.sizes.elements, count);
-  });
+      [&](int64_t sample, double total) {
+        if (a.loss) a.loss[sample] = a.weight[a.t[sample]] * float(total / double(a.sizes.elements));
+      });
 }
 
 }  // namespace ddpm_fast::cpu::DDPM_ISA

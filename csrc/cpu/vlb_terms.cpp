@@ -1,6 +1,6 @@
 // vlb_terms: L_t of the bound in bits per dimension, one value a sample: for t > 0 the KL divergence of the posterior from
-// p_θ, at t = 0 the decoder's negative log-likelihood. Reads out, x_start and x_t once. Backward recomputes and writes the
-// gradient of out once.
+// p_θ, at t = 0 the decoder's negative log-likelihood. Reads out, x_start and x_t once; writes the terms, the gradient of out
+// (for the gradient of the terms given, or for ones), or both in one pass.
 #include "block.h"
 
 namespace ddpm_fast::cpu::DDPM_ISA {
@@ -12,83 +12,95 @@ struct Row {
 
 struct State {
   explicit State(const VlbTermsArguments&) {}
-  Buffer prediction, raw, x_start, x_t, mean, pass, inverse, value, grad, grad_raw;
+  Buffer prediction, raw, x_start, x_t, value, grad, grad_raw;
 };
 
-struct Block {
-  const VlbTermsArguments& a;
-  State& state;
-  const int64_t sample, first, count;
-  const Row row = reinterpret_cast<const Row*>(a.table)[a.t[sample]];
-  const bool decoded = a.t[sample] == 0, learned = a.variance != Variance::fixed;
-  const float *x_start = nullptr, *x_t = nullptr, *prediction = nullptr, *raw = nullptr;
+// One element's nats and their derivatives by the prediction and by the raw output that gives the variance.
+struct Term { float value, by_prediction, by_raw; };
 
-  DDPM_METHOD void load() {
-    const int64_t offset = sample * a.sizes.elements + first, place = sample * a.out.stride + first;
-    x_start = read(a.x_start, offset, count, state.x_start);
-    x_t = read(a.x_t, offset, count, state.x_t);
-    prediction = read(a.out.view, place, count, state.prediction);
-    if (learned) raw = read(a.out.view, place + a.sizes.elements, count, state.raw);
+// What a sample's elements share. Methods take values, not places, so that a loop over them vectorises.
+template <Variance kind>
+struct Model {
+  const Row row;
+  const float limit;
+
+  DDPM_METHOD float guess(float x_t, float prediction) const { return add_rn(mul_rn(row.from_x_t, x_t), mul_rn(row.from_out, prediction)); }
+  DDPM_METHOD float mean(float x_start, float x_t) const { return add_rn(mul_rn(row.mean1, x_start), mul_rn(row.mean2, x_t)); }
+  DDPM_METHOD float log_variance(float raw) const { return kind == Variance::fixed ? row.low : log_variance_element(kind, row.low, row.high, raw); }
+  DDPM_METHOD Term chain(float value, float by_mean, float by_log_variance, float guess) const {
+    const float slope = kind == Variance::fixed ? 0.0f : log_variance_slope(kind, row.low, row.high);
+    return {value, mul_rn(mul_rn(row.mean1 * row.from_out, by_mean), passes(guess, limit)), mul_rn(slope, by_log_variance)};
   }
-  DDPM_METHOD float guess(int64_t i) const { return add_rn(mul_rn(row.from_x_t, x_t[i]), mul_rn(row.from_out, prediction[i])); }
-  DDPM_METHOD float mean(int64_t i, float limit) const {
-    return add_rn(mul_rn(row.mean1, clamp(guess(i), -limit, limit)), mul_rn(row.mean2, x_t[i]));
-  }
-  DDPM_METHOD float true_mean(int64_t i) const { return add_rn(mul_rn(row.mean1, x_start[i]), mul_rn(row.mean2, x_t[i])); }
-  DDPM_METHOD float limit() const { return a.clip ? 1.0f : __builtin_inff(); }
 };
 
-// Value, and derivatives by p_θ's mean and log-variance, of one element's KL: of q(x_{t-1} | x_t, x_0) from p_θ.
-struct Term { float value, by_mean, by_log_variance; };
+// What of the divergence depends on p_θ's log-variance alone.
+struct Spread {
+  Excess excess;
+  float inverse;
+  DDPM_METHOD Spread(float posterior_log_variance, float log_variance)
+      : excess(excess_of(posterior_log_variance - log_variance)), inverse(inverse_deviation(log_variance)) {}
+};
 
-DDPM_INLINE Term kl_term(float true_mean, float mean, float d, float exp_d, float inverse) {
-  const float distance = mul_rn(true_mean - mean, inverse), excess = exp_minus_one_minus(d, exp_d), square = mul_rn(distance, distance);
-  return {kl_element(excess, distance), -mul_rn(distance, inverse), mul_rn(-0.5f, add_rn(add_rn(excess, d), square))};
-}
+template <Variance kind>
+struct Divergence : Model<kind> {
+  const Spread fixed;  // for all elements of the sample
 
-// Calls put(i, Term) for each element of a block with t > 0.
-template <Variance kind, typename Put>
-DDPM_INLINE void kl_terms(const Block& b, const Put& put) {
-  const Row row = b.row;
-  const float limit = b.limit();
-  if (kind == Variance::fixed) {
-    const float d = row.posterior_log_variance - row.low, exp_d = exponential(d), inverse = inverse_deviation(row.low);
+  DDPM_METHOD explicit Divergence(const Model<kind>& model) : Model<kind>(model), fixed(model.row.posterior_log_variance, model.row.low) {}
+  DDPM_METHOD Term operator()(float x_start, float x_t, float prediction, float raw) const {
+    const Spread s = kind == Variance::fixed ? fixed : Spread(this->row.posterior_log_variance, this->log_variance(raw));
+    const float guess = this->guess(x_t, prediction);
+    const float distance = mul_rn(this->mean(x_start, x_t) - this->mean(clamp(guess, -this->limit, this->limit), x_t), s.inverse);
+    const float by_log_variance = -add_rn(s.excess.growth, mul_rn(mul_rn(0.5f, distance), distance));
+    return this->chain(kl_element(s.excess.beyond_linear, distance), -mul_rn(distance, s.inverse), by_log_variance, guess);
+  }
+};
+
+template <Variance kind, bool exact>
+struct Decoder : Model<kind> {
+  const float half;
+
+  DDPM_METHOD Term operator()(float x_start, float x_t, float prediction, float raw) const {
+    const float guess = this->guess(x_t, prediction), mean = this->mean(clamp(guess, -this->limit, this->limit), x_t);
+    const float log_scale = mul_rn(0.5f, this->log_variance(raw));
+    const bool narrow = log_scale < decoder_min_log_scale;
+    const float inverse = exponential(-(narrow ? decoder_min_log_scale : log_scale));
+    const Bin bin = exact ? decoder_erf(x_start, mean, inverse, half) : decoder_tanh(x_start, mean, inverse, half);
+    const bool missed = bin.probability < decoder_floor;
+    return this->chain(-logarithm(missed ? decoder_floor : bin.probability), missed ? 0.0f : -bin.by_mean,
+                       missed | narrow ? 0.0f : mul_rn(-0.5f, bin.by_log_deviation), guess);
+  }
+};
+
+// A block's inputs and results in fp32.
+struct Places { const float *x_start, *x_t, *prediction, *raw; float *value, *grad, *grad_raw; };
+
+// The elements of a block by one formula: their values, and where `gradient` says so their derivatives times `share`.
+template <bool gradient, typename Formula>
+DDPM_INLINE void evaluate(const Formula formula, const Places p, int64_t count, float share) {
 #pragma omp simd
-    for (int64_t i = 0; i < b.count; ++i) put(i, kl_term(b.true_mean(i), b.mean(i, limit), d, exp_d, inverse));
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < b.count; ++i) {
-      const float log_variance = log_variance_element(kind, row.low, row.high, b.raw[i]), d = row.posterior_log_variance - log_variance;
-      put(i, kl_term(b.true_mean(i), b.mean(i, limit), d, exponential(d), inverse_deviation(log_variance)));
+  for (int64_t i = 0; i < count; ++i) {
+    const Term term = formula(p.x_start[i], p.x_t[i], p.prediction[i], p.raw[i]);
+    p.value[i] = term.value;
+    if (gradient) {
+      p.grad[i] = mul_rn(share, term.by_prediction);
+      p.grad_raw[i] = mul_rn(share, term.by_raw);
     }
   }
 }
-
-// The same of a block with t = 0: nats of the decoder's bin.
-template <bool exact, typename Put>
-DDPM_INLINE void decoder_terms(const Block& b, const Put& put) {
-  const Row row = b.row;
-  const float limit = b.limit(), half = float(1.0 / double(b.a.levels - 1));
-  const Variance kind = b.a.variance;
-  const bool learned = b.learned;
-#pragma omp simd
-  for (int64_t i = 0; i < b.count; ++i) {
-    const float log_scale = mul_rn(0.5f, learned ? log_variance_element(kind, row.low, row.high, b.raw[i]) : row.low);
-    const float inverse = exponential(-(log_scale < decoder_min_log_scale ? decoder_min_log_scale : log_scale));
-    const Bin bin = decoder_element<exact>(b.x_start[i], b.mean(i, limit), inverse, half);
-    const float probability = bin.probability < decoder_floor ? decoder_floor : bin.probability;
-    const float slope = bin.probability < decoder_floor ? 0.0f : -1.0f / probability;
-    put(i, {-logarithm(probability), mul_rn(slope, bin.slope_mean), log_scale < decoder_min_log_scale ? 0.0f : mul_rn(0.5f, mul_rn(slope, bin.slope_log_deviation))});
-  }
+template <bool gradient, Variance kind>
+DDPM_INLINE void evaluate_kind(const VlbTermsArguments& a, int64_t t, const Places& p, int64_t count, float share) {
+  const Model<kind> model{reinterpret_cast<const Row*>(a.table)[t], a.clip ? 1.0f : __builtin_inff()};
+  const float half = float(1.0 / double(a.levels - 1));
+  if (t > 0) evaluate<gradient>(Divergence<kind>{model}, p, count, share);
+  else if (a.exact_cdf) evaluate<gradient>(Decoder<kind, true>{model, half}, p, count, share);
+  else evaluate<gradient>(Decoder<kind, false>{model, half}, p, count, share);
 }
-
-template <typename Put>
-DDPM_INLINE void terms(const Block& b, const Put& put) {
-  if (b.decoded) return b.a.exact_cdf ? decoder_terms<true>(b, put) : decoder_terms<false>(b, put);
-  switch (b.a.variance) {
-    case Variance::fixed: return kl_terms<Variance::fixed>(b, put);
-    case Variance::learned: return kl_terms<Variance::learned>(b, put);
-    case Variance::learned_range: return kl_terms<Variance::learned_range>(b, put);
+template <bool gradient>
+DDPM_INLINE void evaluate(const VlbTermsArguments& a, int64_t t, const Places& p, int64_t count, float share) {
+  switch (a.variance) {
+    case Variance::fixed: return evaluate_kind<gradient, Variance::fixed>(a, t, p, count, share);
+    case Variance::learned: return evaluate_kind<gradient, Variance::learned>(a, t, p, count, share);
+    case Variance::learned_range: return evaluate_kind<gradient, Variance::learned_range>(a, t, p, count, share);
   }
 }
 
@@ -97,42 +109,34 @@ constexpr double ln2 = 0.693147180559945309;
 }  // namespace
 
 void vlb_terms(const VlbTermsArguments& a) {
+  const bool learned = a.variance != Variance::fixed, doubled = a.grad_out.stride > a.sizes.elements;
+  const float bits = float(1.0 / (double(a.sizes.elements) * ln2));  // of one element's nat
   sum_each_sample<State>(
       a,
       [&](State& state, int64_t sample, int64_t first, int64_t count) {
-        Block b{a, state, sample, first, count};
-        b.load();
-        float* const value = state.value.values;
-        terms(b, [&](int64_t i, const Term& term) { value[i] = term.value; });
-        return sum(value, count);
+        const int64_t offset = sample * a.sizes.elements + first, place = sample * a.out.stride + first;
+        Places p{};
+        p.x_start = read(a.x_start, offset, count, state.x_start);
+        p.x_t = read(a.x_t, offset, count, state.x_t);
+        p.prediction = read(a.out.view, place, count, state.prediction);
+        p.raw = learned ? read(a.out.view, place + a.sizes.elements, count, state.raw) : p.prediction;
+        p.value = state.value.values;
+        if (!a.grad_out.view.data) {
+          evaluate<false>(a, a.t[sample], p, count, 0.0f);
+          return sum(p.value, count);
+        }
+        p.grad = place_for(a.grad_out.view, place, state.grad);
+        p.grad_raw = learned ? place_for(a.grad_out.view, place + a.sizes.elements, state.grad_raw) : state.grad_raw.values;
+        evaluate<true>(a, a.t[sample], p, count, a.grad_terms ? a.grad_terms[sample] * bits : bits);
+        if (a.detach_mean) write_zeros(a.grad_out.view, place, count);
+        else write(a.grad_out.view, place, count, state.grad);
+        if (learned) write(a.grad_out.view, place + a.sizes.elements, count, state.grad_raw);
+        else if (doubled) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
+        return a.terms ? sum(p.value, count) : 0.0f;
       },
-      [&](int64_t sample, double total) { a.terms[sample] = float(total / double(a.sizes.elements) / ln2); });
-}
-
-void vlb_terms_backward(const VlbTermsArguments& a) {
-  for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
-    Block b{a, state, sample, first, count};
-    b.load();
-    const float share = a.grad_terms[sample] * float(1.0 / (double(a.sizes.elements) * ln2));
-    const float by_prediction = share * b.row.mean1 * b.row.from_out;
-    const float by_raw = b.learned ? share * log_variance_slope(a.variance, b.row.low, b.row.high) : 0.0f;
-    const int64_t place = sample * a.grad_out.stride + first;
-    float* const grad = place_for(a.grad_out.view, place, state.grad);
-    float* const grad_raw = b.learned ? place_for(a.grad_out.view, place + a.sizes.elements, state.grad_raw) : state.grad_raw.values;
-    const bool clip = a.clip;
-    if (b.learned) {
-      terms(b, [&](int64_t i, const Term& term) {
-        grad[i] = mul_rn(mul_rn(by_prediction, term.by_mean), clip ? passes(b.guess(i), 1.0f) : 1.0f);
-        grad_raw[i] = mul_rn(by_raw, term.by_log_variance);
+      [&](int64_t sample, double total) {
+        if (a.terms) a.terms[sample] = float(total / double(a.sizes.elements) / ln2);
       });
-    } else {
-      terms(b, [&](int64_t i, const Term& term) { grad[i] = mul_rn(mul_rn(by_prediction, term.by_mean), clip ? passes(b.guess(i), 1.0f) : 1.0f); });
-    }
-    if (a.detach_mean) write_zeros(a.grad_out.view, place, count);
-    else write(a.grad_out.view, place, count, state.grad);
-    if (b.learned) write(a.grad_out.view, place + a.sizes.elements, count, state.grad_raw);
-    else if (a.grad_out.stride > a.sizes.elements) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
-  });
 }
 
 }  // namespace ddpm_fast::cpu::DDPM_ISA

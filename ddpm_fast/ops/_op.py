@@ -37,6 +37,9 @@ class Op:
         gradients: backward in plain PyTorch, differentiable again: called as gradients(arguments, needs, grads), it gives
             one gradient an argument, None where not needed. By default autograd's of the reference.
         backward: backend to its backward kernel, called as ``gradients`` is.
+        ahead: backend to a forward that also gives the gradient of the first argument, the only one that is differentiable,
+            for an upstream of ones: called with the arguments it returns the result, that gradient, and the part of it that
+            backward then multiplies by the upstream of each sample. For float32, where that rounds no more than usual.
         backends: backend to implementation.
     """
 
@@ -54,6 +57,7 @@ class Op:
         saves: Sequence[int] | None = None,
         gradients: Callable | None = None,
         backward: dict[str, Callable],
+        ahead: dict[str, Callable] | None = None,
         **backends: Callable,
     ) -> None:
         self.name = name
@@ -65,6 +69,7 @@ class Op:
         self.saves = saves
         self.own_gradients = gradients
         self.backward = {backends[backend]: kernel for backend, kernel in backward.items()}
+        self.ahead = {backends[backend]: kernel for backend, kernel in (ahead or {}).items()}
         self.backends = BackendTable(name, reference=reference, **backends)
         self._register(schema, returns)
 
@@ -201,15 +206,23 @@ class Op:
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, implementation, *arguments):
-        ctx.op, ctx.implementation = op, implementation
+        ctx.op, ctx.implementation, ctx.ahead = op, implementation, None
         keep_for_backward(ctx, arguments, op.saves)
         ctx.set_materialize_grads(False)
-        return implementation(*arguments)
+        ahead = op.ahead.get(implementation)
+        if ahead is None or arguments[0].dtype != torch.float32 or any(ctx.needs_input_grad[3:]):
+            return implementation(*arguments)
+        result, *ctx.ahead = ahead(*arguments)
+        return result
 
     @staticmethod
     def backward(ctx, *grads):
-        arguments, needs = kept_for_backward(ctx), ctx.needs_input_grad[2:]
-        return None, None, *ctx.op.gradients(ctx.implementation, arguments, needs, grads)
+        needs = ctx.needs_input_grad[2:]
+        if ctx.ahead is not None and not torch.is_grad_enabled():
+            (gradient, part), ctx.ahead = ctx.ahead, None  # it is given away: a second backward computes it anew
+            part.mul_(grads[0].view(-1, *[1] * (part.ndim - 1)))
+            return None, None, gradient, *[None] * (len(needs) - 1)
+        return None, None, *ctx.op.gradients(ctx.implementation, kept_for_backward(ctx), needs, grads)
 
 
 def keep_for_backward(ctx: Any, arguments: Sequence, saves: Sequence[int] | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_fast.backends import native
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
-from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes
+from ddpm_fast.ops._native import address, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
 from ddpm_fast.ops._op import NOISE, Op
 from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, sample_stride, split_output
 
@@ -26,26 +26,32 @@ def simple_loss_reference(
     return weight[t] * (prediction - target).square().flatten(1).mean(1)
 
 
-def _launch(arguments, result: Tensor, grad_out: Tensor | None) -> None:
-    """Forward into ``result``; where grad_out is given, backward from it."""
+def _launch(arguments, loss: Tensor | None, grad_loss: Tensor | None, grad_out: Tensor | None) -> None:
+    """Writes the loss, the gradient of out (for grad_loss, or for ones), or both."""
     out, x_start, t, weight, x_start_coef, noise_coef, noise = arguments
     out, x_start, t, noise = out.contiguous(), x_start.contiguous(), t.contiguous(), contiguous_noise(noise)
     native.cpu_simple_loss(
         out.data_ptr(), dtype_tag(out), sample_stride(out), x_start.data_ptr(), dtype_tag(x_start), t.data_ptr(),
         weight.data_ptr(), x_start_coef.data_ptr(), noise_coef.data_ptr(), native_noise(noise),
-        result.data_ptr(), 0 if grad_out is None else grad_out.data_ptr(), *native_sizes(x_start),
+        address(loss), address(grad_loss), address(grad_out), *native_sizes(x_start),
     )  # fmt: skip
 
 
 def _simple_loss_cpu(*arguments) -> Tensor:
     loss = per_sample(arguments[1])
-    _launch(arguments, loss, None)
+    _launch(arguments, loss, None, None)
     return loss
 
 
+def _ahead_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    loss, grad_out = per_sample(arguments[1]), new_like(arguments[0])
+    _launch(arguments, loss, None, grad_out)
+    return loss, grad_out, grad_out[:, : arguments[1].shape[1]]
+
+
 def _backward_cpu(arguments, needs, grads):
-    grad_out = torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
-    _launch(arguments, grads[0].contiguous(), grad_out)
+    grad_out = new_like(arguments[0])
+    _launch(arguments, None, grads[0].contiguous(), grad_out)
     return grad_out, *[None] * 6
 
 
@@ -54,7 +60,7 @@ def _check(out, x_start, t, weight, x_start_coef, noise_coef, noise) -> None:
     check_output(out, "x_start", x_start)
     check_table("weight", weight, "x_start", x_start)
     for name, table in (("x_start_coef", x_start_coef), ("noise_coef", noise_coef)):
-        check_table(name, table, "x_start", x_start, weight.shape)
+        check_table(name, table, "x_start", x_start, tuple(weight.shape))
     check_t(t, "x_start", x_start, weight.shape[0])
     check_noise(noise, "x_start", x_start)
 
@@ -70,6 +76,7 @@ _op = Op(
     noise=6,
     cpu=_simple_loss_cpu,
     backward=dict(cpu=_backward_cpu),
+    ahead=dict(cpu=_ahead_cpu),
 )
 backends = _op.backends
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ddpm_fast.backends import native
 from ddpm_fast.ops._common import check_data, check_like, check_t, check_table, gather, table_dtype
-from ddpm_fast.ops._native import dtype_tag, native_sizes
+from ddpm_fast.ops._native import address, dtype_tag, native_sizes, new_like
 from ddpm_fast.ops._op import Op
-from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, per_sample, sample_stride, split_output
+from ddpm_fast.ops._output import FIXED, VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, per_sample, sample_stride, split_output
 from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
 
 # The table's columns. mean1 and mean2 weigh x̂0 (or x_0) and x_t in the posterior's mean.
@@ -76,26 +76,34 @@ def vlb_terms_reference(
     return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2.0)
 
 
-def _launch(arguments, result: Tensor, grad_out: Tensor | None) -> None:
-    """Forward into ``result``; where grad_out is given, backward from it."""
+def _launch(arguments, terms: Tensor | None, grad_terms: Tensor | None, grad_out: Tensor | None) -> None:
+    """Writes the terms, the gradient of out (for grad_terms, or for ones), or both."""
     out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
     out, x_start, x_t, t = out.contiguous(), x_start.contiguous(), x_t.contiguous(), t.contiguous()
     native.cpu_vlb_terms(
         out.data_ptr(), dtype_tag(out), sample_stride(out), x_start.data_ptr(), x_t.data_ptr(), dtype_tag(x_t), t.data_ptr(), table.data_ptr(),
         VARIANCE_KINDS.index(variance), clip, levels, cdf == "erf", detach_mean,
-        result.data_ptr(), 0 if grad_out is None else grad_out.data_ptr(), *native_sizes(x_t),
+        address(terms), address(grad_terms), address(grad_out), *native_sizes(x_t),
     )  # fmt: skip
 
 
 def _vlb_terms_cpu(*arguments) -> Tensor:
     terms = per_sample(arguments[2])
-    _launch(arguments, terms, None)
+    _launch(arguments, terms, None, None)
     return terms
 
 
+def _ahead_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    terms, grad_out, channels = per_sample(arguments[2]), new_like(arguments[0]), arguments[2].shape[1]
+    _launch(arguments, terms, None, grad_out)
+    if arguments[5] == FIXED:
+        return terms, grad_out, grad_out[:, :channels]
+    return terms, grad_out, grad_out[:, channels:] if arguments[9] else grad_out
+
+
 def _backward_cpu(arguments, needs, grads):
-    grad_out = torch.empty_like(arguments[0], memory_format=torch.contiguous_format)
-    _launch(arguments, grads[0].contiguous(), grad_out)
+    grad_out = new_like(arguments[0])
+    _launch(arguments, None, grads[0].contiguous(), grad_out)
     return grad_out, *[None] * 9
 
 
@@ -122,6 +130,7 @@ _op = Op(
     differentiable=(0,),
     cpu=_vlb_terms_cpu,
     backward=dict(cpu=_backward_cpu),
+    ahead=dict(cpu=_ahead_cpu),
 )
 backends = _op.backends
 

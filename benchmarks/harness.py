@@ -10,10 +10,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # numerics: the same comparison as in the tests
 
-import peers  # noqa: E402
-from measure import alternate, environment, table, threads_set  # noqa: E402
+import peers
+from measure import alternate, environment, table, threads_set
 
-from ddpm_fast import GaussianDiffusion, NoiseSchedule  # noqa: E402
+from ddpm_fast import GaussianDiffusion, NoiseSchedule
 
 STEPS = 1000
 SHAPES = [

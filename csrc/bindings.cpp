@@ -49,8 +49,14 @@ void cpu_randn(uintptr_t out, int dtype, int64_t samples, int64_t elements, int 
 
 void cpu_q_sample(uintptr_t x_start, uintptr_t out, int dtype, uintptr_t t, uintptr_t signal, uintptr_t sigma, const Noise& noise,
                   int64_t samples, int64_t elements, int threads) {
-  cpu::kernels().q_sample({view(x_start, dtype), view(out, dtype), steps(t), floats(signal), floats(sigma), source(noise, dtype),
+  cpu::kernels().q_sample({view(x_start, dtype), view(out, dtype), elements, steps(t), floats(signal), floats(sigma), source(noise, dtype),
                            {samples, elements, threads}});
+}
+
+// out = factors[t] x, or where t is 0 factors[n] x of sample n: q_sample without its second term.
+void cpu_scale(uintptr_t x, uintptr_t out, int dtype, int64_t stride, uintptr_t t, uintptr_t factors, int64_t samples, int64_t elements,
+               int threads) {
+  cpu::kernels().q_sample({view(x, dtype), view(out, dtype), stride, steps(t), floats(factors), nullptr, {}, {samples, elements, threads}});
 }
 
 // Any of loss and grad_out may be 0, which leaves it out; grad_loss 0 stands for ones.
@@ -185,6 +191,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("first_out_of_range", &first_out_of_range);
   m.def("cpu_randn", &cpu_randn, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_q_sample", &cpu_q_sample, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_scale", &cpu_scale, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_simple_loss", &cpu_simple_loss, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_p_step", &cpu_p_step, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_p_step_backward", &cpu_p_step_backward, py::call_guard<py::gil_scoped_release>());

@@ -50,7 +50,7 @@ class BackendTable:
     def __init__(self, op: str, **implementations: Callable) -> None:
         self.op = op
         self.implementations = implementations
-        self._defaults: dict[tuple[str, torch.dtype], Callable] = {}
+        self._defaults: dict[tuple[torch.device, torch.dtype], Callable] = {}
         tables[op] = self
 
     def choose(self, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Callable:
@@ -61,9 +61,9 @@ class BackendTable:
             RuntimeError: for a backend that is missing on this machine, with the reason.
         """
         if backend is None:
-            chosen = self._defaults.get((device.type, dtype))
+            chosen = self._defaults.get((device, dtype))
             if chosen is None:
-                chosen = self._defaults[device.type, dtype] = self.implementations[self.default(device.type, dtype)]
+                chosen = self._defaults[device, dtype] = self.implementations[self.default(device.type, dtype)]
             return chosen
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

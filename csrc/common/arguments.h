@@ -32,8 +32,9 @@ struct RandnArguments {
 };
 
 struct QSampleArguments {
-  View x_start, out;     // one dtype
-  const int64_t* t;      // (samples,)
+  View x_start, out;     // one dtype; a sample's elements are contiguous, stride elements from one sample to the next
+  int64_t stride;
+  const int64_t* t;      // (samples,); null: sample n takes row n
   const float* signal;   // (T,)
   const float* sigma;    // (T,), not read without noise
   NoiseSource noise;

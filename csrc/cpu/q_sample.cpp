@@ -16,12 +16,12 @@ struct State {
 
 void q_sample(const QSampleArguments& a) {
   for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
-    const int64_t offset = sample * a.sizes.elements + first;
-    const float signal = a.signal[a.t[sample]];
+    const int64_t offset = sample * a.stride + first, row = a.t ? a.t[sample] : sample;
+    const float signal = a.signal[row];
     const float* const x = read(a.x_start, offset, count, state.x_start);
     float* const out = place_for(a.out, offset, state.out);
     if (a.noise.present) {
-      const float sigma = a.sigma[a.t[sample]];
+      const float sigma = a.sigma[row];
       const float* const epsilon = state.epsilon.block(sample, first, count);
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) out[i] = q_sample_element(signal, sigma, x[i], epsilon[i]);

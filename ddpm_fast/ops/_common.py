@@ -41,7 +41,7 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, same_dty
 
 
 def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.device != other.device:
+    if not (x.is_cpu and other.is_cpu) and x.device != other.device:  # the common case is asked first, as it is the cheapest
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 
@@ -54,7 +54,7 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
         raise TypeError(f"t must be a tensor, got {type(t).__name__}")
     if t.dtype != torch.int64:
         raise TypeError(f"t must be int64, got {t.dtype}")
-    if t.shape != x.shape[:1]:
+    if t.ndim != 1 or t.shape[0] != x.shape[0]:
         raise ValueError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
     check_device("t", t, x_name, x)
     if type(t) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
@@ -62,7 +62,7 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
 
 
 def check_t_values(t: Tensor, steps: int) -> None:
-    if t.device.type != "cpu":
+    if not t.is_cpu:
         return
     if native is not None:
         t = t.contiguous()
@@ -79,7 +79,7 @@ def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[i
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
     if columns is not None:
-        shape = (len(table), columns) if table.ndim else (0, columns)
+        shape = (table.shape[0], columns) if table.ndim else (0, columns)
     expected = table_dtype(x.dtype)
     if table.dtype != expected:
         raise TypeError(f"{name} must be {expected} for {x.dtype} data, got {table.dtype}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import NATIVE_DTYPES
+from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.noise import Noise
 
 _NO_NOISE = (0, False, 0, 0, 0)
@@ -43,3 +43,14 @@ def native_sizes(x: Tensor) -> tuple[int, int, int]:
 
 def new_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def scale_samples(x: Tensor, factors: Tensor, t: Tensor | None = None, out: Tensor | None = None) -> None:
+    """x ← factors[n] · x for sample n, or with t, factors[t[n]] · x; into ``out``, which is strided alike, where given.
+
+    Args:
+        x: (N, ...) whose samples are each contiguous, as half of a model's output is.
+        factors: (N,) float32, or (T,) with t.
+    """
+    samples, elements, threads = native_sizes(x)
+    native.cpu_scale(x.data_ptr(), address(x if out is None else out), dtype_tag(x), x.stride(0), address(t), factors.data_ptr(), samples, elements, threads)

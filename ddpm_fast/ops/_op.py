@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_fast.backends import BackendTable
 from ddpm_fast.noise import Noise
+from ddpm_fast.ops._native import scale_samples
 
 library = torch.library.Library("ddpm_fast", "DEF")
 NOISE = "Tensor? noise, SymInt? seed, SymInt stream, SymInt first_sample"  # how an operator takes a Noise, a tensor or None
@@ -37,9 +38,10 @@ class Op:
         gradients: backward in plain PyTorch, differentiable again: called as gradients(arguments, needs, grads), it gives
             one gradient an argument, None where not needed. By default autograd's of the reference.
         backward: backend to its backward kernel, called as ``gradients`` is.
-        ahead: backend to a forward that also gives the gradient of the first argument, the only one that is differentiable,
-            for an upstream of ones: called with the arguments it returns the result, that gradient, and the part of it that
-            backward then multiplies by the upstream of each sample. For float32, where that rounds no more than usual.
+        ahead: backend (of the CPU) to a forward that also gives the gradient of the first argument, the only one that is
+            differentiable, for an upstream of ones: called with the arguments it returns the result, that gradient, and the
+            part of it that backward then multiplies by the upstream of each sample. For float32: in 16 bits the gradient would
+            be rounded twice, and one that is small before a loss is scaled would be lost.
         backends: backend to implementation.
     """
 
@@ -83,21 +85,21 @@ class Op:
             backend: forces one.
             into: tensors to write the results into, by the name that the kernels know them by, in the results' order.
         """
-        dispatches, needs_grad = goes_through_dispatcher(), False
+        dispatches, transforms = goes_through_dispatcher(), in_functorch()
+        needs_grad, grad_enabled = False, torch.is_grad_enabled()
         for x in arguments:
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
-                needs_grad = needs_grad or x.requires_grad
+                needs_grad = needs_grad or (grad_enabled and x.requires_grad)
             elif isinstance(x, Tensor):  # a subclass, whose data a kernel cannot read by itself
                 dispatches = True
-        needs_grad = needs_grad and torch.is_grad_enabled()
         if into:
             if needs_grad:
                 raise RuntimeError(f"{self.name} cannot write into a given tensor where a gradient is needed; call it under torch.no_grad()")
-            if dispatches or in_functorch() or self.backends.choose(like.device, dtype, backend) is self.reference:
+            if dispatches or transforms or self.backends.choose(like.device, dtype, backend) is self.reference:
                 return self._copy_into(into, self(arguments, like, dtype, backend))
             return self.backends.choose(like.device, dtype, backend)(*arguments, **into)
-        if in_functorch():
+        if transforms:
             return self.reference(*arguments)
         if dispatches and backend is None:
             return self.operator(*self._flatten(arguments))
@@ -220,7 +222,7 @@ class _Differentiable(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         if ctx.ahead is not None and not torch.is_grad_enabled():
             (gradient, part), ctx.ahead = ctx.ahead, None  # it is given away: a second backward computes it anew
-            part.mul_(grads[0].view(-1, *[1] * (part.ndim - 1)))
+            scale_samples(part, grads[0].contiguous())
             return None, None, gradient, *[None] * (len(needs) - 1)
         return None, None, *ctx.op.gradients(ctx.implementation, kept_for_backward(ctx), needs, grads)
 
@@ -242,7 +244,7 @@ def goes_through_dispatcher() -> bool:
     the whole call at small sizes.
     """
     # The dispatch stack is that of make_fx, FlopCounterMode and the like.
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._len_torch_dispatch_stack())
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or bool(torch._C._len_torch_dispatch_stack())
 
 
 def in_functorch() -> bool:

@@ -25,17 +25,13 @@ def check_output(out: Tensor, x_name: str, x: Tensor, kind: str | None = None) -
     shape, learned = x.shape, kind is not None and kind != FIXED
     if len(shape) < 2:
         raise ValueError(f"{x_name} must have shape (N, C, ...), got {tuple(shape)}")
-    if learned or out.shape != shape:
-        _check_doubled(out, shape, learned)
+    given = out.shape
+    if learned or given != shape:
+        doubled = (shape[0], 2 * shape[1], *shape[2:])
+        if given != doubled:
+            expected = str(doubled) if learned else f"{tuple(shape)} or {doubled}"
+            raise ValueError(f"the model output must have shape {expected}{' for a learned variance' if learned else ''}, got {tuple(given)}")
     check_device("the model output", out, x_name, x)
-
-
-def _check_doubled(out: Tensor, shape: torch.Size, learned: bool) -> None:
-    doubled = (shape[0], 2 * shape[1], *shape[2:])
-    allowed = (doubled,) if learned else (tuple(shape), doubled)
-    if tuple(out.shape) not in allowed:
-        expected = " or ".join(map(str, allowed))
-        raise ValueError(f"the model output must have shape {expected}{' for a learned variance' if learned else ''}, got {tuple(out.shape)}")
 
 
 def arithmetic_dtype(out: Tensor, x: Tensor) -> torch.dtype:

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from ddpm_fast.backends import native
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._common import check_data, check_destination, check_like, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
+from ddpm_fast.ops._common import (
+    check_data,
+    check_destination,
+    check_like,
+    check_noise,
+    check_t,
+    check_table,
+    gather,
+    resolve_noise,
+    table_dtype,
+)
 from ddpm_fast.ops._native import address, contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
 from ddpm_fast.ops._op import NOISE, Op
 from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, sample_stride, split_output
@@ -77,7 +87,7 @@ def _p_step_cpu(*arguments, x_next: Tensor | None = None, x_start: Tensor | None
 
 
 def _backward_cpu(arguments, needs, grads):
-    kept, common = _operands(arguments)
+    kept, common = _operands(arguments)  # noqa: RUF059 - they must live until the kernel has run
     grads = [contiguous(grad) for grad in grads]
     results = [None] * len(arguments)
     for i in _op.differentiable:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_destination, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
-from ddpm_fast.ops._native import address, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
+from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes, new_like, scale_samples
 from ddpm_fast.ops._op import NOISE, Op
 
 
@@ -21,21 +21,24 @@ def q_sample_reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor
     return (mean + gather(sigma, t, x_start) * resolve_noise(noise, x_start)).to(x_start.dtype).contiguous()
 
 
-def _q_sample_cpu(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor | None, noise: Noise | Tensor | None, *, out: Tensor | None = None) -> Tensor:
+def _q_sample_cpu(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor, *, out: Tensor | None = None) -> Tensor:
     # Tensors made contiguous here must outlive the call: the kernel sees only their addresses.
     x_start, t, noise = x_start.contiguous(), t.contiguous(), contiguous_noise(noise)
     out = torch.empty_like(x_start) if out is None else out
     native.cpu_q_sample(
-        x_start.data_ptr(), out.data_ptr(), dtype_tag(x_start), t.data_ptr(), signal.data_ptr(), address(sigma), native_noise(noise), *native_sizes(x_start)
+        x_start.data_ptr(), out.data_ptr(), dtype_tag(x_start), t.data_ptr(), signal.data_ptr(), sigma.data_ptr(), native_noise(noise), *native_sizes(x_start)
     )
     return out
 
 
 def scale_rows(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
-    """table[t] · x, the gradient of either term. Without the noise the kernel computes just that, in one pass."""
+    """table[t] · x, the gradient of either term."""
     if x.device.type != "cpu" or native is None or x.dtype not in NATIVE_DTYPES or torch.is_grad_enabled():
         return (gather(table, t, x) * x.to(table.dtype)).to(x.dtype)  # also under create_graph: differentiable again
-    return _q_sample_cpu(x, t, table, None, None)
+    x, t = x.contiguous(), t.contiguous()
+    out = torch.empty_like(x)
+    scale_samples(x, table, t, out)
+    return out
 
 
 def _backward_cpu(arguments, needs, grads):

@@ -5,7 +5,6 @@ weight any function of t (1, min-SNR, P2). The reference twin is here; the kerne
 """
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ddpm_fast.backends import native

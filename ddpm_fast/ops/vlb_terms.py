@@ -15,7 +15,17 @@ from ddpm_fast.backends import native
 from ddpm_fast.ops._common import check_data, check_like, check_t, check_table, gather, table_dtype
 from ddpm_fast.ops._native import address, dtype_tag, native_sizes, new_like
 from ddpm_fast.ops._op import Op
-from ddpm_fast.ops._output import FIXED, VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, per_sample, sample_stride, split_output
+from ddpm_fast.ops._output import (
+    FIXED,
+    VARIANCE_KINDS,
+    arithmetic_dtype,
+    check_output,
+    check_variance,
+    log_variance,
+    per_sample,
+    sample_stride,
+    split_output,
+)
 from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
 
 # The table's columns. mean1 and mean2 weigh x̂0 (or x_0) and x_t in the posterior's mean.

@@ -137,10 +137,11 @@ def sample(
                 k = next(done)
                 bar.update(index * length + k, len(batches) * length)
                 if gif and index == 0 and (k % every == 0 or k == length):
-                    frames.append(x[:100].cpu())
+                    frames.append(x[:100].to("cpu", copy=True))  # the next step writes over x
 
             size = min(batch, count - start)
-            x = draw(model, trained.diffusion, (size, *trained.image_shape), seed, sampler=sampler, steps=steps, eta=eta, first_sample=start, device=trained.device, callback=step)
+            shape = (size, *trained.image_shape)
+            x = draw(model, trained.diffusion, shape, seed, sampler=sampler, steps=steps, eta=eta, first_sample=start, device=trained.device, callback=step, keep=False)
             images.append(x.cpu())
     x = torch.cat(images)
     written = {"grid": out / "samples.png", "images": out / "samples.npz"}

@@ -114,18 +114,19 @@ class GaussianDiffusion:
 
     # The forward chain.
 
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, out: Tensor | None = None) -> Tensor:
         """Draws x_t ~ q(x_t | x_0) = N(√ᾱ_t x_0, (1-ᾱ_t) I) (Ho et al., eq. 4).
 
         Args:
             x_start: (N, ...) data in [-1, 1].
             t: (N,) int64 in 0..T-1.
             noise: ε, as :class:`~ddpm_fast.Noise` or a tensor like x_start.
+            out: contiguous tensor like x_start to write into, only without gradients.
 
         Returns:
             x_t like x_start, contiguous; differentiable in x_start and in a noise tensor.
         """
-        return ops.q_sample(x_start, t, self.table("sqrt_alphas_bar", x_start), self.table("sqrt_one_minus_alphas_bar", x_start), noise)
+        return ops.q_sample(x_start, t, self.table("sqrt_alphas_bar", x_start), self.table("sqrt_one_minus_alphas_bar", x_start), noise, out=out)
 
     def q_step(self, x_previous: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
         """Draws x_t ~ q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I), one step of the chain (Ho et al., eq. 2)."""
@@ -176,15 +177,17 @@ class GaussianDiffusion:
         log_var = log_variance(self.variance_kind, row["log_variance_low"], row["log_variance_high"], raw).expand_as(x)
         return PMeanVariance(row["x_start"] * x_start + row["x_t"] * x, log_var.exp(), log_var, x_start)
 
-    def p_step(self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True) -> Tensor:
+    def p_step(self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True, *, out: Tensor | None = None) -> Tensor:
         """Draws x_{t-1} ~ p_θ(x_{t-1} | x_t); at t = 0 returns the mean (Ho et al., algorithm 2).
 
-        Args, Raises: as :meth:`p_mean_variance`; ``noise`` is z, drawn per sample.
+        Args, Raises: as :meth:`p_mean_variance`; ``noise`` is z, drawn per sample; ``out`` is a contiguous tensor like x_t
+            to write into, x_t itself if you like, only without gradients.
 
         Returns:
             x_{t-1} like x_t.
         """
-        return ops.p_step(x_t, model_output, t, self._step_table(x_t), noise, variance=self.variance_kind, clip=clip)[0]
+        table = self._step_table(x_t)
+        return ops.p_step(x_t, model_output, t, table, noise, variance=self.variance_kind, clip=clip, x_next=out, x_start=False)[0]
 
     def predict_x_start(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x̂0 from a model's output, not clipped, in fp32 (float64 for float64 data)."""
@@ -296,9 +299,10 @@ class GaussianDiffusion:
         prior = self.prior_bpd(x_start)
         terms = torch.empty(x_start.shape[0], len(self), dtype=prior.dtype, device=x_start.device)
         mse = torch.empty_like(terms)
+        x_t = torch.empty_like(x_start, memory_format=torch.contiguous_format)
         for step in range(len(self)):
             t = torch.full((x_start.shape[0],), step, device=x_start.device)
-            x_t = self.q_sample(x_start, t, noise.at(stream=step))
+            self.q_sample(x_start, t, noise.at(stream=step), out=x_t)
             out = model(x_t, t)
             terms[:, step] = self.vlb_terms(out, x_start, x_t, t, clip)
             mse[:, step] = (self.p_mean_variance(out, x_t, t, clip).x_start - x_start).square().flatten(1).mean(1)

@@ -103,17 +103,20 @@ def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int |
 
 @torch.no_grad()
 def sample_loop(
-    model: Callable[[Tensor, Tensor], Tensor], table: StepTable, x_t: Tensor, noise: Noise, *, clip: bool = True
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+    model: Callable[[Tensor, Tensor], Tensor], table: StepTable, x_t: Tensor, noise: Noise, *, clip: bool = True, keep: bool = True, with_x_start: bool = True
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Walks a sampler's table from its last row to its first.
 
     Args:
         model: any callable (x_t, t) -> output.
         x_t: (N, C, ...), the start, usually N(0, I).
         noise: key of the steps' noise: the step at model time t draws from stream t.
+        keep: give new tensors at each step; False writes each step over the one before, ``x_t`` first of all, which saves
+            the memory and the time that new memory costs.
+        with_x_start: whether x̂0 is wanted.
 
     Yields:
-        (t, x, x̂0) after each step; x after the last one is the sample.
+        (t, x, x̂0 or None) after each step; x after the last one is the sample.
     """
     rows = table.table.to(x_t.device, torch.float64 if x_t.dtype == torch.float64 else torch.float32).contiguous()
     timesteps = table.timesteps.tolist()
@@ -123,9 +126,11 @@ def sample_loop(
     x_start = None
     for row in range(len(timesteps) - 1, -1, -1):
         out = model(x_t, model_t[row])
+        reuse = not keep and x_t.is_contiguous() and out.untyped_storage().data_ptr() != x_t.untyped_storage().data_ptr()  # it may return its input
         x_t, x_start = ops.p_step(
             x_t, out, row_index[row], rows, noise.at(stream=timesteps[row]),
-            variance=table.variance, clip=clip, x_start_previous=x_start if multistep else None,
+            variance=table.variance, clip=clip, x_start_previous=x_start if multistep else None, x_next=x_t if reuse else None,
+            x_start=x_start if multistep and not keep and x_start is not None else with_x_start or multistep,
         )  # fmt: skip
         yield timesteps[row], x_t, x_start
 
@@ -143,6 +148,7 @@ def sample(
     first_sample: int = 0,
     device: torch.device | str | None = None,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    keep: bool = True,
 ) -> Tensor:
     """Draws samples from a model.
 
@@ -160,6 +166,7 @@ def sample(
         first_sample: global index of the first sample.
         device: of the computation; by default the model's, where it has parameters, else the CPU.
         callback: called as callback(t, x, x̂0) after each step.
+        keep: give ``callback`` new tensors at each step; False writes each step over the one before, which saves memory.
 
     Returns:
         (N, C, ...) float32.
@@ -175,7 +182,8 @@ def sample(
     key = Noise(seed, first_sample=first_sample)
     table = make_table(diffusion, sampler, steps, eta)
     start = key.fold_in(FOLD_SAMPLE_START).materialize(shape, device)
-    for t, x, x_start in sample_loop(model, table, start, key.fold_in(FOLD_SAMPLE_STEPS), clip=clip):
+    watched = callback is not None
+    for t, x, x_start in sample_loop(model, table, start, key.fold_in(FOLD_SAMPLE_STEPS), clip=clip, keep=watched and keep, with_x_start=watched):
         if callback is not None:
             callback(t, x, x_start)
     return x

@@ -7,6 +7,7 @@ from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, sample
 from ddpm_fast.noise import FOLD_SAMPLE_START, FOLD_SAMPLE_STEPS
+from ddpm_fast.ops.p_step import COLUMNS
 from ddpm_fast.sampling import ddim_table, ddpm_table, make_table, sample_loop, spaced_timesteps
 
 T = 20
@@ -115,6 +116,42 @@ def test_ddim_without_noise_is_a_function_of_its_start():
     assert_bits_equal(ends[0], ends[1])
     noisy = [list(sample_loop(model, ddim_table(DIFFUSION, eta=1.0), x, Noise(seed)))[-1][1] for seed in (0, 1)]
     assert (noisy[0] != noisy[1]).any()
+
+
+@pytest.mark.parametrize("multistep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_steps_written_over_each_other_are_the_same(multistep, dtype):
+    table = ddpm_table(DIFFUSION)
+    if multistep:
+        table.table[1:, COLUMNS.index("previous")] = 0.25
+    start = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kept = [(x, x_start) for _, x, x_start in sample_loop(model, table, start.clone(), Noise(0))]
+    assert len({x.data_ptr() for x, _ in kept}) == T
+    written, places = start.clone(), set()
+    over = []
+    for _, x, x_start in sample_loop(model, table, written, Noise(0), keep=False):
+        over.append((x.clone(), x_start.clone()))
+        places.add(x.data_ptr())
+    assert places == {written.data_ptr()}
+    for (x, x_start), (other, other_start) in zip(kept, over, strict=True):
+        assert_bits_equal(x, other)
+        assert_bits_equal(x_start, other_start)
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(x.shape)], ids=["itself", "a view"])
+def test_a_model_may_return_its_input(view):
+    start = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    expected = [x for _, x, _ in sample_loop(lambda x, t: x.clone(), ddpm_table(DIFFUSION), start.clone(), Noise(0))][-1]
+    got = [x for _, x, _ in sample_loop(lambda x, t: view(x), ddpm_table(DIFFUSION), start.clone(), Noise(0), keep=False)][-1]
+    assert_bits_equal(got, expected)
+
+
+def test_a_callback_gets_new_tensors_unless_told_otherwise():
+    for keep in (True, False):
+        seen = []
+        x = sample(model, DIFFUSION, (2, 3, 5), callback=lambda t, x, _, seen=seen: seen.append(x), keep=keep)
+        assert len({state.data_ptr() for state in seen}) == (T if keep else 1)
+        assert_bits_equal(x, sample(model, DIFFUSION, (2, 3, 5)))
 
 
 def test_loop_keeps_float64():

@@ -137,11 +137,11 @@ def evaluate_bound(
         part = slice(start, min(start + batch, count))
         x = fetch(part)
         check_unit_range("x_start", x)
-        columns = []
+        columns, x_t = [], torch.empty_like(x, memory_format=torch.contiguous_format)
         prior[part] = diffusion.prior_bpd(x).double().cpu()
         for k, (low, size) in enumerate(zip(first.tolist(), counts.tolist(), strict=True)):
             t = low + t_key.at(stream=k, first_sample=start).integers(len(x), size, x.device)
-            x_t = diffusion.q_sample(x, t, noise_key.at(stream=k, first_sample=start))
+            diffusion.q_sample(x, t, noise_key.at(stream=k, first_sample=start), out=x_t)
             columns.append(diffusion.vlb_terms(model(x_t, t), x, x_t, t, clip))
             report(index * len(first) + k + 1, len(starts) * len(first))
         terms[part] = torch.stack(columns, 1).double().cpu()  # the one wait for the device in a batch

@@ -67,10 +67,11 @@ def randn(
         raise TypeError(f"noise must be a Noise, got {type(noise).__name__}")
     if dtype not in FLOATING:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    if len(shape) == 0 or any(size < 0 for size in shape):
+    if len(shape) == 0 or min(shape) < 0:
         raise ValueError(f"shape must be (N, ...) with no negative size, got {tuple(shape)}")
-    if math.prod(shape[1:]) > MAX_ELEMENTS_PER_SAMPLE:
-        raise ValueError(f"a sample may have at most 2^34 elements, got {math.prod(shape[1:])}")
+    elements = math.prod(shape[1:])
+    if elements > MAX_ELEMENTS_PER_SAMPLE:
+        raise ValueError(f"a sample may have at most 2^34 elements, got {elements}")
     device = torch.device(device)
     if out is not None:
         _check_out(out, shape, dtype, device)

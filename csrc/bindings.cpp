@@ -120,15 +120,13 @@ Broadcast broadcast(const Operand& operand, int dtype) {
   return {view(address, dtype), sample_stride, element_stride};
 }
 
-// Forward where there are no gradients to write, else backward; `kl` is written or, as the gradient that came, read.
-void cpu_gaussian_kl(const Operand& mean1, const Operand& logvar1, const Operand& mean2, const Operand& logvar2, int dtype,
-                     uintptr_t kl, const std::array<uintptr_t, 4>& grads, bool reduced, int64_t samples, int64_t elements, int threads) {
-  const GaussianKLArguments a{
-      broadcast(mean1, dtype), broadcast(logvar1, dtype), broadcast(mean2, dtype), broadcast(logvar2, dtype),
-      view(kl, dtype), view(kl, dtype), {view(grads[0], dtype), view(grads[1], dtype), view(grads[2], dtype), view(grads[3], dtype)},
-      reduced, {samples, elements, threads}};
-  const bool backward = grads[0] || grads[1] || grads[2] || grads[3];
-  (backward ? cpu::kernels().gaussian_kl_backward : cpu::kernels().gaussian_kl)(a);
+// As cpu_simple_loss; grads has an address, or 0, for each operand.
+void cpu_gaussian_kl(const Operand& mean1, const Operand& logvar1, const Operand& mean2, const Operand& logvar2, int dtype, uintptr_t kl,
+                     uintptr_t grad_kl, const std::array<uintptr_t, 4>& grads, bool reduced, int64_t samples, int64_t elements, int threads) {
+  cpu::kernels().gaussian_kl(
+      {broadcast(mean1, dtype), broadcast(logvar1, dtype), broadcast(mean2, dtype), broadcast(logvar2, dtype), view(kl, dtype),
+       view(grad_kl, dtype), {view(grads[0], dtype), view(grads[1], dtype), view(grads[2], dtype), view(grads[3], dtype)}, reduced,
+       {samples, elements, threads}});
 }
 
 // As cpu_simple_loss.

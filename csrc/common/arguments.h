@@ -78,9 +78,9 @@ struct Broadcast {
 
 struct GaussianKLArguments {
   Broadcast mean1, logvar1, mean2, logvar2;
-  View kl;             // forward: (samples, elements), or (samples,) where reduced; the operands' dtype
-  View grad_kl;        // backward: like kl
-  View grads[4];       // backward: (samples, elements) each, null where not wanted
+  View kl;             // (samples, elements), or (samples,) where reduced, or null; the operands' dtype
+  View grad_kl;        // like kl, what the gradients are for; null, where reduced: for ones
+  View grads[4];       // (samples, elements) each, null where not wanted
   bool reduced;
   Sizes sizes;
 };

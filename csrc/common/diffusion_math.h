@@ -24,7 +24,7 @@ DDPM_INLINE float passes(float x, float limit) { return (x >= -limit) & (x <= li
 enum class Variance : int { fixed = 0, learned = 1, learned_range = 2 };
 
 DDPM_INLINE float log_variance_element(Variance kind, float low, float high, float raw) {
-  return kind == Variance::learned ? raw : add_rn(low, mul_rn(mul_rn(0.5f, add_rn(raw, 1.0f)), high - low));
+  return kind == Variance::learned ? raw : add_rn(low, mul_rn(0.5f * (high - low), add_rn(raw, 1.0f)));
 }
 DDPM_INLINE float log_variance_slope(Variance kind, float low, float high) {
   return kind == Variance::learned ? 1.0f : 0.5f * (high - low);

@@ -1,6 +1,6 @@
 // gaussian_kl: KL(N(mean1, e^logvar1) ‖ N(mean2, e^logvar2)) in nats, elementwise or the mean over each sample. Reads each
-// operand once; one that is broadcast is read where it lies. Backward recomputes the exponentials and writes the gradients
-// that are wanted.
+// operand once; one that is broadcast is read where it lies. Writes the divergence, the gradients that are wanted (for the
+// gradient of the divergence given, or for ones), or both in one pass.
 #include "block.h"
 
 namespace ddpm_fast::cpu::DDPM_ISA {
@@ -8,7 +8,7 @@ namespace {
 
 struct State {
   explicit State(const GaussianKLArguments&) {}
-  Buffer mean1, logvar1, mean2, logvar2, result, grad;
+  Buffer mean1, logvar1, mean2, logvar2, value, upstream, grads[4];
 };
 
 // Elements of an operand; one value for the whole sample is repeated.
@@ -29,11 +29,53 @@ DDPM_INLINE Operands operands(const GaussianKLArguments& a, State& state, int64_
           operand(a.mean2, sample, first, count, state.mean2), operand(a.logvar2, sample, first, count, state.logvar2)};
 }
 
-DDPM_INLINE void divergences(const Operands o, int64_t count, float* kl) {
+DDPM_INLINE void divergences(const Operands o, int64_t count, float* value) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    kl[i] = kl_element(excess_of(o.logvar1[i] - o.logvar2[i]).beyond_linear, mul_rn(o.mean1[i] - o.mean2[i], inverse_deviation(o.logvar2[i])));
+    const float distance = mul_rn(o.mean1[i] - o.mean2[i], inverse_deviation(o.logvar2[i]));
+    value[i] = kl_element(excess_of(o.logvar1[i] - o.logvar2[i]).beyond_linear, distance);
   }
+}
+
+// The same and the gradients of all four, times the upstream: of each element, or one for all.
+struct Places { float *value, *mean1, *logvar1, *mean2, *logvar2; };
+
+template <bool elementwise>
+DDPM_INLINE void divergences_and_gradients(const Operands o, const float* upstream, int64_t count, const Places p) {
+  const float same = *upstream;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float inverse = inverse_deviation(o.logvar2[i]), distance = mul_rn(o.mean1[i] - o.mean2[i], inverse);
+    const Excess excess = excess_of(o.logvar1[i] - o.logvar2[i]);
+    const float g = elementwise ? upstream[i] : same, pull = mul_rn(g, mul_rn(distance, inverse));
+    p.value[i] = kl_element(excess.beyond_linear, distance);
+    p.mean1[i] = pull;
+    p.logvar1[i] = mul_rn(g, excess.growth);
+    p.mean2[i] = -pull;
+    p.logvar2[i] = mul_rn(-g, add_rn(excess.growth, mul_rn(mul_rn(0.5f, distance), distance)));
+  }
+}
+
+// One block: its divergences, and the gradients that are wanted.
+DDPM_INLINE void block(const GaussianKLArguments& a, State& state, int64_t sample, int64_t first, int64_t count, float* value) {
+  const int64_t offset = sample * a.sizes.elements + first;
+  const Operands o = operands(a, state, sample, first, count);
+  float* grads[4];
+  bool wanted = false;
+  for (int k = 0; k < 4; ++k) {
+    grads[k] = a.grads[k].data ? place_for(a.grads[k], offset, state.grads[k]) : state.grads[k].values;
+    wanted = wanted || a.grads[k].data;
+  }
+  if (!wanted) return divergences(o, count, value);
+  const Places p{value, grads[0], grads[1], grads[2], grads[3]};
+  if (a.reduced) {
+    const float scale = (a.grad_kl.data ? *read(a.grad_kl, sample, 1, state.upstream) : 1.0f) * float(1.0 / double(a.sizes.elements));
+    divergences_and_gradients<false>(o, &scale, count, p);
+  } else {
+    divergences_and_gradients<true>(o, read(a.grad_kl, offset, count, state.upstream), count, p);
+  }
+  for (int k = 0; k < 4; ++k)
+    if (a.grads[k].data) write(a.grads[k], offset, count, state.grads[k]);
 }
 
 }  // namespace
@@ -42,52 +84,23 @@ void gaussian_kl(const GaussianKLArguments& a) {
   if (!a.reduced) {
     for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
       const int64_t offset = sample * a.sizes.elements + first;
-      divergences(operands(a, state, sample, first, count), count, place_for(a.kl, offset, state.result));
-      write(a.kl, offset, count, state.result);
+      block(a, state, sample, first, count, a.kl.data ? place_for(a.kl, offset, state.value) : state.value.values);
+      if (a.kl.data) write(a.kl, offset, count, state.value);
     });
     return;
   }
   sum_each_sample<State>(
       a,
       [&](State& state, int64_t sample, int64_t first, int64_t count) {
-        divergences(operands(a, state, sample, first, count), count, state.result.values);
-        return sum(state.result.values, count);
+        block(a, state, sample, first, count, state.value.values);
+        return a.kl.data ? sum(state.value.values, count) : 0.0f;
       },
-      [&](int64_t sample, double total) {
+      [&, share = 1.0 / double(a.sizes.elements)](int64_t sample, double total) {
+        if (!a.kl.data) return;
         Buffer mean;
-        *place_for(a.kl, sample, mean) = float(total / double(a.sizes.elements));
+        *place_for(a.kl, sample, mean) = float(total * share);
         write(a.kl, sample, 1, mean);
       });
-}
-
-void gaussian_kl_backward(const GaussianKLArguments& a) {
-  const float share = a.reduced ? float(1.0 / double(a.sizes.elements)) : 1.0f;
-  for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
-    const Operands o = operands(a, state, sample, first, count);
-    const Broadcast given = {a.grad_kl, a.reduced ? 1 : a.sizes.elements, a.reduced ? 0 : 1};
-    const float* const g = operand(given, sample, first, count, state.grad);
-    const int64_t offset = sample * a.sizes.elements + first;
-    // What all four gradients follow from.
-    float *const growth = state.result.values, *const pull = state.mean2.values, *const square = state.mean1.values;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const float inverse = inverse_deviation(o.logvar2[i]), distance = mul_rn(o.mean1[i] - o.mean2[i], inverse), scale = mul_rn(g[i], share);
-      growth[i] = mul_rn(scale, excess_of(o.logvar1[i] - o.logvar2[i]).growth);
-      pull[i] = mul_rn(scale, mul_rn(distance, inverse));
-      square[i] = mul_rn(scale, mul_rn(mul_rn(0.5f, distance), distance));
-    }
-    const auto put = [&](int k, const auto& value) {
-      if (!a.grads[k].data) return;
-      float* const grad = place_for(a.grads[k], offset, state.grad);
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) grad[i] = value(i);
-      write(a.grads[k], offset, count, state.grad);
-    };
-    put(0, [&](int64_t i) { return pull[i]; });
-    put(1, [&](int64_t i) { return growth[i]; });
-    put(2, [&](int64_t i) { return -pull[i]; });
-    put(3, [&](int64_t i) { return -add_rn(growth[i], square[i]); });
-  });
 }
 
 }  // namespace ddpm_fast::cpu::DDPM_ISA

@@ -15,7 +15,6 @@
   K(p_step, PStepArguments) \
   K(p_step_backward, PStepArguments) \
   K(gaussian_kl, GaussianKLArguments) \
-  K(gaussian_kl_backward, GaussianKLArguments) \
   K(vlb_terms, VlbTermsArguments)
 
 namespace ddpm_fast::cpu {

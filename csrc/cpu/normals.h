@@ -54,19 +54,29 @@ DDPM_INLINE void interleave(floats a, floats b, floats& low, floats& high) {
 // Four words of one counter a lane.
 struct Counters { wide c0, c1, c2, c3; };
 
+// The keys of the ten rounds, in memory: an instruction can take them from there to every lane.
+struct RoundKeys {
+  explicit RoundKeys(uint64_t seed) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (auto& round : keys) {
+      round[0] = k0, round[1] = k1;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+  }
+  uint64_t keys[10][2];
+};
+
 // The four normals of each counter in out, 4 a counter. Lane 2k of a register holds counter k, lane 2k + 1 counter
 // words/2 + k: then what `interleave` gives lies in order.
-DDPM_INLINE void normals_of(Counters (&counters)[2], uint64_t seed, float* out) {
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+DDPM_INLINE void normals_of(Counters (&counters)[2], const RoundKeys& rounds, float* out) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 2
     for (Counters& c : counters) {
       const wide p0 = multiply_words(everywhere(0xD2511F53u), c.c0), p1 = multiply_words(everywhere(0xCD9E8D57u), c.c2);
-      c = {(p1 >> 32) ^ c.c1 ^ everywhere(k0), p1, (p0 >> 32) ^ c.c3 ^ everywhere(k1), p0};
+      c = {(p1 >> 32) ^ c.c1 ^ everywhere(rounds.keys[round][0]), p1, (p0 >> 32) ^ c.c3 ^ everywhere(rounds.keys[round][1]), p0};
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   constexpr int lanes = 2 * words;  // words of a pair side by side: of the first pair in the even lanes, of the second in the odd
   alignas(64) uint32_t radius[2][lanes], angle[2][lanes];
@@ -99,7 +109,7 @@ constexpr int place(int lane) { return lane / 2 + lane % 2 * (words / 2); }
 
 // Normals of elements [first, first + count) of one sample into out[0..count), rounded up to whole groups. `first` must be a
 // multiple of 4.
-DDPM_INLINE void normals(const NoiseKey& key, uint64_t sample, int64_t first, int64_t count, float* out) {
+DDPM_INLINE void normals(const NoiseKey& key, const RoundKeys& rounds, uint64_t sample, int64_t first, int64_t count, float* out) {
   wide index;
   for (int i = 0; i < words; ++i) index[i] = uint64_t(place(i));
   for (int64_t i = 0; i < count; i += normals_at_once) {
@@ -107,7 +117,7 @@ DDPM_INLINE void normals(const NoiseKey& key, uint64_t sample, int64_t first, in
     const Counters start{j, everywhere(key.stream), everywhere(uint32_t(sample)), everywhere(sample >> 32)};
     Counters counters[2] = {start, start};
     counters[1].c0 += words;
-    normals_of(counters, key.seed, out + i);
+    normals_of(counters, rounds, out + i);
   }
 }
 
@@ -118,12 +128,12 @@ class Normals {
   static constexpr int64_t capacity = 1024;  // elements of a block; a multiple of normals_at_once
 
   Normals(const NoiseKey& key, const Sizes& sizes)
-      : key_(key), samples_(sizes.samples), counters_((sizes.elements + 3) / 4), together_(capacity / 4 / (counters_ ? counters_ : 1)) {}
+      : key_(key), rounds_(key.seed), samples_(sizes.samples), counters_((sizes.elements + 3) / 4), together_(capacity / 4 / (counters_ ? counters_ : 1)) {}
 
   // Normals of elements [first, first + count) of a sample of the batch, count <= capacity. Good until the next call.
   const float* draw(int64_t sample, int64_t first, int64_t count) {
     if (together_ < 4) {
-      normals(key_, key_.first_sample + uint64_t(sample), first, count, buffer_);
+      normals(key_, rounds_, key_.first_sample + uint64_t(sample), first, count, buffer_);
       return buffer_;
     }
     if (sample < held_ || sample >= held_ + together_) draw_together(sample);
@@ -147,11 +157,12 @@ class Normals {
         for (int i = 0; i < words; ++i) at[i] = js[k * words + place(i)], index[i] = indices[k * words + place(i)];
         counters[k] = {at, everywhere(key_.stream), index, index >> 32};
       }
-      normals_of(counters, key_.seed, buffer_ + 4 * done);
+      normals_of(counters, rounds_, buffer_ + 4 * done);
     }
   }
 
   const NoiseKey key_;
+  const RoundKeys rounds_;
   const int64_t samples_, counters_, together_;
   int64_t held_ = -capacity;
   alignas(64) float buffer_[capacity];

@@ -41,20 +41,25 @@ struct Block {
 
   DDPM_METHOD bool noisy() const { return a.noise.present && row.noise != 0.0f; }
 
-  // noise e^(½ log_variance) of each element, for a learned variance.
-  DDPM_METHOD const float* deviations() const {
-    const float* const raw = read(a.out.view, sample * a.out.stride + a.sizes.elements + first, count, state.raw);
-    if (a.variance == Variance::learned) deviations<Variance::learned>(row, raw, count, state.deviation.values);
-    else deviations<Variance::learned_range>(row, raw, count, state.deviation.values);
-    return state.deviation.values;
-  }
-  template <Variance kind>
-  static DDPM_METHOD void deviations(const Row row, const float* raw, int64_t count, float* result) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) result[i] = mul_rn(row.noise, deviation(log_variance_element(kind, row.low, row.high, raw[i])));
-  }
+  DDPM_METHOD const float* raw() const { return read(a.out.view, sample * a.out.stride + a.sizes.elements + first, count, state.raw); }
   DDPM_METHOD float fixed_deviation() const { return mul_rn(row.noise, deviation(row.low)); }
 };
+
+// noise e^(½ log_variance) for one element's raw output.
+template <Variance kind>
+DDPM_INLINE float learned_deviation(float noise, float low, float high, float raw) {
+  return mul_rn(noise, deviation(log_variance_element(kind, low, high, raw)));
+}
+template <Variance kind>
+DDPM_INLINE void write_deviations(const Row row, const float* raw, int64_t count, float* result) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) result[i] = learned_deviation<kind>(row.noise, row.low, row.high, raw[i]);
+}
+template <Variance kind>
+DDPM_INLINE void add_noise(const Row row, const float* raw, const float* z, int64_t count, float* x) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] = add_rn(x[i], mul_rn(learned_deviation<kind>(row.noise, row.low, row.high, raw[i]), z[i]));
+}
 
 DDPM_INLINE void forward(const Block& b) {
   const PStepArguments& a = b.a;
@@ -86,10 +91,10 @@ DDPM_INLINE void forward(const Block& b) {
     const float deviation = b.fixed_deviation();
 #pragma omp simd
     for (int64_t i = 0; i < b.count; ++i) next[i] = add_rn(next[i], mul_rn(deviation, z[i]));
+  } else if (z && a.variance == Variance::learned) {
+    add_noise<Variance::learned>(row, b.raw(), z, b.count, next);
   } else if (z) {
-    const float* const deviation = b.deviations();
-#pragma omp simd
-    for (int64_t i = 0; i < b.count; ++i) next[i] = add_rn(next[i], mul_rn(deviation[i], z[i]));
+    add_noise<Variance::learned_range>(row, b.raw(), z, b.count, next);
   }
   if (a.x_start.data) write(a.x_start, b.offset, b.count, b.state.start);
   write(a.x_next, b.offset, b.count, b.state.next);
@@ -138,7 +143,10 @@ DDPM_INLINE void backward(const Block& b) {
   }
   if (learned) {
     const float slope = 0.5f * log_variance_slope(a.variance, row.low, row.high);
-    const float *const deviation = b.deviations(), *const z = b.state.epsilon.block(b.sample, b.first, count);
+    float* const deviation = b.state.deviation.values;
+    if (a.variance == Variance::learned) write_deviations<Variance::learned>(row, b.raw(), count, deviation);
+    else write_deviations<Variance::learned_range>(row, b.raw(), count, deviation);
+    const float* const z = b.state.epsilon.block(b.sample, b.first, count);
     write_gradient(a.grad_noise, offset, count, buffer, [&](int64_t i) { return mul_rn(deviation[i], g[i]); });
     if (doubled)
       write_gradient(a.grad_out.view, place + a.sizes.elements, count, buffer, [&](int64_t i) { return mul_rn(mul_rn(slope, deviation[i]), mul_rn(z[i], g[i])); });

@@ -55,8 +55,8 @@ void simple_loss(const SimpleLossArguments& a) {
         for (int64_t i = 0; i < count; ++i) r[i] = mul_rn(r[i], r[i]);
         return sum(r, count);
       },
-      [&](int64_t sample, double total) {
-        if (a.loss) a.loss[sample] = a.weight[a.t[sample]] * float(total / double(a.sizes.elements));
+      [&, mean = 1.0 / double(a.sizes.elements)](int64_t sample, double total) {
+        if (a.loss) a.loss[sample] = a.weight[a.t[sample]] * float(total * mean);
       });
 }
 

@@ -110,7 +110,7 @@ constexpr double ln2 = 0.693147180559945309;
 
 void vlb_terms(const VlbTermsArguments& a) {
   const bool learned = a.variance != Variance::fixed, doubled = a.grad_out.stride > a.sizes.elements;
-  const float bits = float(1.0 / (double(a.sizes.elements) * ln2));  // of one element's nat
+  const double bits = 1.0 / (double(a.sizes.elements) * ln2);  // of one element's nat
   sum_each_sample<State>(
       a,
       [&](State& state, int64_t sample, int64_t first, int64_t count) {
@@ -127,7 +127,7 @@ void vlb_terms(const VlbTermsArguments& a) {
         }
         p.grad = place_for(a.grad_out.view, place, state.grad);
         p.grad_raw = learned ? place_for(a.grad_out.view, place + a.sizes.elements, state.grad_raw) : state.grad_raw.values;
-        evaluate<true>(a, a.t[sample], p, count, a.grad_terms ? a.grad_terms[sample] * bits : bits);
+        evaluate<true>(a, a.t[sample], p, count, (a.grad_terms ? a.grad_terms[sample] : 1.0f) * float(bits));
         if (a.detach_mean) write_zeros(a.grad_out.view, place, count);
         else write(a.grad_out.view, place, count, state.grad);
         if (learned) write(a.grad_out.view, place + a.sizes.elements, count, state.grad_raw);
@@ -135,7 +135,7 @@ void vlb_terms(const VlbTermsArguments& a) {
         return a.terms ? sum(p.value, count) : 0.0f;
       },
       [&](int64_t sample, double total) {
-        if (a.terms) a.terms[sample] = float(total / double(a.sizes.elements) / ln2);
+        if (a.terms) a.terms[sample] = float(total * bits);
       });
 }
 

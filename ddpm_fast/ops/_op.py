@@ -38,11 +38,10 @@ class Op:
         gradients: backward in plain PyTorch, differentiable again: called as gradients(arguments, needs, grads), it gives
             one gradient an argument, None where not needed. By default autograd's of the reference.
         backward: backend to its backward kernel, called as ``gradients`` is.
-        ahead: backend (of the CPU) to a forward that also gives the gradient of the first argument, the only one that is
-            differentiable, for an upstream of ones: called with the arguments it returns the result, that gradient, and the
-            part of it that backward then multiplies by the upstream of each sample. For float32: in 16 bits the gradient would
-            be rounded twice, and one that is small before a loss is scaled would be lost.
-        backends: backend to implementation.
+        ahead: backend (of the CPU) to a forward that also gives the gradients, for an upstream of ones: called as
+            ahead(arguments, needs), it returns the result, one gradient an argument or None, and the tensors that backward
+            then multiplies by the upstream of each sample; or None for arguments that it does not serve. For float32: in 16
+            bits a gradient would be rounded twice, and lost where it is small before a loss is scaled.
     """
 
     def __init__(
@@ -212,18 +211,21 @@ class _Differentiable(torch.autograd.Function):
         keep_for_backward(ctx, arguments, op.saves)
         ctx.set_materialize_grads(False)
         ahead = op.ahead.get(implementation)
-        if ahead is None or arguments[0].dtype != torch.float32 or any(ctx.needs_input_grad[3:]):
+        made = None if ahead is None else ahead(arguments, ctx.needs_input_grad[2:])
+        if made is None:
             return implementation(*arguments)
-        result, *ctx.ahead = ahead(*arguments)
+        result, *ctx.ahead = made
         return result
 
     @staticmethod
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[2:]
         if ctx.ahead is not None and not torch.is_grad_enabled():
-            (gradient, part), ctx.ahead = ctx.ahead, None  # it is given away: a second backward computes it anew
-            scale_samples(part, grads[0].contiguous())
-            return None, None, gradient, *[None] * (len(needs) - 1)
+            (gradients, parts), ctx.ahead = ctx.ahead, None  # they are given away: a second backward computes them anew
+            upstream = grads[0].contiguous()
+            for part in parts:
+                scale_samples(part, upstream)
+            return None, None, *gradients
         return None, None, *ctx.op.gradients(ctx.implementation, kept_for_backward(ctx), needs, grads)
 
 

@@ -49,6 +49,11 @@ def per_sample(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=table_dtype(x.dtype))
 
 
+def prediction_half(out: Tensor, x: Tensor) -> Tensor:
+    """A view of an output, or of its gradient, without the variance half."""
+    return out if out.shape[1] == x.shape[1] else out[:, : x.shape[1]]
+
+
 def split_output(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(prediction, variance half or None), in the dtype of the arithmetic."""
     out = out.to(table_dtype(x.dtype))

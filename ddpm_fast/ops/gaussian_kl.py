@@ -7,6 +7,7 @@ here; the kernel is csrc/cpu/gaussian_kl.cpp.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,27 +66,40 @@ def _shape(inputs: tuple[Tensor, ...]) -> torch.Size:
     return first if all(x.shape == first for x in inputs) else torch.broadcast_shapes(*(x.shape for x in inputs))
 
 
-def _launch(arguments, result: Tensor, shape: torch.Size, grads: list[Tensor | None]) -> None:
-    """Forward into ``result``; where there are gradients to write, backward from it."""
+def _launch(arguments, shape: torch.Size, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = (None,) * 4) -> None:
+    """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
     operands = [_operand(x, shape) for x in arguments[:4]]
     samples, elements = shape[0], math.prod(shape[1:])
     native.cpu_gaussian_kl(
-        *((x.data_ptr(), sample, element) for x, sample, element in operands), dtype_tag(operands[0][0]), result.data_ptr(),
+        *((x.data_ptr(), sample, element) for x, sample, element in operands), dtype_tag(operands[0][0]), address(kl), address(grad_kl),
         [address(grad) for grad in grads], arguments[4] is not None, samples, elements, torch.get_num_threads(),
     )  # fmt: skip
 
 
+def _new_kl(arguments, shape: torch.Size) -> Tensor:
+    return arguments[0].new_empty(shape if arguments[4] is None else shape[:1])
+
+
 def _gaussian_kl_cpu(*arguments) -> Tensor:
     shape = _shape(arguments[:4])
-    result = arguments[0].new_empty(shape if arguments[4] is None else shape[:1])
-    _launch(arguments, result, shape, [None] * 4)
-    return result
+    kl = _new_kl(arguments, shape)
+    _launch(arguments, shape, kl, None)
+    return kl
+
+
+def _ahead_cpu(arguments, needs):
+    if arguments[4] is None or arguments[0].dtype != torch.float32 or any(x.shape != arguments[0].shape for x in arguments[1:4]):
+        return None
+    shape = arguments[0].shape
+    kl, grads = _new_kl(arguments, shape), [arguments[0].new_empty(shape) if needed else None for needed in needs[:4]]
+    _launch(arguments, shape, kl, None, grads)
+    return kl, (*grads, None), [grad for grad in grads if grad is not None]
 
 
 def _backward_cpu(arguments, needs, grads):
     shape = _shape(arguments[:4])
     results = [arguments[0].new_empty(shape) if needed else None for needed in needs[:4]]
-    _launch(arguments, grads[0].contiguous(), shape, results)
+    _launch(arguments, shape, None, grads[0].contiguous(), results)
     return *(None if grad is None else grad.sum_to_size(x.shape) for grad, x in zip(results, arguments, strict=False)), None
 
 
@@ -105,21 +119,17 @@ def _check(mean1, logvar1, mean2, logvar2, reduction) -> None:
         raise ValueError(f"shapes must broadcast against each other, got {shapes}") from None
 
 
-def _fake(*arguments):
-    shape = _shape(arguments[:4])
-    return arguments[0].new_empty(shape if arguments[4] is None else shape[:1])
-
-
 _op = Op(
     "gaussian_kl",
     "Tensor mean1, Tensor logvar1, Tensor mean2, Tensor logvar2, str? reduction",
     "Tensor",
     check=_check,
-    fake=_fake,
+    fake=lambda *arguments: _new_kl(arguments, _shape(arguments[:4])),
     reference=gaussian_kl_reference,
     differentiable=(0, 1, 2, 3),
     cpu=_gaussian_kl_cpu,
     backward=dict(cpu=_backward_cpu),
+    ahead=dict(cpu=_ahead_cpu),
 )
 backends = _op.backends
 

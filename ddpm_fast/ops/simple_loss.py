@@ -5,6 +5,7 @@ weight any function of t (1, min-SNR, P2). The reference twin is here; the kerne
 """
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ddpm_fast.backends import native
@@ -12,7 +13,7 @@ from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
 from ddpm_fast.ops._native import address, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
 from ddpm_fast.ops._op import NOISE, Op
-from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, sample_stride, split_output
+from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, prediction_half, sample_stride, split_output
 
 
 def simple_loss_reference(
@@ -42,10 +43,12 @@ def _simple_loss_cpu(*arguments) -> Tensor:
     return loss
 
 
-def _ahead_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _ahead_cpu(arguments, needs):
+    if arguments[0].dtype != torch.float32 or any(needs[1:]):
+        return None
     loss, grad_out = per_sample(arguments[1]), new_like(arguments[0])
     _launch(arguments, loss, None, grad_out)
-    return loss, grad_out, grad_out[:, : arguments[1].shape[1]]
+    return loss, (grad_out, *[None] * 6), [prediction_half(grad_out, arguments[1])]
 
 
 def _backward_cpu(arguments, needs, grads):

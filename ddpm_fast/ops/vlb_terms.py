@@ -103,12 +103,15 @@ def _vlb_terms_cpu(*arguments) -> Tensor:
     return terms
 
 
-def _ahead_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    terms, grad_out, channels = per_sample(arguments[2]), new_like(arguments[0]), arguments[2].shape[1]
+def _ahead_cpu(arguments, needs):
+    out, x_t, variance, detach_mean = arguments[0], arguments[2], arguments[5], arguments[9]
+    if out.dtype != torch.float32 or any(needs[1:]):
+        return None
+    terms, grad_out = per_sample(x_t), new_like(out)
     _launch(arguments, terms, None, grad_out)
-    if arguments[5] == FIXED:
-        return terms, grad_out, grad_out[:, :channels]
-    return terms, grad_out, grad_out[:, channels:] if arguments[9] else grad_out
+    # A half that gets no gradient stays zero whatever the upstream is.
+    part = prediction_half(grad_out, x_t) if variance == FIXED else grad_out[:, x_t.shape[1] :] if detach_mean else grad_out
+    return terms, (grad_out, *[None] * 9), [part]
 
 
 def _backward_cpu(arguments, needs, grads):

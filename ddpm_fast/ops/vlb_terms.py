@@ -23,6 +23,7 @@ from ddpm_fast.ops._output import (
     check_variance,
     log_variance,
     per_sample,
+    prediction_half,
     sample_stride,
     split_output,
 )

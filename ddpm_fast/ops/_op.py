@@ -231,8 +231,9 @@ class _Differentiable(torch.autograd.Function):
 
 def keep_for_backward(ctx: Any, arguments: Sequence, saves: Sequence[int] | None) -> None:
     """Saves the tensors among the arguments (those at ``saves``, or all) where autograd watches over them, the rest beside."""
-    ctx.save_for_backward(*[x if isinstance(x, Tensor) and (saves is None or i in saves) else None for i, x in enumerate(arguments)])
-    ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+    tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+    ctx.others = [x if tensor is None else None for x, tensor in zip(arguments, tensors, strict=True)]
+    ctx.save_for_backward(*(tensors if saves is None else [x if i in saves else None for i, x in enumerate(tensors)]))
 
 
 def kept_for_backward(ctx: Any) -> list:

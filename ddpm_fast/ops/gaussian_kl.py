@@ -49,9 +49,6 @@ def _operand(x: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
 
     What is one value a sample, one sample for all or one value for all is read where it lies; anything else is written out.
     """
-    if x.shape == shape:
-        x = x.contiguous()
-        return x, x.numel() // shape[0], 1
     spread = x.expand(shape)
     samples, inner = spread.stride(0), spread[0]
     if inner.numel() == 1 or not any(inner.stride()):
@@ -68,8 +65,8 @@ def _shape(inputs: tuple[Tensor, ...]) -> torch.Size:
 
 def _launch(arguments, shape: torch.Size, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = (None,) * 4) -> None:
     """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
-    operands = [_operand(x, shape) for x in arguments[:4]]
     samples, elements = shape[0], math.prod(shape[1:])
+    operands = [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in arguments[:4]]
     native.cpu_gaussian_kl(
         *((x.data_ptr(), sample, element) for x, sample, element in operands), dtype_tag(operands[0][0]), address(kl), address(grad_kl),
         [address(grad) for grad in grads], arguments[4] is not None, samples, elements, torch.get_num_threads(),

@@ -66,6 +66,7 @@ class Op:
         self.fake = fake
         self.reference = reference
         self.differentiable = tuple(differentiable)
+        self.tensors = [i for i, kind in enumerate(schema.replace(NOISE, "Tensor? noise").split(", ")) if kind.startswith("Tensor")]
         self.noise = noise
         self.saves = saves
         self.own_gradients = gradients
@@ -86,7 +87,8 @@ class Op:
         """
         dispatches, transforms = goes_through_dispatcher(), in_functorch()
         needs_grad, grad_enabled = False, torch.is_grad_enabled()
-        for x in arguments:
+        for i in self.tensors:
+            x = arguments[i]
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
                 needs_grad = needs_grad or (grad_enabled and x.requires_grad)

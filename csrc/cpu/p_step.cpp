@@ -61,6 +61,19 @@ DDPM_INLINE void add_noise(const Row row, const float* raw, const float* z, int6
   for (int64_t i = 0; i < count; ++i) x[i] = add_rn(x[i], mul_rn(learned_deviation<kind>(row.noise, row.low, row.high, raw[i]), z[i]));
 }
 
+// x̂0, and the mean of x', to which the noise of a fixed variance may be added at once.
+template <bool noisy>
+DDPM_INLINE void start_and_next(const Row row, float limit, const float* x, const float* p, const float* z, float deviation, int64_t count,
+                                float* start, float* next) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float guess = clamp(add_rn(mul_rn(row.from_x_t, x[i]), mul_rn(row.from_out, p[i])), -limit, limit);
+    const float mean = add_rn(mul_rn(row.x_start, guess), mul_rn(row.x_t, x[i]));
+    start[i] = guess;
+    next[i] = noisy ? add_rn(mean, mul_rn(deviation, z[i])) : mean;
+  }
+}
+
 DDPM_INLINE void forward(const Block& b) {
   const PStepArguments& a = b.a;
   const Row& row = b.row;
@@ -76,24 +89,20 @@ DDPM_INLINE void forward(const Block& b) {
 #pragma omp simd
     for (int64_t i = 0; i < b.count; ++i) history[i] = mul_rn(row.previous, previous[i]);
   }
-#pragma omp simd
-  for (int64_t i = 0; i < b.count; ++i) {
-    const float guess = clamp(add_rn(mul_rn(row.from_x_t, x[i]), mul_rn(row.from_out, p[i])), -b.limit, b.limit);
-    const float mean = add_rn(mul_rn(row.x_start, guess), mul_rn(row.x_t, x[i]));
-    start[i] = guess;
-    next[i] = mean;
-  }
+  const bool fixed = z && a.variance == Variance::fixed, usual = fixed && !previous;  // the usual step is one loop
+  const float deviation = fixed ? b.fixed_deviation() : 0.0f;
+  if (usual) start_and_next<true>(row, b.limit, x, p, z, deviation, b.count, start, next);
+  else start_and_next<false>(row, b.limit, x, p, z, deviation, b.count, start, next);
   if (previous) {
 #pragma omp simd
     for (int64_t i = 0; i < b.count; ++i) next[i] = add_rn(next[i], history[i]);
   }
-  if (z && a.variance == Variance::fixed) {
-    const float deviation = b.fixed_deviation();
+  if (fixed && !usual) {
 #pragma omp simd
     for (int64_t i = 0; i < b.count; ++i) next[i] = add_rn(next[i], mul_rn(deviation, z[i]));
   } else if (z && a.variance == Variance::learned) {
     add_noise<Variance::learned>(row, b.raw(), z, b.count, next);
-  } else if (z) {
+  } else if (z && a.variance == Variance::learned_range) {
     add_noise<Variance::learned_range>(row, b.raw(), z, b.count, next);
   }
   if (a.x_start.data) write(a.x_start, b.offset, b.count, b.state.start);

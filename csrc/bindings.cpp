@@ -164,6 +164,13 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+  info["sanitizer"] = "address";
+#elif defined(__SANITIZE_THREAD__)
+  info["sanitizer"] = "thread";
+#else
+  info["sanitizer"] = py::none();
+#endif
   const char* names[3];
   const int count = cpu::available_isas(names);
   info["isas"] = std::vector<std::string>(names, names + count);

@@ -21,18 +21,26 @@ bool forked_child = false;
 // Waking a second thread costs about as much as this many elements of any kernel.
 constexpr int64_t elements_a_thread = 8192;
 
-// libgomp is not instrumented: ThreadSanitizer is told of the order that the team's start and end impose.
+// libgomp is not instrumented: ThreadSanitizer is told of the order that the team's start and end impose. It looks at the body
+// alone, because the addresses of what the team shares are stored by the compiler after `start` and read before it.
 #if defined(__SANITIZE_THREAD__)
+#define DDPM_TEAM __attribute__((no_sanitize("thread")))
+#define DDPM_BODY __attribute__((noinline)) static
 inline void releases(void* fence) { __tsan_release(fence); }
 inline void acquires(void* fence) { __tsan_acquire(fence); }
 #else
+#define DDPM_TEAM
+#define DDPM_BODY DDPM_INLINE
 inline void releases(void*) {}
 inline void acquires(void*) {}
 #endif
 
+template <typename Body>
+DDPM_BODY void run(const Body& body, int64_t first, int64_t last) { body(first, last); }
+
 // Calls body(first, last) for ranges that make up [0, tasks), one a thread.
 template <typename Body>
-void parallel_ranges(int64_t tasks, int64_t elements, int threads, const Body& body) {
+DDPM_TEAM void parallel_ranges(int64_t tasks, int64_t elements, int threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1 && tasks > 1 && elements >= 2 * elements_a_thread && !forked_child) {
     [[maybe_unused]] char start, end;
@@ -43,7 +51,7 @@ void parallel_ranges(int64_t tasks, int64_t elements, int threads, const Body& b
       // The whole team is woken, as PyTorch's own operators do: a team of another size would be built anew.
       int64_t team = omp_get_num_threads(), rank = omp_get_thread_num(), useful = elements / elements_a_thread;
       if (team > useful) team = useful;
-      if (rank < team) body(tasks * rank / team, tasks * (rank + 1) / team);
+      if (rank < team) run(body, tasks * rank / team, tasks * (rank + 1) / team);
       releases(&end);
     }
     acquires(&end);
@@ -51,7 +59,7 @@ void parallel_ranges(int64_t tasks, int64_t elements, int threads, const Body& b
   }
 #endif
   (void)elements, (void)threads;
-  body(int64_t(0), tasks);
+  run(body, 0, tasks);
 }
 
 }  // namespace

@@ -117,8 +117,10 @@ class Op:
 
     def gradients(self, implementation: Callable, arguments: Sequence, needs: Sequence[bool], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Backward: by the kernel that goes with an implementation, or where it cannot, by plain PyTorch with a graph of its own."""
+        if all(grad is None for grad in grads):  # what followed gave none
+            return [None] * len(needs)
         kernel = self.backward.get(implementation)
-        if kernel and not torch.is_grad_enabled() and all(i in self.differentiable for i, needed in enumerate(needs) if needed):
+        if kernel and not torch.is_grad_enabled() and not _in_batches(grads) and all(i in self.differentiable for i, needed in enumerate(needs) if needed):
             return kernel(arguments, needs, grads)
         if self.own_gradients is not None:
             return self.own_gradients(arguments, needs, grads)
@@ -183,7 +185,9 @@ class Op:
             flat = kept_for_backward(ctx)
             needs = ctx.needs_input_grad
             arguments, needs = self._restore(flat), [bool(needed) for needed in self._unflatten_needs(needs)]
-            if self.own_gradients is not None:
+            if all(grad is None for grad in grads):
+                found = [None] * len(needs)
+            elif self.own_gradients is not None:
                 found = self.own_gradients(arguments, needs, grads)
             else:
                 computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), *flat, needs))
@@ -209,26 +213,27 @@ class Op:
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, implementation, *arguments):
-        ctx.op, ctx.implementation, ctx.ahead = op, implementation, None
+        ctx.op, ctx.implementation, ctx.ahead, ctx.prepared = op, implementation, op.ahead.get(implementation), None
         keep_for_backward(ctx, arguments, op.saves)
         ctx.set_materialize_grads(False)
-        ahead = op.ahead.get(implementation)
-        made = None if ahead is None else ahead(arguments, ctx.needs_input_grad[2:])
+        made = None if ctx.ahead is None else ctx.ahead(arguments, ctx.needs_input_grad[2:])
         if made is None:
+            ctx.ahead = None
             return implementation(*arguments)
-        result, *ctx.ahead = made
+        result, *ctx.prepared = made
         return result
 
     @staticmethod
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[2:]
-        if ctx.ahead is not None and not torch.is_grad_enabled():
-            (gradients, parts), ctx.ahead = ctx.ahead, None  # they are given away: a second backward computes them anew
-            upstream = grads[0].contiguous()
-            for part in parts:
-                scale_samples(part, upstream)
-            return None, None, *gradients
-        return None, None, *ctx.op.gradients(ctx.implementation, kept_for_backward(ctx), needs, grads)
+        if ctx.ahead is None or grads[0] is None or torch.is_grad_enabled() or _in_batches(grads):
+            return None, None, *ctx.op.gradients(ctx.implementation, kept_for_backward(ctx), needs, grads)
+        # They are given away: a second backward prepares them anew, in the same way for the same bits.
+        gradients, parts = ctx.prepared or ctx.ahead(kept_for_backward(ctx), needs)[1:]
+        ctx.prepared, upstream = None, grads[0].contiguous()
+        for part in parts:
+            scale_samples(part, upstream)
+        return None, None, *gradients
 
 
 def keep_for_backward(ctx: Any, arguments: Sequence, saves: Sequence[int] | None) -> None:
@@ -255,6 +260,11 @@ def goes_through_dispatcher() -> bool:
 def in_functorch() -> bool:
     """Inside torch.func.grad, vmap and the like: their tensors have no address, so the reference serves them."""
     return torch._C._are_functorch_transforms_active()
+
+
+def _in_batches(grads: Sequence[Tensor | None]) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) calls backward: its tensors have no address, and are not torch.func's."""
+    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
 def noise_arguments(noise: Noise | Tensor | None) -> tuple[Tensor | None, int | None, int, int]:

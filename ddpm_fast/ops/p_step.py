@@ -27,7 +27,7 @@ from ddpm_fast.ops._common import (
     table_dtype,
 )
 from ddpm_fast.ops._native import address, contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
-from ddpm_fast.ops._op import NOISE, Op
+from ddpm_fast.ops._op import NOISE, Op, goes_through_dispatcher
 from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, sample_stride, split_output
 
 # The table's columns; a row is 32 bytes in fp32.
@@ -189,5 +189,5 @@ def _check_destinations(into: dict[str, Tensor | None], arguments: tuple) -> Non
     if x_start is not None:
         other, name = (x_t, "x_t") if previous is None else (previous, "x_start_previous")
         check_destination("x_start", x_start, name, other, out, noise, without, x_next, None if other is x_t else x_t)
-        if previous is None and x_start.data_ptr() == x_t.data_ptr():
+        if previous is None and not goes_through_dispatcher() and x_start.data_ptr() == x_t.data_ptr():
             raise ValueError("x_start must not share memory with another input")

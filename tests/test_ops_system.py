@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from machine import ISAS
 from numerics import assert_bits_equal, assert_close_to_exact
 from op_cases import NAMES, TABLES, every_case, everything, make, thread_count, upstreams
 
@@ -18,7 +19,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 # Both are enough for two threads, which share from 2 · 8192 elements on. Many samples that are less than a block of 1024
 # elements; two of 66 blocks, more than the 64 chunks that a sample is summed in, the last block not full.
 MANY_SMALL, FEW_LARGE = (1901, 2, 5), (2, 1, 67001)
-SIZES = pytest.mark.parametrize("shape", [MANY_SMALL, FEW_LARGE], ids=["many small samples", "few large samples"])
+SIZES = pytest.mark.parametrize(
+    "shape, dtype",
+    [(MANY_SMALL, torch.float32), (MANY_SMALL, torch.bfloat16), (FEW_LARGE, torch.float32)],
+    ids=["many small samples", "many small samples, bfloat16", "few large samples"],
+)
 
 
 def assert_all_bits_equal(actual, expected, what=""):
@@ -28,9 +33,8 @@ def assert_all_bits_equal(actual, expected, what=""):
 
 
 @SIZES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_case
-def test_threads_do_not_change_a_bit(name, given, dtype, shape, isa):
+def test_threads_do_not_change_a_bit(name, given, shape, dtype, isa):
     case = make(name, given, shape, dtype)
     with thread_count(1):
         alone = everything(case)
@@ -57,9 +61,9 @@ def assert_instruction_sets_agree(name, actual, expected):
 
 
 @SIZES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "portable"], indirect=True)
 @every_case
-def test_instruction_sets_agree(name, given, dtype, shape, isa):
+def test_instruction_sets_agree(name, given, isa, shape, dtype):
     case = make(name, given, shape, dtype)
     got = everything(case)
     native.select_isa("portable")  # the fixture puts it back

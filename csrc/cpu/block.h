@@ -104,30 +104,30 @@ struct Partials {
   double* const sums;
 };
 
-// The same where body returns its block's sum; calls finish(sample, the sum over the sample, in double). A large sample is
-// summed in chunks, whose bounds depend on its size alone: any number of threads gives the same bits.
-template <typename State, typename Arguments, typename Body, typename Finish>
+// The same where body(state, sample, first, count, totals) adds to `width` sums over the sample; calls finish(sample, totals). A
+// large sample is summed in chunks, whose bounds depend on its size alone: any number of threads gives the same bits.
+template <typename State, int width, typename Arguments, typename Body, typename Finish>
 void sum_each_sample(const Arguments& a, const Body& body, const Finish& finish) {
   const int64_t samples = a.sizes.samples, elements = a.sizes.elements, blocks = blocks_of(elements);
   const int64_t blocks_a_chunk = (blocks + chunks_a_sample - 1) / chunks_a_sample, chunk = blocks_a_chunk * block_elements;
   const int64_t chunks = (blocks + blocks_a_chunk - 1) / blocks_a_chunk;
-  const Partials partial(chunks > 1 ? samples * chunks : 0);
+  const Partials partial(chunks > 1 ? samples * chunks * width : 0);
   parallel_ranges(samples * chunks, samples * elements, a.sizes.threads, [&](int64_t task, int64_t last) {
     State state(a);
     for (; task < last; ++task) {
       const int64_t sample = chunks > 1 ? task / chunks : task;
       int64_t first = chunks > 1 ? task % chunks * chunk : 0;
       const int64_t end = first + chunk < elements ? first + chunk : elements;
-      double total = 0.0;
-      for (; first < end; first += block_elements) total += body(state, sample, first, end - first < block_elements ? end - first : block_elements);
-      if (chunks > 1) partial.sums[task] = total;
-      else finish(sample, total);
+      double totals[width] = {};
+      for (; first < end; first += block_elements) body(state, sample, first, end - first < block_elements ? end - first : block_elements, totals);
+      if (chunks == 1) finish(sample, totals);
+      for (int k = 0; chunks > 1 && k < width; ++k) partial.sums[task * width + k] = totals[k];
     }
   });
   for (int64_t sample = 0; chunks > 1 && sample < samples; ++sample) {
-    double total = 0.0;
-    for (int64_t k = 0; k < chunks; ++k) total += partial.sums[sample * chunks + k];
-    finish(sample, total);
+    double totals[width] = {};
+    for (int64_t i = 0; i < chunks * width; ++i) totals[i % width] += partial.sums[sample * chunks * width + i];
+    finish(sample, totals);
   }
 }
 

@@ -1,5 +1,5 @@
 // gaussian_kl: KL(N(mean1, e^logvar1) ‖ N(mean2, e^logvar2)) in nats, elementwise or the mean over each sample. Reads each
-// operand once; one that is broadcast is read where it lies. Writes the divergence, the gradients that are wanted (for the
+// operand once; one that is broadcast is read where it lies, and its gradient summed over the sample. Writes the divergence, the gradients that are wanted (for the
 // gradient of the divergence given, or for ones), or both in one pass.
 #include "block.h"
 
@@ -56,14 +56,17 @@ DDPM_INLINE void divergences_and_gradients(const Operands o, const float* upstre
   }
 }
 
-// One block: its divergences, and the gradients that are wanted.
-DDPM_INLINE void block(const GaussianKLArguments& a, State& state, int64_t sample, int64_t first, int64_t count, float* value) {
+// One block: its divergences, and the gradients that are wanted. totals: the sum of the divergences, then of the gradients of
+// operands with one value a sample.
+DDPM_INLINE void block(const GaussianKLArguments& a, State& state, int64_t sample, int64_t first, int64_t count, float* value, double* totals) {
   const int64_t offset = sample * a.sizes.elements + first;
   const Operands o = operands(a, state, sample, first, count);
+  const Broadcast* const operand[4] = {&a.mean1, &a.logvar1, &a.mean2, &a.logvar2};
   float* grads[4];
-  bool wanted = false;
+  bool wanted = false, whole[4];
   for (int k = 0; k < 4; ++k) {
-    grads[k] = a.grads[k].data ? place_for(a.grads[k], offset, state.grads[k]) : state.grads[k].values;
+    whole[k] = a.grads[k].data && operand[k]->element_stride;
+    grads[k] = whole[k] ? place_for(a.grads[k], offset, state.grads[k]) : state.grads[k].values;
     wanted = wanted || a.grads[k].data;
   }
   if (!wanted) return divergences(o, count, value);
@@ -74,31 +77,32 @@ DDPM_INLINE void block(const GaussianKLArguments& a, State& state, int64_t sampl
   } else {
     divergences_and_gradients<true>(o, read(a.grad_kl, offset, count, state.upstream), count, p);
   }
-  for (int k = 0; k < 4; ++k)
-    if (a.grads[k].data) write(a.grads[k], offset, count, state.grads[k]);
+  for (int k = 0; k < 4; ++k) {
+    if (whole[k]) write(a.grads[k], offset, count, state.grads[k]);
+    else if (a.grads[k].data) totals[1 + k] += sum(grads[k], count);
+  }
 }
 
 }  // namespace
 
 void gaussian_kl(const GaussianKLArguments& a) {
-  if (!a.reduced) {
-    for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
-      const int64_t offset = sample * a.sizes.elements + first;
-      block(a, state, sample, first, count, a.kl.data ? place_for(a.kl, offset, state.value) : state.value.values);
-      if (a.kl.data) write(a.kl, offset, count, state.value);
-    });
-    return;
-  }
-  sum_each_sample<State>(
+  sum_each_sample<State, 5>(
       a,
-      [&](State& state, int64_t sample, int64_t first, int64_t count) {
-        block(a, state, sample, first, count, state.value.values);
-        return a.kl.data ? sum(state.value.values, count) : 0.0f;
+      [&](State& state, int64_t sample, int64_t first, int64_t count, double* totals) {
+        const bool elementwise = a.kl.data && !a.reduced;
+        const int64_t offset = sample * a.sizes.elements + first;
+        float* const value = elementwise ? place_for(a.kl, offset, state.value) : state.value.values;
+        block(a, state, sample, first, count, value, totals);
+        if (elementwise) write(a.kl, offset, count, state.value);
+        else if (a.kl.data) totals[0] += sum(value, count);
       },
-      [&, share = 1.0 / double(a.sizes.elements)](int64_t sample, double total) {
-        if (!a.kl.data) return;
+      [&, share = 1.0 / double(a.sizes.elements)](int64_t sample, const double* totals) {
+        const Broadcast* const operand[4] = {&a.mean1, &a.logvar1, &a.mean2, &a.logvar2};
+        for (int k = 0; k < 4; ++k)
+          if (a.grads[k].data && !operand[k]->element_stride) static_cast<float*>(a.grads[k].data)[sample] = float(totals[1 + k]);
+        if (!a.kl.data || !a.reduced) return;
         Buffer mean;
-        *place_for(a.kl, sample, mean) = float(total * share);
+        *place_for(a.kl, sample, mean) = float(totals[0] * share);
         write(a.kl, sample, 1, mean);
       });
 }

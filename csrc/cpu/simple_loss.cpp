@@ -36,9 +36,9 @@ DDPM_INLINE void residual(const SimpleLossArguments& a, State& state, int64_t sa
 
 void simple_loss(const SimpleLossArguments& a) {
   const float share = float(2.0 / double(a.sizes.elements));
-  sum_each_sample<State>(
+  sum_each_sample<State, 1>(
       a,
-      [&](State& state, int64_t sample, int64_t first, int64_t count) {
+      [&](State& state, int64_t sample, int64_t first, int64_t count, double* total) {
         float* const r = state.result.values;
         residual(a, state, sample, first, count, r);
         if (a.grad_out.view.data) {
@@ -50,13 +50,13 @@ void simple_loss(const SimpleLossArguments& a) {
           write(a.grad_out.view, place, count, state.grad);
           if (a.grad_out.stride > a.sizes.elements) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
         }
-        if (!a.loss) return 0.0f;
+        if (!a.loss) return;
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) r[i] = mul_rn(r[i], r[i]);
-        return sum(r, count);
+        *total += sum(r, count);
       },
-      [&, mean = 1.0 / double(a.sizes.elements)](int64_t sample, double total) {
-        if (a.loss) a.loss[sample] = a.weight[a.t[sample]] * float(total * mean);
+      [&, mean = 1.0 / double(a.sizes.elements)](int64_t sample, const double* total) {
+        if (a.loss) a.loss[sample] = a.weight[a.t[sample]] * float(*total * mean);
       });
 }
 

@@ -111,9 +111,9 @@ constexpr double ln2 = 0.693147180559945309;
 void vlb_terms(const VlbTermsArguments& a) {
   const bool learned = a.variance != Variance::fixed, doubled = a.grad_out.stride > a.sizes.elements;
   const double bits = 1.0 / (double(a.sizes.elements) * ln2);  // of one element's nat
-  sum_each_sample<State>(
+  sum_each_sample<State, 1>(
       a,
-      [&](State& state, int64_t sample, int64_t first, int64_t count) {
+      [&](State& state, int64_t sample, int64_t first, int64_t count, double* total) {
         const int64_t offset = sample * a.sizes.elements + first, place = sample * a.out.stride + first;
         Places p{};
         p.x_start = read(a.x_start, offset, count, state.x_start);
@@ -123,7 +123,8 @@ void vlb_terms(const VlbTermsArguments& a) {
         p.value = state.value.values;
         if (!a.grad_out.view.data) {
           evaluate<false>(a, a.t[sample], p, count, 0.0f);
-          return sum(p.value, count);
+          *total += sum(p.value, count);
+          return;
         }
         p.grad = place_for(a.grad_out.view, place, state.grad);
         p.grad_raw = learned ? place_for(a.grad_out.view, place + a.sizes.elements, state.grad_raw) : state.grad_raw.values;
@@ -132,10 +133,10 @@ void vlb_terms(const VlbTermsArguments& a) {
         else write(a.grad_out.view, place, count, state.grad);
         if (learned) write(a.grad_out.view, place + a.sizes.elements, count, state.grad_raw);
         else if (doubled) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
-        return a.terms ? sum(p.value, count) : 0.0f;
+        if (a.terms) *total += sum(p.value, count);
       },
-      [&](int64_t sample, double total) {
-        if (a.terms) a.terms[sample] = float(total * bits);
+      [&](int64_t sample, const double* total) {
+        if (a.terms) a.terms[sample] = float(*total * bits);
       });
 }
 

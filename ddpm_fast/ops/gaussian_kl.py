@@ -63,13 +63,16 @@ def _shape(inputs: tuple[Tensor, ...]) -> torch.Size:
     return first if all(x.shape == first for x in inputs) else torch.broadcast_shapes(*(x.shape for x in inputs))
 
 
-def _launch(arguments, shape: torch.Size, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = (None,) * 4) -> None:
+def _operands(arguments, shape: torch.Size) -> list[tuple[Tensor, int, int]]:
+    elements = math.prod(shape[1:])
+    return [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in arguments[:4]]
+
+
+def _launch(operands, shape: torch.Size, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = (None,) * 4) -> None:
     """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
-    samples, elements = shape[0], math.prod(shape[1:])
-    operands = [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in arguments[:4]]
     native.cpu_gaussian_kl(
         *((x.data_ptr(), sample, element) for x, sample, element in operands), dtype_tag(operands[0][0]), address(kl), address(grad_kl),
-        [address(grad) for grad in grads], arguments[4] is not None, samples, elements, torch.get_num_threads(),
+        [address(grad) for grad in grads], reduced, shape[0], math.prod(shape[1:]), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -80,7 +83,7 @@ def _new_kl(arguments, shape: torch.Size) -> Tensor:
 def _gaussian_kl_cpu(*arguments) -> Tensor:
     shape = _shape(arguments[:4])
     kl = _new_kl(arguments, shape)
-    _launch(arguments, shape, kl, None)
+    _launch(_operands(arguments, shape), shape, arguments[4] is not None, kl, None)
     return kl
 
 
@@ -89,15 +92,27 @@ def _ahead_cpu(arguments, needs):
         return None
     shape = arguments[0].shape
     kl, grads = _new_kl(arguments, shape), [arguments[0].new_empty(shape) if needed else None for needed in needs[:4]]
-    _launch(arguments, shape, kl, None, grads)
+    _launch(_operands(arguments, shape), shape, True, kl, None, grads)
     return kl, (*grads, None), [grad for grad in grads if grad is not None]
 
 
 def _backward_cpu(arguments, needs, grads):
     shape = _shape(arguments[:4])
-    results = [arguments[0].new_empty(shape) if needed else None for needed in needs[:4]]
-    _launch(arguments, shape, None, grads[0].contiguous(), results)
-    return *(None if grad is None else grad.sum_to_size(x.shape) for grad, x in zip(results, arguments, strict=False)), None
+    operands = _operands(arguments, shape)
+    # The kernel sums the gradient of an operand with one value a sample, so that it is never written out.
+    results = [
+        (x.new_empty(shape) if element else x.new_empty(shape[0], dtype=torch.float32)) if needed else None
+        for needed, (x, _, element) in zip(needs[:4], operands, strict=True)
+    ]
+    _launch(operands, shape, arguments[4] is not None, None, grads[0].contiguous(), results)
+    return *(None if grad is None else _as_argument(grad, x) for grad, x in zip(results, arguments[:4], strict=True)), None
+
+
+def _as_argument(grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient of the broadcast shape, or one value a sample of it, in the shape and dtype of the argument."""
+    if grad.ndim != 1 or x.ndim == 1:
+        return grad.sum_to_size(x.shape).to(x.dtype)
+    return (grad if x.numel() == grad.numel() else grad.sum()).to(x.dtype).view(x.shape)
 
 
 def _check(mean1, logvar1, mean2, logvar2, reduction) -> None:

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -120,13 +121,14 @@ Broadcast broadcast(const Operand& operand, int dtype) {
   return {view(address, dtype), sample_stride, element_stride};
 }
 
-// As cpu_simple_loss; grads has an address, or 0, for each operand.
+// As cpu_simple_loss; grads has (address or 0, dtype) for each operand.
 void cpu_gaussian_kl(const Operand& mean1, const Operand& logvar1, const Operand& mean2, const Operand& logvar2, int dtype, uintptr_t kl,
-                     uintptr_t grad_kl, const std::array<uintptr_t, 4>& grads, bool reduced, int64_t samples, int64_t elements, int threads) {
-  cpu::kernels().gaussian_kl(
-      {broadcast(mean1, dtype), broadcast(logvar1, dtype), broadcast(mean2, dtype), broadcast(logvar2, dtype), view(kl, dtype),
-       view(grad_kl, dtype), {view(grads[0], dtype), view(grads[1], dtype), view(grads[2], dtype), view(grads[3], dtype)}, reduced,
-       {samples, elements, threads}});
+                     uintptr_t grad_kl, const std::array<std::pair<uintptr_t, int>, 4>& grads, bool reduced, int64_t samples,
+                     int64_t elements, int threads) {
+  GaussianKLArguments a{broadcast(mean1, dtype), broadcast(logvar1, dtype), broadcast(mean2, dtype), broadcast(logvar2, dtype),
+                        view(kl, dtype), view(grad_kl, dtype), {}, reduced, {samples, elements, threads}};
+  for (size_t k = 0; k < grads.size(); ++k) a.grads[k] = view(grads[k].first, grads[k].second);
+  cpu::kernels().gaussian_kl(a);
 }
 
 // As cpu_simple_loss.

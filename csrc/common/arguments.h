@@ -80,7 +80,7 @@ struct GaussianKLArguments {
   Broadcast mean1, logvar1, mean2, logvar2;
   View kl;             // (samples, elements), or (samples,) where reduced, or null; the operands' dtype
   View grad_kl;        // like kl, what the gradients are for; null, where reduced: for ones
-  View grads[4];       // null where not wanted; (samples, elements), or fp32 (samples,) for an operand with element_stride 0
+  View grads[4];       // null where not wanted; (samples, elements) of any dtype, or fp32 (samples,) where element_stride is 0
   bool reduced;
   Sizes sizes;
 };

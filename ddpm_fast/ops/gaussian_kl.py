@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_fast.backends import native
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import address, dtype_tag
+from ddpm_fast.ops._native import address, dtype_tag, new_like
 from ddpm_fast.ops._op import Op
 
 REDUCTIONS = (None, "mean_per_sample")
@@ -72,7 +72,7 @@ def _launch(operands, shape: torch.Size, reduced: bool, kl: Tensor | None, grad_
     """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
     native.cpu_gaussian_kl(
         *((x.data_ptr(), sample, element) for x, sample, element in operands), dtype_tag(operands[0][0]), address(kl), address(grad_kl),
-        [address(grad) for grad in grads], reduced, shape[0], math.prod(shape[1:]), torch.get_num_threads(),
+        [(0, 0) if grad is None else (grad.data_ptr(), dtype_tag(grad)) for grad in grads], reduced, shape[0], math.prod(shape[1:]), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -99,10 +99,10 @@ def _ahead_cpu(arguments, needs):
 def _backward_cpu(arguments, needs, grads):
     shape = _shape(arguments[:4])
     operands = _operands(arguments, shape)
-    # The kernel sums the gradient of an operand with one value a sample, so that it is never written out.
+    # The kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
     results = [
-        (x.new_empty(shape) if element else x.new_empty(shape[0], dtype=torch.float32)) if needed else None
-        for needed, (x, _, element) in zip(needs[:4], operands, strict=True)
+        (new_like(x) if x.shape == argument.shape else x.new_empty(shape if element else shape[:1], dtype=torch.float32)) if needed else None
+        for needed, argument, (x, _, element) in zip(needs[:4], arguments, operands, strict=False)
     ]
     _launch(operands, shape, arguments[4] is not None, None, grads[0].contiguous(), results)
     return *(None if grad is None else _as_argument(grad, x) for grad, x in zip(results, arguments[:4], strict=True)), None
@@ -153,7 +153,7 @@ def gaussian_kl(
 
     Args:
         mean1, logvar1, mean2, logvar2: floating tensors of one dtype on one device, broadcast against each other (one value a
-            sample, or one for all, is not written out); log-variances are natural logarithms.
+            sample, or one for all, is not written out, nor is its gradient); log-variances are natural logarithms.
         reduction: None for one value an element, "mean_per_sample" for the mean over all but the first dimension.
         backend: force "reference" or "cpu".
 

@@ -18,6 +18,7 @@ from ddpm_fast.ops._native import address, dtype_tag, new_like
 from ddpm_fast.ops._op import Op
 
 REDUCTIONS = (None, "mean_per_sample")
+_NO_GRADIENTS = ((0, 0),) * 4
 _SERIES_BELOW = 0.3
 _MAX_EXPONENT = {torch.float32: 88.0, torch.float64: 709.0}  # of e^(-½ logvar2): an infinity times a distance of 0 would be NaN
 
@@ -58,9 +59,11 @@ def _operand(x: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
     return _operand(spread.contiguous(), shape)
 
 
-def _shape(inputs: tuple[Tensor, ...]) -> torch.Size:
-    first = inputs[0].shape
-    return first if all(x.shape == first for x in inputs) else torch.broadcast_shapes(*(x.shape for x in inputs))
+def _shape(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> torch.Size:
+    shape = mean1.shape
+    if logvar1.shape == shape and mean2.shape == shape and logvar2.shape == shape:
+        return shape
+    return torch.broadcast_shapes(shape, logvar1.shape, mean2.shape, logvar2.shape)
 
 
 def _operands(arguments, shape: torch.Size) -> list[tuple[Tensor, int, int]]:
@@ -68,11 +71,12 @@ def _operands(arguments, shape: torch.Size) -> list[tuple[Tensor, int, int]]:
     return [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in arguments[:4]]
 
 
-def _launch(operands, shape: torch.Size, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = (None,) * 4) -> None:
+def _launch(operands, shape: torch.Size, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] | None = None) -> None:
     """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
     native.cpu_gaussian_kl(
-        *((x.data_ptr(), sample, element) for x, sample, element in operands), dtype_tag(operands[0][0]), address(kl), address(grad_kl),
-        [(0, 0) if grad is None else (grad.data_ptr(), dtype_tag(grad)) for grad in grads], reduced, shape[0], math.prod(shape[1:]), torch.get_num_threads(),
+        *[(x.data_ptr(), sample, element) for x, sample, element in operands], dtype_tag(operands[0][0]), address(kl), address(grad_kl),
+        _NO_GRADIENTS if grads is None else [(0, 0) if grad is None else (grad.data_ptr(), dtype_tag(grad)) for grad in grads],
+        reduced, shape[0], math.prod(shape[1:]), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -81,7 +85,7 @@ def _new_kl(arguments, shape: torch.Size) -> Tensor:
 
 
 def _gaussian_kl_cpu(*arguments) -> Tensor:
-    shape = _shape(arguments[:4])
+    shape = _shape(*arguments[:4])
     kl = _new_kl(arguments, shape)
     _launch(_operands(arguments, shape), shape, arguments[4] is not None, kl, None)
     return kl
@@ -97,7 +101,7 @@ def _ahead_cpu(arguments, needs):
 
 
 def _backward_cpu(arguments, needs, grads):
-    shape = _shape(arguments[:4])
+    shape = _shape(*arguments[:4])
     operands = _operands(arguments, shape)
     # The kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
     results = [
@@ -125,7 +129,7 @@ def _check(mean1, logvar1, mean2, logvar2, reduction) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be None or 'mean_per_sample', got {reduction!r}")
     try:
-        _shape(tuple(inputs.values()))
+        _shape(mean1, logvar1, mean2, logvar2)
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
         raise ValueError(f"shapes must broadcast against each other, got {shapes}") from None
@@ -136,7 +140,7 @@ _op = Op(
     "Tensor mean1, Tensor logvar1, Tensor mean2, Tensor logvar2, str? reduction",
     "Tensor",
     check=_check,
-    fake=lambda *arguments: _new_kl(arguments, _shape(arguments[:4])),
+    fake=lambda *arguments: _new_kl(arguments, _shape(*arguments[:4])),
     reference=gaussian_kl_reference,
     differentiable=(0, 1, 2, 3),
     cpu=_gaussian_kl_cpu,

@@ -262,3 +262,25 @@ def test_refused_where_a_gradient_is_needed(name):
         into(name, lambda a: torch.empty(4, 6), **{first: x})
     with torch.no_grad():
         into(name, lambda a: torch.empty(4, 6), **{first: x})
+
+
+@pytest.mark.parametrize("op", ["q_sample", "p_step", "randn"])
+def test_a_backward_that_saved_the_target_fails(op):
+    """Autograd must know of what a kernel writes by address: the gradient of w would come from the new values."""
+    target, w = torch.randn(4, 3, 5, 7), torch.ones(4, 3, 5, 7, requires_grad=True)
+    product = (w * target).sum()
+    with torch.no_grad():
+        if op == "q_sample":
+            q_sample(**make("q_sample", "Noise", target.shape).arguments, out=target)
+        elif op == "p_step":
+            p_step(**step_arguments(make("p_step", "Noise", target.shape)), x_next=target)
+        else:
+            randn(target.shape, KEY, out=target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_inference_tensors_are_written_too():
+    with torch.inference_mode():
+        target = torch.empty(4, 3, 5, 7)
+        assert_bits_equal(randn(target.shape, KEY, out=target), randn(target.shape, KEY))

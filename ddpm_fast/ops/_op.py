@@ -99,7 +99,9 @@ class Op:
                 raise RuntimeError(f"{self.name} cannot write into a given tensor where a gradient is needed; call it under torch.no_grad()")
             if dispatches or transforms or self.backends.choose(like.device, dtype, backend) is self.reference:
                 return self._copy_into(into, self(arguments, like, dtype, backend))
-            return self.backends.choose(like.device, dtype, backend)(*arguments, **into)
+            results = self.backends.choose(like.device, dtype, backend)(*arguments, **into)
+            was_written(*into.values())
+            return results
         if transforms:
             return self.reference(*arguments)
         if dispatches and backend is None:
@@ -255,6 +257,11 @@ def goes_through_dispatcher() -> bool:
     """
     # The dispatch stack is that of make_fx, FlopCounterMode and the like.
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or bool(torch._C._len_torch_dispatch_stack())
+
+
+def was_written(*targets: Tensor | None) -> None:
+    """Tells autograd what a kernel has written to: a backward that saved one of them must fail, not go wrong in silence."""
+    torch.autograd.graph.increment_version([x for x in targets if x is not None])
 
 
 def in_functorch() -> bool:

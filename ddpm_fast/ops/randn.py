@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_fast.backends import NATIVE_DTYPES, BackendTable, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, noise_reference
 from ddpm_fast.ops._common import FLOATING
-from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch, library, signed64, unsigned64
+from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch, library, signed64, unsigned64, was_written
 
 
 def randn_reference(shape: torch.Size, seed: int, stream: int, first_sample: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -83,7 +83,9 @@ def randn(
         return implementation(shape, noise.seed, noise.stream, noise.first_sample, dtype, device)
     if implementation is randn_reference:
         return out.copy_(randn_reference(shape, noise.seed, noise.stream, noise.first_sample, dtype, device))
-    return implementation(shape, noise.seed, noise.stream, noise.first_sample, dtype, device, out=out)
+    implementation(shape, noise.seed, noise.stream, noise.first_sample, dtype, device, out=out)
+    was_written(out)
+    return out
 
 
 def _check_out(out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:

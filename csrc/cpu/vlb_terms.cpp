@@ -126,7 +126,7 @@ void vlb_terms(const VlbTermsArguments& a) {
           *total += sum(p.value, count);
           return;
         }
-        p.grad = place_for(a.grad_out.view, place, state.grad);
+        p.grad = a.detach_mean ? state.grad.values : place_for(a.grad_out.view, place, state.grad);
         p.grad_raw = learned ? place_for(a.grad_out.view, place + a.sizes.elements, state.grad_raw) : state.grad_raw.values;
         evaluate<true>(a, a.t[sample], p, count, (a.grad_terms ? a.grad_terms[sample] : 1.0f) * float(bits));
         if (a.detach_mean) write_zeros(a.grad_out.view, place, count);

@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate, assert_bits_equal
+from op_cases import TABLES, every_case, everything, make
 
 from ddpm_fast import Noise
 from ddpm_fast.backends import native_missing
@@ -112,9 +113,12 @@ def test_p_step(shape, dtype, out_dtype, kind, clip, key, generated, guided, mul
     compare(ours, lambda *a: p_step_reference(*a)[0], arguments, leaves, seed, floor=4.0)
 
 
-@given(shape=shapes, dtype=dtypes, out_dtype=dtypes, kind=kinds, levels=st.integers(2, 256), cdf=st.sampled_from(CDFS), detach_mean=st.booleans(), seed=seeds)
+@given(
+    shape=shapes, dtype=dtypes, out_dtype=dtypes, kind=kinds, clip=st.booleans(), levels=st.integers(2, 256), cdf=st.sampled_from(CDFS),
+    detach_mean=st.booleans(), seed=seeds,
+)  # fmt: skip
 @every
-def test_vlb_terms(shape, dtype, out_dtype, kind, levels, cdf, detach_mean, seed):
+def test_vlb_terms(shape, dtype, out_dtype, kind, clip, levels, cdf, detach_mean, seed):
     """Data on the grid with saturated pixels, guesses near them; a variance that a trained model may have."""
     assume(kind != "fixed" or not detach_mean)  # nothing is left to differentiate
     generator = torch.Generator().manual_seed(seed)
@@ -125,11 +129,16 @@ def test_vlb_terms(shape, dtype, out_dtype, kind, levels, cdf, detach_mean, seed
     mean = x_start.float() + numbers(shape, seed + 2, 0.1)
     raw = numbers(shape, seed + 3) + (-3.0 if kind == "learned" else 0.0)
     out = torch.cat([mean, raw], 1).to(out_dtype)
-    options = (kind, False, levels, cdf, detach_mean)
+    # As in p_step: at the clip's edge the gradient is all or nothing.
+    t = timesteps(shape[0], seed)
+    row = table.double()[t].view(shape[0], 1, 1, -1)
+    guess = row[..., 0] * x_t.double() + row[..., 1] * out.double()[:, : shape[1]]
+    assume(not clip or bool(((guess.abs() - 1).abs() > 1e-6).all()))
+    options = (kind, clip, levels, cdf, detach_mean)
     compare(
-        lambda *a: vlb_terms(*a, variance=kind, levels=levels, cdf=cdf, detach_mean=detach_mean),
+        lambda *a: vlb_terms(*a, variance=kind, clip=clip, levels=levels, cdf=cdf, detach_mean=detach_mean),
         lambda *a: vlb_terms_reference(*a, *options),
-        (out, x_start, x_t, timesteps(shape[0], seed), table), [0], seed, floor=16.0,
+        (out, x_start, x_t, t, table), [0], seed, floor=16.0,
     )  # fmt: skip
 
 
@@ -168,6 +177,26 @@ def test_gaussian_kl_is_never_negative_and_zero_at_equality(mean, logvar, d, ste
     assert value.isnan().item() is False and value.item() >= 0
 
 
+@given(raw=st.one_of(st.floats(-100, 100), st.floats(-1e30, 1e30)), kind=st.sampled_from(KINDS), dtype=st.sampled_from([torch.float32, torch.bfloat16]), key=keys)
+@every
+def test_p_step_of_any_variance(raw, kind, dtype, key):
+    """Log-variances of ±100, and a learned one beyond: past e^±88 the deviation may be infinite or 0, but nothing is NaN, and the
+    last row, which takes no noise, is finite."""
+    x_t, t = numbers((2, 1, 5), 1, dtype=dtype), torch.tensor([0, ROWS - 1])
+    table = numbers((ROWS, len(COLUMNS)), 2)
+    fixed = max(-100.0, min(100.0, raw))
+    table[:, 5:] = torch.tensor([fixed, fixed, 1.0]) if kind == "fixed" else torch.tensor([-20.0, 0.0, 1.0])
+    table[0, COLUMNS.index("noise")] = 0.0
+    out = torch.cat([numbers((2, 1, 5), 3), torch.full((2, 1, 5), raw)], 1)
+    got = p_step(x_t, out, t, table, key, variance=kind)
+    baseline, exact = (p_step_reference(*a, key, kind, True) for a in ((x_t, out, t, table), in_float64(x_t, out, t, table)))
+    assert got[0][0].isfinite().all() and not got[0].isnan().any()
+    if (kind == "learned_range" and abs(raw) > 4) or (kind == "learned" and abs(raw) > 88):
+        return
+    for x, b, e in zip(got, baseline, exact, strict=True):
+        assert_as_accurate(x, b, e, floor=4.0)
+
+
 @given(raw=st.floats(-1e4, 1e4), kind=st.sampled_from(["learned", "learned_range"]), missed=st.booleans())
 @every
 def test_decoder_of_any_variance_is_finite(raw, kind, missed):
@@ -180,22 +209,32 @@ def test_decoder_of_any_variance_is_finite(raw, kind, missed):
     assert -1e-6 <= value.item() <= -math.log2(1e-12) + 1e-4
 
 
+@given(levels=st.integers(2, 256), cdf=st.sampled_from(CDFS), clip=st.booleans(), data=st.data())
+@every
+def test_decoder_at_the_ends_and_off_by_far(levels, cdf, clip, data):
+    """Saturated pixels lie in open bins: a mean beyond them costs nothing. A bin that is missed costs the floor and has no gradient."""
+    far = data.draw(st.floats(0.5, 50.0))
+    table = torch.tensor([[0.0, 1.0, 1.0, 0.0, -20.0, -20.0, -20.0, 0.0]])  # a deviation of e^-10, far below a bin
+    x_start = torch.tensor([[[-1.0, 1.0]]])
+    beyond = vlb_terms(x_start * (1 + far), x_start, x_start, torch.tensor([0]), table, clip=clip, levels=levels, cdf=cdf)
+    assert_bits_equal(beyond.abs(), torch.zeros(1))
+    out = (x_start * (1 - far - 2 / (levels - 1))).requires_grad_()
+    missed = vlb_terms(out, x_start, x_start, torch.tensor([0]), table, clip=clip, levels=levels, cdf=cdf)
+    assert_as_accurate(missed.detach(), missed.detach(), torch.full((1,), -math.log2(1e-12), dtype=torch.float64), floor=4.0)
+    assert (torch.autograd.grad(missed.sum(), out)[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_in_its_sample(bad, isa):
-    shape = (3, 2, 700)
-    data = [numbers(shape, i) for i in range(4)]
-    broken = [x.clone() for x in data]
-    for x in broken:
-        x[1, 1, 699] = bad
-    t, rows, one = torch.tensor([1, 1, 2]), numbers((ROWS, 8), 9), torch.ones(ROWS)
-    calls = {
-        "simple_loss": lambda a, b, c, d: simple_loss(a, b, t, one, one, one, c),
-        "p_step": lambda a, b, c, d: p_step(a, b, t, rows, c)[0],
-        "gaussian_kl": lambda a, b, c, d: gaussian_kl(a, b, c, d, reduction="mean_per_sample"),
-        "vlb_terms": lambda a, b, c, d: vlb_terms(torch.cat([a, b], 1), c.clamp(-1, 1), d, t, rows, variance="learned"),
-    }
-    for name, call in calls.items():
-        whole, hurt = call(*data), call(*broken)
-        assert not hurt[1].isfinite().all(), name
-        for n in (0, 2):
-            assert_bits_equal(hurt[n], whole[n], what=name)
+@every_case
+def test_what_is_not_finite_stays_in_its_sample(name, given, bad, dtype, isa):
+    """Of results and gradients, whichever input it comes from."""
+    case = make(name, given, (3, 2, 700), dtype)
+    whole = everything(case)
+    for part in [part for part, x in case.arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and part not in TABLES]:
+        broken = case.arguments[part].clone()
+        broken.flatten(1)[1, 0] = bad
+        hurt = everything(case.given(**{part: broken}))
+        assert any(not x[1].isfinite().all() for x in hurt.values()) or case.arguments.get("clip"), part  # a clip may hide an infinity
+        for which, x in hurt.items():
+            assert_bits_equal(x[[0, 2]], whole[which][[0, 2]], f"{which}, {bad} in {part}")

@@ -39,7 +39,6 @@ DESELECTED = {
     "thread": ALWAYS
     | {
         "tests/test_randn.py::test_dataloader_workers_draw_the_same": FORK,
-        "tests/test_q_sample_system.py::test_safe_in_a_forked_child": FORK,
         "tests/test_ops_system.py::test_safe_in_a_forked_child": FORK,
     },
 }

@@ -1,6 +1,6 @@
 """q_sample: each backend against float64, fp32 bits against the reference, noise given and generated, and errors.
 
-Gradients are in test_q_sample_grad.py; torch.compile, processes and threads in test_q_sample_system.py.
+Gradients are in test_q_sample_grad.py; torch.compile, processes and threads in test_ops_compile.py and test_ops_system.py.
 """
 import math
 

@@ -5,7 +5,7 @@ from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exac
 from test_q_sample import DTYPES, KEY, SHAPES, case, exact
 
 from ddpm_fast.ops import q_sample
-from ddpm_fast.ops.q_sample import q_sample_reference, scale_rows
+from ddpm_fast.ops.q_sample import q_sample_reference, scale_rows, scale_rows_reference
 
 
 def leaves(*tensors):
@@ -128,16 +128,13 @@ def test_layouts_of_inputs_and_of_the_gradient(backend):
     assert_bits_equal(last.grad.contiguous(), dense.grad)
     (summed,) = leaves(x)
     q_sample(summed, t, signal, sigma, KEY, backend=backend.name).sum().backward()  # a gradient with strides of zero
-    assert_as_accurate(summed.grad.cpu(), summed.grad.cpu(), exact(torch.ones_like(x), t, signal, sigma, torch.zeros_like(x)).cpu(), floor=0)
     assert_bits_equal(summed.grad, signal[t].view(-1, 1, 1, 1).expand_as(x).contiguous())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_rows_is_the_same_with_and_without_a_graph(dtype, isa):
+def test_scale_rows_is_its_reference_to_the_bit(dtype, isa):
     x, t, signal, _ = case((3, 1025), dtype)
-    with torch.no_grad():
-        fused = scale_rows(x, t, signal)
-    assert_bits_equal(fused, scale_rows(x, t, signal))
+    assert_bits_equal(scale_rows(x, t, signal), scale_rows_reference(x, t, signal))
 
 
 def test_saves_no_activation():

@@ -66,7 +66,9 @@ class Op:
         self.fake = fake
         self.reference = reference
         self.differentiable = tuple(differentiable)
-        self.tensors = [i for i, kind in enumerate(schema.replace(NOISE, "Tensor? noise").split(", ")) if kind.startswith("Tensor")]
+        kinds = schema.replace(NOISE, "Tensor? noise").split(", ")
+        self.tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
+        self.others = [i for i in self.tensors if i not in self.differentiable]
         self.noise = noise
         self.saves = saves
         self.own_gradients = gradients
@@ -119,10 +121,10 @@ class Op:
 
     def gradients(self, implementation: Callable, arguments: Sequence, needs: Sequence[bool], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Backward: by the kernel that goes with an implementation, or where it cannot, by plain PyTorch with a graph of its own."""
-        if all(grad is None for grad in grads):  # what followed gave none
+        if grads[0] is None and all(grad is None for grad in grads):  # what followed gave none
             return [None] * len(needs)
         kernel = self.backward.get(implementation)
-        if kernel and not torch.is_grad_enabled() and not _in_batches(grads) and all(i in self.differentiable for i, needed in enumerate(needs) if needed):
+        if kernel and not torch.is_grad_enabled() and not _in_batches(grads) and not any([needs[i] for i in self.others]):
             return kernel(arguments, needs, grads)
         if self.own_gradients is not None:
             return self.own_gradients(arguments, needs, grads)
@@ -271,7 +273,7 @@ def in_functorch() -> bool:
 
 def _in_batches(grads: Sequence[Tensor | None]) -> bool:
     """Whether torch.autograd.grad(is_grads_batched=True) calls backward: its tensors have no address, and are not torch.func's."""
-    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    return any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])  # a list is faster
 
 
 def noise_arguments(noise: Noise | Tensor | None) -> tuple[Tensor | None, int | None, int, int]:

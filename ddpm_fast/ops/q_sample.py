@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import NATIVE_DTYPES, native
+from ddpm_fast.backends import native
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_destination, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
 from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes, new_like, scale_samples
@@ -31,10 +31,13 @@ def _q_sample_cpu(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noi
     return out
 
 
+def scale_rows_reference(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
+    """table[t] · x, the gradient of either term, in plain PyTorch: differentiable again."""
+    return (gather(table, t, x) * x.to(table.dtype)).to(x.dtype)
+
+
 def scale_rows(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
-    """table[t] · x, the gradient of either term."""
-    if x.device.type != "cpu" or native is None or x.dtype not in NATIVE_DTYPES or torch.is_grad_enabled():
-        return (gather(table, t, x) * x.to(table.dtype)).to(x.dtype)  # also under create_graph: differentiable again
+    """The same by the CPU kernel, without its noise."""
     x, t = x.contiguous(), t.contiguous()
     out = torch.empty_like(x)
     scale_samples(x, table, t, out)
@@ -52,7 +55,7 @@ def _gradients(arguments, needs, grads):
     if needs[2] or needs[3]:
         raise RuntimeError("q_sample gives the tables signal and sigma no gradient; detach them")
     _, t, signal, sigma, _ = arguments
-    grad_x, grad_noise = ((gather(table, t, grads[0]) * grads[0].to(table.dtype)).to(grads[0].dtype) if need else None for table, need in ((signal, needs[0]), (sigma, needs[4])))
+    grad_x, grad_noise = (scale_rows_reference(grads[0], t, table) if need else None for table, need in ((signal, needs[0]), (sigma, needs[4])))
     return grad_x, None, None, None, grad_noise
 
 

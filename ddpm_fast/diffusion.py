@@ -177,17 +177,17 @@ class GaussianDiffusion:
         log_var = log_variance(self.variance_kind, row["log_variance_low"], row["log_variance_high"], raw).expand_as(x)
         return PMeanVariance(row["x_start"] * x_start + row["x_t"] * x, log_var.exp(), log_var, x_start)
 
-    def p_step(self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True, *, out: Tensor | None = None) -> Tensor:
+    def p_step(self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True, *, x_next: Tensor | None = None) -> Tensor:
         """Draws x_{t-1} ~ p_θ(x_{t-1} | x_t); at t = 0 returns the mean (Ho et al., algorithm 2).
 
-        Args, Raises: as :meth:`p_mean_variance`; ``noise`` is z, drawn per sample; ``out`` is a contiguous tensor like x_t
+        Args, Raises: as :meth:`p_mean_variance`; ``noise`` is z, drawn per sample; ``x_next`` is a contiguous tensor like x_t
             to write into, x_t itself if you like, only without gradients.
 
         Returns:
             x_{t-1} like x_t.
         """
         table = self._step_table(x_t)
-        return ops.p_step(x_t, model_output, t, table, noise, variance=self.variance_kind, clip=clip, x_next=out, x_start=False)[0]
+        return ops.p_step(x_t, model_output, t, table, noise, variance=self.variance_kind, clip=clip, x_next=x_next, x_start=False)[0]
 
     def predict_x_start(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x̂0 from a model's output, not clipped, in fp32 (float64 for float64 data)."""

@@ -342,3 +342,14 @@ def test_tables_made_in_inference_mode_serve_gradients():
     x = torch.zeros(1, 2, requires_grad=True)
     diffusion.q_sample(x, t, Noise(0)).sum().backward()
     assert_close_to_exact(x.grad, diffusion.schedule.sqrt_alphas_bar[3].expand(1, 2), rtol=1e-6, atol=0.0)
+
+
+def test_steps_into_given_tensors_are_the_same_and_errors_say_the_arguments_name():
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(10, 1e-3, 0.3))
+    x, out, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([0, 9])
+    for call, name in ((lambda **o: diffusion.q_sample(x, t, Noise(0), **o), "out"), (lambda **o: diffusion.p_step(x, out, t, Noise(0), **o), "x_next")):
+        target = torch.empty_like(x)
+        assert call(**{name: target}) is target
+        assert torch.equal(target, call())
+        with pytest.raises(ValueError, match=rf"^{name} must have the shape"):
+            call(**{name: torch.empty(2, 3, 5)})

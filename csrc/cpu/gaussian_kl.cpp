@@ -1,6 +1,6 @@
 // gaussian_kl: KL(N(mean1, e^logvar1) ‖ N(mean2, e^logvar2)) in nats, elementwise or the mean over each sample. Reads each
-// operand once; one that is broadcast is read where it lies, and its gradient summed over the sample. Writes the divergence, the gradients that are wanted (for the
-// gradient of the divergence given, or for ones), or both in one pass.
+// operand once; one that is broadcast is read where it lies, and its gradient summed over the sample. Writes the divergence,
+// the gradients that are wanted (for the gradient of the divergence given, or for ones), or both in one pass.
 #include "block.h"
 
 namespace ddpm_fast::cpu::DDPM_ISA {

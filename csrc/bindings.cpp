@@ -143,7 +143,8 @@ void cpu_vlb_terms(uintptr_t out, int out_dtype, int64_t stride, uintptr_t x_sta
 #if defined(DDPM_FAST_CUDA)
 void cuda_randn(uintptr_t out, int64_t samples, int64_t elements, int dtype, uint64_t seed, uint32_t stream,
                 uint64_t first_sample, int device, uintptr_t cuda_stream) {
-  const char* error = cuda::randn({view(out, dtype), {samples, elements, 0}, {seed, stream, first_sample}}, device, pointer<void>(cuda_stream));
+  const char* error =
+      cuda::randn({view(out, dtype), {samples, elements, 0}, {seed, stream, first_sample}}, device, pointer<void>(cuda_stream));
   if (error)
     throw std::runtime_error("randn: CUDA launch failed for " + std::to_string(samples) + " samples of " +
                              std::to_string(elements) + " elements: " + error);

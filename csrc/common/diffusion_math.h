@@ -43,7 +43,9 @@ DDPM_INLINE float inverse_deviation(float log_variance) {
 }
 
 // KL(N(m1, e^l1) ‖ N(m2, e^l2)) in nats, from the deviations that Gaussians differ by: d = l1 - l2, distance = (m1 - m2) e^(-½ l2).
-DDPM_INLINE float kl_element(float beyond_linear, float distance) { return add_rn(beyond_linear, mul_rn(mul_rn(0.5f, distance), distance)); }
+DDPM_INLINE float kl_element(float beyond_linear, float distance) {
+  return add_rn(beyond_linear, mul_rn(mul_rn(0.5f, distance), distance));
+}
 
 // The decoder's bin (Ho et al., eq. 13): the probability that a Gaussian around `mean` gives the grey level x_start, and the
 // derivatives of its logarithm. `inverse` is one over the deviation, `half` half a bin's width.
@@ -63,7 +65,8 @@ DDPM_INLINE Bin decoder_tanh(float x_start, float mean, float inverse, float hal
   const float width = saturate(mul_rn(inverse, half)) * 2.0f, squares = add_rn(mul_rn(a, add_rn(a, b)), mul_rn(b, b));
   const bool first = x_start < -decoder_edge, last = x_start > decoder_edge, open = first | last;
   const Logistic upper = normal_tanh(a), lower = normal_tanh(b);
-  const float scale = mul_rn(2.0f * sqrt_two_over_pi, width), inside = -2.0f * excess_of(-mul_rn(scale, step_rn(squares, tanh_cubic, 1.0f))).growth;
+  const float scale = mul_rn(2.0f * sqrt_two_over_pi, width);
+  const float inside = -2.0f * excess_of(-mul_rn(scale, step_rn(squares, tanh_cubic, 1.0f))).growth;
   const float probability = mul_rn(mul_rn(last ? 1.0f : upper.cdf, first ? 1.0f : lower.tail), open ? 1.0f : inside);
   const float by_a = last ? 0.0f : mul_rn(upper.slope, upper.tail), by_b = first ? 0.0f : mul_rn(lower.slope, lower.cdf);
   const float by_gap = open ? 0.0f : mul_rn(add_rn(1.0f, -inside) / inside, scale);
@@ -83,13 +86,16 @@ DDPM_INLINE void add_node(float z, float weight, float& mass, float& first, floa
 }
 
 DDPM_INLINE Bin decoder_erf(float x_start, float mean, float inverse, float half) {
-  const float centered = x_start - mean, upper = saturate(mul_rn(inverse, centered + half)), lower = saturate(mul_rn(inverse, centered - half));
-  const bool first = x_start < -decoder_edge, last = x_start > decoder_edge, open = first | last, mirrored = last | (!first & (centered > 0.0f));
+  const float centered = x_start - mean;
+  const float upper = saturate(mul_rn(inverse, centered + half)), lower = saturate(mul_rn(inverse, centered - half));
+  const bool first = x_start < -decoder_edge, last = x_start > decoder_edge, open = first | last;
+  const bool mirrored = last | (!first & (centered > 0.0f));
   const float a = mirrored ? -lower : upper, b = mirrored ? -upper : lower, inner = open ? 0.0f : 1.0f;
   const Normal at_a = normal_erf(a), at_b = normal_erf(b);
   const float difference = at_a.cdf - inner * at_b.cdf, density = at_a.density - inner * at_b.density;
 
-  const float middle = saturate(mul_rn(inverse, centered)), reach = saturate(mul_rn(inverse, half)), width = inverse_sqrt_two_pi * 2.0f * reach;
+  const float middle = saturate(mul_rn(inverse, centered)), reach = saturate(mul_rn(inverse, half));
+  const float width = inverse_sqrt_two_pi * 2.0f * reach;
   float mass = 0.0f, mass_first = 0.0f, mass_second = 0.0f;
   add_node(middle, 0.284444444f * width, mass, mass_first, mass_second);
   add_node(middle - 0.53846931f * reach, 0.239314335f * width, mass, mass_first, mass_second);

@@ -119,7 +119,8 @@ void sum_each_sample(const Arguments& a, const Body& body, const Finish& finish)
       int64_t first = chunks > 1 ? task % chunks * chunk : 0;
       const int64_t end = first + chunk < elements ? first + chunk : elements;
       double totals[width] = {};
-      for (; first < end; first += block_elements) body(state, sample, first, end - first < block_elements ? end - first : block_elements, totals);
+      for (; first < end; first += block_elements)
+        body(state, sample, first, end - first < block_elements ? end - first : block_elements, totals);
       if (chunks == 1) finish(sample, totals);
       for (int k = 0; chunks > 1 && k < width; ++k) partial.sums[task * width + k] = totals[k];
     }

@@ -58,7 +58,8 @@ DDPM_INLINE void divergences_and_gradients(const Operands o, const float* upstre
 
 // One block: its divergences, and the gradients that are wanted. totals: the sum of the divergences, then of the gradients of
 // operands with one value a sample.
-DDPM_INLINE void block(const GaussianKLArguments& a, State& state, int64_t sample, int64_t first, int64_t count, float* value, double* totals) {
+DDPM_INLINE void block(const GaussianKLArguments& a, State& state, int64_t sample, int64_t first, int64_t count, float* value,
+                       double* totals) {
   const int64_t offset = sample * a.sizes.elements + first;
   const Operands o = operands(a, state, sample, first, count);
   const Broadcast* const operand[4] = {&a.mean1, &a.logvar1, &a.mean2, &a.logvar2};

@@ -128,7 +128,8 @@ class Normals {
   static constexpr int64_t capacity = 1024;  // elements of a block; a multiple of normals_at_once
 
   Normals(const NoiseKey& key, const Sizes& sizes)
-      : key_(key), rounds_(key.seed), samples_(sizes.samples), counters_((sizes.elements + 3) / 4), together_(capacity / 4 / (counters_ ? counters_ : 1)) {}
+      : key_(key), rounds_(key.seed), samples_(sizes.samples), counters_((sizes.elements + 3) / 4),
+        together_(capacity / 4 / (counters_ ? counters_ : 1)) {}
 
   // Normals of elements [first, first + count) of a sample of the batch, count <= capacity. Good until the next call.
   const float* draw(int64_t sample, int64_t first, int64_t count) {

@@ -136,9 +136,11 @@ DDPM_INLINE void backward(const Block& b) {
   }
   const float with = a.without.view.data ? row.from_out * a.guidance : row.from_out, without = row.from_out - with;
   Buffer& buffer = b.state.grad_next;  // free from here on
-  write_gradient(a.grad_x_t, offset, count, buffer, [&](int64_t i) { return add_rn(mul_rn(row.x_t, g[i]), mul_rn(row.from_x_t, g_start[i])); });
+  write_gradient(a.grad_x_t, offset, count, buffer,
+                 [&](int64_t i) { return add_rn(mul_rn(row.x_t, g[i]), mul_rn(row.from_x_t, g_start[i])); });
   write_gradient(a.grad_previous, offset, count, buffer, [&](int64_t i) { return mul_rn(row.previous, g[i]); });
-  write_gradient(a.grad_without.view, b.sample * a.grad_without.stride + b.first, count, buffer, [&](int64_t i) { return mul_rn(without, g_start[i]); });
+  write_gradient(a.grad_without.view, b.sample * a.grad_without.stride + b.first, count, buffer,
+                 [&](int64_t i) { return mul_rn(without, g_start[i]); });
   const int64_t place = b.sample * a.grad_out.stride + b.first;
   write_gradient(a.grad_out.view, place, count, buffer, [&](int64_t i) { return mul_rn(with, g_start[i]); });
 
@@ -158,7 +160,8 @@ DDPM_INLINE void backward(const Block& b) {
     const float* const z = b.state.epsilon.block(b.sample, b.first, count);
     write_gradient(a.grad_noise, offset, count, buffer, [&](int64_t i) { return mul_rn(deviation[i], g[i]); });
     if (doubled)
-      write_gradient(a.grad_out.view, place + a.sizes.elements, count, buffer, [&](int64_t i) { return mul_rn(mul_rn(slope, deviation[i]), mul_rn(z[i], g[i])); });
+      write_gradient(a.grad_out.view, place + a.sizes.elements, count, buffer,
+                     [&](int64_t i) { return mul_rn(mul_rn(slope, deviation[i]), mul_rn(z[i], g[i])); });
   } else {
     const float deviation = b.fixed_deviation();
     write_gradient(a.grad_noise, offset, count, buffer, [&](int64_t i) { return mul_rn(deviation, g[i]); });

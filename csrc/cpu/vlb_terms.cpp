@@ -26,7 +26,9 @@ struct Model {
 
   DDPM_METHOD float guess(float x_t, float prediction) const { return add_rn(mul_rn(row.from_x_t, x_t), mul_rn(row.from_out, prediction)); }
   DDPM_METHOD float mean(float x_start, float x_t) const { return add_rn(mul_rn(row.mean1, x_start), mul_rn(row.mean2, x_t)); }
-  DDPM_METHOD float log_variance(float raw) const { return kind == Variance::fixed ? row.low : log_variance_element(kind, row.low, row.high, raw); }
+  DDPM_METHOD float log_variance(float raw) const {
+    return kind == Variance::fixed ? row.low : log_variance_element(kind, row.low, row.high, raw);
+  }
   DDPM_METHOD Term chain(float value, float by_mean, float by_log_variance, float guess) const {
     const float slope = kind == Variance::fixed ? 0.0f : log_variance_slope(kind, row.low, row.high);
     return {value, mul_rn(mul_rn(row.mean1 * row.from_out, by_mean), passes(guess, limit)), mul_rn(slope, by_log_variance)};

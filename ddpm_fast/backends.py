@@ -6,6 +6,8 @@ the ones it has in a :class:`BackendTable`; what is missing at run time stays li
 """
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -13,6 +15,10 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+# Device types whose tensors a backend takes. Triton's interpreter, which replaces its compiler in a process that is started with
+# TRITON_INTERPRET=1, also takes CPU tensors where it is forced: for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TAKES = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cuda": ("cuda",)}
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 native: ModuleType | None
@@ -34,6 +40,10 @@ def missing(backend: str) -> str:
             return native_missing
         if native.build_info()["cuda"] is None:
             return f"ddpm_fast._C was built without CUDA: {native.build_info()['cuda_missing']}"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if backend == "triton" and _INTERPRETED:
+        return ""
     if backend in ("cuda", "triton") and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device" if torch.version.cuda else "this PyTorch was built without CUDA"
     return ""
@@ -70,7 +80,7 @@ class BackendTable:
         if backend not in self.implementations:
             raise ValueError(f"{self.op} has no {backend} backend; it has {', '.join(self.implementations)}")
         if backend != "reference":
-            if (backend == "cpu") != (device.type == "cpu"):
+            if device.type not in TAKES[backend]:
                 raise ValueError(f"backend {backend!r} of {self.op} takes {'CPU' if backend == 'cpu' else 'CUDA'} tensors, got {device}")
             if dtype not in NATIVE_DTYPES:
                 raise ValueError(f"backend {backend!r} of {self.op} takes float32, bfloat16 or float16, got {dtype}")

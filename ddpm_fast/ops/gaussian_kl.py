@@ -7,7 +7,7 @@ here; the kernel is csrc/cpu/gaussian_kl.cpp.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ddpm_fast.backends import native
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
 from ddpm_fast.ops._native import address, dtype_tag, new_like
 from ddpm_fast.ops._op import Op
+from ddpm_fast.ops._triton import triton_function, triton_kernels
 
 REDUCTIONS = (None, "mean_per_sample")
 _NO_GRADIENTS = ((0, 0),) * 4
@@ -100,16 +101,33 @@ def _ahead_cpu(arguments, needs):
     return kl, (*grads, None), [grad for grad in grads if grad is not None]
 
 
-def _backward_cpu(arguments, needs, grads):
+def _gaussian_kl_triton(*arguments) -> Tensor:
+    shape = _shape(*arguments[:4])
+    kl = _new_kl(arguments, shape)
+    triton_kernels("gaussian_kl").forward(_operands(arguments, shape), kl, shape, arguments[4] is not None)
+    return kl
+
+
+def _backward(arguments, needs, grads, kernel: Callable):
     shape = _shape(*arguments[:4])
     operands = _operands(arguments, shape)
-    # The kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
-    results = [
-        (new_like(x) if x.shape == argument.shape else x.new_empty(shape if element else shape[:1], dtype=torch.float32)) if needed else None
-        for needed, argument, (x, _, element) in zip(needs[:4], arguments, operands, strict=False)
-    ]
-    _launch(operands, shape, arguments[4] is not None, None, grads[0].contiguous(), results)
+    # A kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
+    summed = [k for k, (_, _, element) in enumerate(operands) if needs[k] and not element]
+    totals = iter(arguments[0].new_empty(len(summed), shape[0], dtype=torch.float32) if summed else ())
+    results = [None] * 4
+    for k, (x, _, element) in enumerate(operands):
+        if needs[k]:
+            results[k] = next(totals) if not element else new_like(x) if x.shape == arguments[k].shape else x.new_empty(shape, dtype=torch.float32)
+    kernel(operands, grads[0].contiguous(), results, shape, arguments[4] is not None)
     return *(None if grad is None else _as_argument(grad, x) for grad, x in zip(results, arguments[:4], strict=True)), None
+
+
+def _backward_cpu(arguments, needs, grads):
+    return _backward(arguments, needs, grads, lambda operands, grad_kl, results, shape, reduced: _launch(operands, shape, reduced, None, grad_kl, results))
+
+
+def _backward_triton(arguments, needs, grads):
+    return _backward(arguments, needs, grads, triton_kernels("gaussian_kl").backward)
 
 
 def _as_argument(grad: Tensor, x: Tensor) -> Tensor:
@@ -144,7 +162,8 @@ _op = Op(
     reference=gaussian_kl_reference,
     differentiable=(0, 1, 2, 3),
     cpu=_gaussian_kl_cpu,
-    backward=dict(cpu=_backward_cpu),
+    triton=_gaussian_kl_triton,
+    backward=dict(cpu=_backward_cpu, triton=_backward_triton),
     ahead=dict(cpu=_ahead_cpu),
 )
 backends = _op.backends

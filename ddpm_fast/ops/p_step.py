@@ -29,6 +29,7 @@ from ddpm_fast.ops._common import (
 from ddpm_fast.ops._native import address, contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
 from ddpm_fast.ops._op import NOISE, Op, goes_through_dispatcher
 from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, sample_stride, split_output
+from ddpm_fast.ops._triton import triton_function
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
@@ -125,7 +126,8 @@ _op = Op(
     differentiable=(0, 1, 4, 7, 8),
     noise=4,
     cpu=_p_step_cpu,
-    backward=dict(cpu=_backward_cpu),
+    triton=triton_function("p_step", "forward"),
+    backward=dict(cpu=_backward_cpu, triton=triton_function("p_step", "backward")),
 )
 backends = _op.backends
 

@@ -13,6 +13,7 @@ from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_destination, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
 from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes, new_like, scale_samples
 from ddpm_fast.ops._op import NOISE, Op
+from ddpm_fast.ops._triton import triton_function
 
 
 def q_sample_reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor) -> Tensor:
@@ -79,7 +80,8 @@ _op = Op(
     saves=(1, 2, 3),
     gradients=_gradients,
     cpu=_q_sample_cpu,
-    backward=dict(cpu=_backward_cpu),
+    triton=triton_function("q_sample", "forward"),
+    backward=dict(cpu=_backward_cpu, triton=triton_function("q_sample", "backward")),
 )
 backends = _op.backends
 

@@ -14,6 +14,7 @@ from ddpm_fast.backends import NATIVE_DTYPES, BackendTable, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, noise_reference
 from ddpm_fast.ops._common import FLOATING
 from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch, library, signed64, unsigned64, was_written
+from ddpm_fast.ops._triton import triton_function
 
 
 def randn_reference(shape: torch.Size, seed: int, stream: int, first_sample: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -34,7 +35,7 @@ def _randn_cuda(shape, seed, stream, first_sample, dtype, device, *, out=None):
     return out
 
 
-backends = BackendTable("randn", reference=randn_reference, cpu=_randn_cpu, cuda=_randn_cuda)
+backends = BackendTable("randn", reference=randn_reference, cpu=_randn_cpu, triton=triton_function("randn", "randn"), cuda=_randn_cuda)
 
 
 def randn(

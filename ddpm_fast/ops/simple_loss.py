@@ -14,6 +14,7 @@ from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table,
 from ddpm_fast.ops._native import address, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
 from ddpm_fast.ops._op import NOISE, Op
 from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, prediction_half, sample_stride, split_output
+from ddpm_fast.ops._triton import triton_function
 
 
 def simple_loss_reference(
@@ -77,7 +78,8 @@ _op = Op(
     differentiable=(0,),
     noise=6,
     cpu=_simple_loss_cpu,
-    backward=dict(cpu=_backward_cpu),
+    triton=triton_function("simple_loss", "forward"),
+    backward=dict(cpu=_backward_cpu, triton=triton_function("simple_loss", "backward")),
     ahead=dict(cpu=_ahead_cpu),
 )
 backends = _op.backends

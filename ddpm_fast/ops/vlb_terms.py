@@ -27,6 +27,7 @@ from ddpm_fast.ops._output import (
     sample_stride,
     split_output,
 )
+from ddpm_fast.ops._triton import triton_function
 from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
 
 # The table's columns. mean1 and mean2 weigh x̂0 (or x_0) and x_t in the posterior's mean.
@@ -143,7 +144,8 @@ _op = Op(
     reference=vlb_terms_reference,
     differentiable=(0,),
     cpu=_vlb_terms_cpu,
-    backward=dict(cpu=_backward_cpu),
+    triton=triton_function("vlb_terms", "forward"),
+    backward=dict(cpu=_backward_cpu, triton=triton_function("vlb_terms", "backward")),
     ahead=dict(cpu=_ahead_cpu),
 )
 backends = _op.backends

@@ -1,0 +1,104 @@
+"""How work is cut into programs, and how a kernel is started.
+
+A program has a tile of ROWS samples by COLUMNS elements, 1024 in all for 128 threads: two 16-byte accesses a thread to each
+fp32 tensor, one to each 16-bit one. The cut depends on the size of a sample alone, so sums have the same bits in any batch. Constants
+of a kernel take few values whatever the sizes are, so few variants are ever compiled: COLUMNS is a power of two, VECTOR says
+only how many elements may be accessed at once, and sizes are never specialised on.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.noise import Noise
+
+TILE = 1024  # elements of a program
+LARGEST_GRID_Y = 65535  # the hardware's limit
+WARPS = 4
+# Without contraction to fused multiply-adds: the bits are those of the CPU kernels.
+OPTIONS = dict(num_warps=WARPS, num_stages=1, enable_fp_fusion=False)
+NO_NOISE, GIVEN, DRAWN = 0, 1, 2  # a kernel's NOISE
+SIZES = ("samples", "vectors", "steps", "stride", "seed", "stream", "first_sample")  # what kernels are not specialised on
+
+
+class Plan(NamedTuple):
+    """A pure function of the sizes: see :func:`plan`."""
+
+    rows: int
+    columns: int
+    tiles: int  # along a sample
+    grid: tuple[int, int, int]
+
+
+def plan(samples: int, elements: int) -> Plan:
+    """The tiles of (samples, elements): large samples are split over programs, small ones share a program."""
+    columns = min(max(1 << (elements - 1).bit_length(), 8), TILE)
+    rows, tiles = TILE // columns, -(-elements // columns)
+    row_tiles = -(-samples // rows)
+    return Plan(rows, columns, tiles, (tiles, min(row_tiles, LARGEST_GRID_Y), -(-row_tiles // LARGEST_GRID_Y)))
+
+
+class Tiles:
+    """What every launch of one call shares.
+
+    Args:
+        shape: (N, ...) of the data whose samples the programs work on.
+        tensors: those that are accessed in vectors, whose samples may lie further apart than the data's; None is left out.
+    """
+
+    def __init__(self, shape: torch.Size, *tensors: Tensor | None) -> None:
+        present = [x for x in tensors if x is not None]
+        self.device = present[0].device
+        self.samples, self.elements = shape[0], math.prod(shape[1:])
+        self.plan = plan(self.samples, self.elements)
+        narrowest = min([x.element_size() for x in present])
+        # The most elements that a 16-byte access holds, or fewer where rows do not stay aligned to them.
+        self.vector = math.gcd(self.elements, 16 // narrowest)
+        self.wide = narrowest == 2
+
+    def launch(self, kernel: Callable, reads: dict[str, Any], writes: dict[str, Any], numbers: dict[str, Any], constants: dict[str, Any]) -> None:
+        """Starts a kernel on all tiles, on the current stream; the sizes of the tiles are added to its arguments.
+
+        Args:
+            reads, writes: tensors by the kernel's names, None where one is absent.
+            numbers: integers and floats.
+            constants: what the kernel is compiled for.
+        """
+        numbers = dict(samples=self.samples, vectors=self.elements // self.vector) | numbers
+        constants = dict(VECTOR=self.vector, ROWS=self.plan.rows, COLUMNS=self.plan.columns) | constants
+        start(self.device, kernel, self.plan.grid, reads, writes, numbers, constants)
+
+    def workspace(self, result: Tensor) -> Tensor:
+        """Where the programs put their sums of a (quantities·N,) result: itself if a sample is one tile, else (…, tiles)."""
+        return result if self.plan.tiles == 1 else torch.empty(result.numel(), self.plan.tiles, dtype=torch.float32, device=self.device)
+
+    def finish(self, sums: Tensor, result: Tensor) -> None:
+        """Adds up what the programs put in the workspace."""
+        from ddpm_fast.triton_kernels._reduce import sum_kernel
+
+        if sums is not result:
+            rows, tiles = sums.shape
+            start(self.device, sum_kernel, (rows, 1, 1), dict(sums_ptr=sums), dict(result_ptr=result), dict(tiles=tiles), {})
+
+
+def noise_arguments(noise: Noise | Tensor | None) -> tuple[dict[str, Any], dict[str, int], dict[str, int]]:
+    """(reads, numbers, constants) of a noise."""
+    if isinstance(noise, Noise):
+        return dict(noise_ptr=None), dict(seed=noise.seed, stream=noise.stream, first_sample=noise.first_sample), dict(NOISE=DRAWN)
+    return dict(noise_ptr=noise), dict(seed=0, stream=0, first_sample=0), dict(NOISE=NO_NOISE if noise is None else GIVEN)
+
+
+def start_here(device: torch.device, kernel: Callable, grid: tuple, reads: dict, writes: dict, numbers: dict, constants: dict) -> None:
+    """On the device of the tensors, or in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was imported."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**reads, **writes, **numbers, **constants, **OPTIONS)
+    else:
+        kernel[grid](**reads, **writes, **numbers, **constants, **OPTIONS)
+
+
+start = start_here  # tests put the simulator here

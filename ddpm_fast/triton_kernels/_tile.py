@@ -1,0 +1,62 @@
+"""What every kernel begins with: which elements a program has, which row of the tables each sample takes, and its noise."""
+import triton
+import triton.language as tl
+
+from ddpm_fast.triton_kernels._philox import normals
+
+DRAWN: tl.constexpr = tl.constexpr(2)  # _launch.py's NOISE
+
+
+@triton.jit
+def tile(samples, elements, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(n, i, inside): samples (ROWS, 1), elements of a sample (1, COLUMNS), and which pairs exist (ROWS, COLUMNS)."""
+    rows = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    n = rows * ROWS + tl.arange(0, ROWS)[:, None]
+    i = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return n, i, (n < samples) & (i < elements)
+
+
+@triton.jit
+def timestep(t_ptr, n, samples, steps):
+    """(t, whether it is one): what lies outside 0..steps-1 must not be read with."""
+    t = tl.load(t_ptr + n, mask=n < samples, other=-1)
+    return t, (t >= 0) & (t < steps)
+
+
+@triton.jit
+def entry(table_ptr, at, known):
+    """A number of a table; NaN for a t that is not one, which shows in the result without stopping the device."""
+    return tl.load(table_ptr + at, mask=known, other=float("nan"))
+
+
+@triton.jit
+def any_row(condition):
+    """Whether it holds for a sample of the program, as a scalar to branch on."""
+    return tl.max(tl.max(condition.to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def read(ptr, place, inside):
+    return tl.load(ptr + place, mask=inside).to(tl.float32)
+
+
+@triton.jit
+def epsilon(noise_ptr, place, n, wanted, inside, seed, stream, first_sample, NOISE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    """ε (ROWS, COLUMNS), read or drawn, unless no sample of the program wants it (ROWS, 1)."""
+    if NOISE == DRAWN:
+        e = tl.zeros(inside.shape, tl.float32)
+        if any_row(wanted):
+            e = normals(n, tl.program_id(0).to(tl.int64) * COLUMNS, seed, stream, first_sample, COLUMNS, WIDE)
+    else:
+        e = read(noise_ptr, place, inside & wanted)
+    return e
+
+
+@triton.jit
+def store_total(ptr, value, inside, n, samples, factor, quantity=0):
+    """factor times each sample's sum of the elements in this program, into (quantities, samples, tiles).
+
+    That is what _reduce.py adds up, and the result itself where a sample is one tile.
+    """
+    place = (quantity * samples + n) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(ptr + place, factor * tl.sum(tl.where(inside, value, 0.0), 1)[:, None], mask=n < samples)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from interpreter import INTERPRETED, round_to_bfloat16
 from machine import ISAS, SIMULATED_ARCHS, isa_missing, nvcc_missing, nvcc_version
 
-from ddpm_fast.backends import missing, native, native_missing, tables
+from ddpm_fast.backends import TAKES, missing, native, native_missing, tables
 
 
 class Backend(NamedTuple):
@@ -21,6 +22,8 @@ class Backend(NamedTuple):
 
 
 def pytest_configure(config):
+    if INTERPRETED:
+        round_to_bfloat16()
     config.addinivalue_line("markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set")
 
 
@@ -77,7 +80,7 @@ def backend(request):
         return
     if missing(name):
         pytest.skip(f"backend {name}: {missing(name)}")
-    yield Backend(name, None, torch.device("cpu" if name == "reference" else "cuda"))
+    yield Backend(name, None, torch.device("cpu" if name == "reference" or "cpu" in TAKES[name] else "cuda"))
 
 
 @pytest.fixture(autouse=True)

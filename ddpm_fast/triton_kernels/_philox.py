@@ -70,11 +70,11 @@ def normal4(sample, j, seed, stream):
 
 @triton.jit
 def normals(n, first, seed, stream, first_sample, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """(ROWS, COLUMNS): ε of elements first .. first + COLUMNS, a multiple of 4, of samples n (ROWS, 1) of the batch.
+    """(ROWS, COLUMNS): ε of elements first .. first + COLUMNS, a multiple of 4, of samples n (ROWS,) of the batch.
 
     A thread makes what it will use, in the order it holds it: four normals side by side, or with WIDE eight.
     """
-    sample, seed = first_sample.to(tl.uint64) + n.to(tl.uint64), seed.to(tl.uint64)
+    sample, seed = first_sample.to(tl.uint64) + n[:, None].to(tl.uint64), seed.to(tl.uint64)
     j = (first // 4).to(tl.uint32)
     if WIDE:
         j += 2 * tl.arange(0, COLUMNS // 8)[None, :].to(tl.uint32)

@@ -9,30 +9,40 @@ DRAWN: tl.constexpr = tl.constexpr(2)  # _launch.py's NOISE
 
 @triton.jit
 def tile(samples, elements, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(n, i, inside): samples (ROWS, 1), elements of a sample (1, COLUMNS), and which pairs exist (ROWS, COLUMNS)."""
+    """(n, i, inside): samples (ROWS,), elements of a sample (1, COLUMNS), and which pairs exist (ROWS, COLUMNS).
+
+    What belongs to a sample is read in the shape (ROWS,) and only then made a column (ROWS, 1): a column would be read once
+    for every element that a thread has.
+    """
     rows = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    n = rows * ROWS + tl.arange(0, ROWS)[:, None]
+    n = rows * ROWS + tl.arange(0, ROWS)
     i = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return n, i, (n < samples) & (i < elements)
+    return n, i, (n < samples)[:, None] & (i < elements)
 
 
 @triton.jit
 def timestep(t_ptr, n, samples, steps):
-    """(t, whether it is one): what lies outside 0..steps-1 must not be read with."""
+    """(t, whether it is one), both (ROWS,): what lies outside 0..steps-1 must not be read with."""
     t = tl.load(t_ptr + n, mask=n < samples, other=-1)
     return t, (t >= 0) & (t < steps)
 
 
 @triton.jit
 def entry(table_ptr, at, known):
-    """A number of a table; NaN for a t that is not one, which shows in the result without stopping the device."""
-    return tl.load(table_ptr + at, mask=known, other=float("nan"))
+    """A column (ROWS, 1) of a table's numbers; NaN for a t that is not one, which shows in the result and does not stop the device."""
+    return tl.load(table_ptr + at, mask=known, other=float("nan"))[:, None]
+
+
+@triton.jit
+def each(ptr, n, samples):
+    """A column (ROWS, 1): the one number of each sample, in fp32."""
+    return tl.load(ptr + n, mask=n < samples, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit
 def any_row(condition):
-    """Whether it holds for a sample of the program, as a scalar to branch on."""
-    return tl.max(tl.max(condition.to(tl.int32), 1), 0) != 0
+    """Whether a condition (ROWS,) holds for a sample of the program, as a scalar to branch on."""
+    return tl.max(condition.to(tl.int32), 0) != 0
 
 
 @triton.jit
@@ -42,10 +52,10 @@ def read(ptr, place, inside):
 
 @triton.jit
 def epsilon(noise_ptr, place, n, wanted, inside, seed, stream, first_sample, NOISE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """ε (ROWS, COLUMNS), read or drawn, unless no sample of the program wants it (ROWS, 1)."""
+    """ε (ROWS, COLUMNS), read or drawn; anything finite for samples that do not want it (ROWS, 1)."""
     if NOISE == DRAWN:
         e = tl.zeros(inside.shape, tl.float32)
-        if any_row(wanted):
+        if any_row(tl.max(wanted.to(tl.int32), 1)):
             e = normals(n, tl.program_id(0).to(tl.int64) * COLUMNS, seed, stream, first_sample, COLUMNS, WIDE)
     else:
         e = read(noise_ptr, place, inside & wanted)
@@ -59,4 +69,5 @@ def store_total(ptr, value, inside, n, samples, factor, quantity=0):
     That is what _reduce.py adds up, and the result itself where a sample is one tile.
     """
     place = (quantity * samples + n) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(ptr + place, factor * tl.sum(tl.where(inside, value, 0.0), 1)[:, None], mask=n < samples)
+    total = factor * tl.sum(tl.where(inside, value, 0.0), 1)[:, None]
+    tl.store(ptr + place[:, None], total, mask=(n < samples)[:, None])

@@ -11,7 +11,7 @@ import triton.language as tl
 from ddpm_fast.triton_kernels._elementary import excess_of
 from ddpm_fast.triton_kernels._launch import SIZES, Tiles
 from ddpm_fast.triton_kernels._output import inverse_deviation
-from ddpm_fast.triton_kernels._tile import store_total, tile
+from ddpm_fast.triton_kernels._tile import each, read, store_total, tile
 
 _STRIDES = ("stride1", "stride2", "stride3", "stride4")
 
@@ -20,9 +20,9 @@ _STRIDES = ("stride1", "stride2", "stride3", "stride4")
 def _operand(ptr, n, i, stride, samples, inside, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
     """(ROWS, COLUMNS), or (ROWS, 1) where a sample has one value."""
     if WHOLE:
-        return tl.load(ptr + n * (stride * VECTOR) + i, mask=inside).to(tl.float32)
+        return read(ptr, n[:, None] * (stride * VECTOR) + i, inside)
     else:
-        return tl.load(ptr + n * stride, mask=n < samples).to(tl.float32)
+        return tl.load(ptr + n * stride, mask=n < samples).to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _gaussian_kl_fwd_kernel(
     if REDUCED:
         store_total(kl_ptr, kl, inside, n, samples, share)
     else:
-        tl.store(kl_ptr + n * elements + i, kl, mask=inside)
+        tl.store(kl_ptr + n[:, None] * elements + i, kl, mask=inside)
 
 
 @triton.jit(do_not_specialize=(*SIZES, *_STRIDES))
@@ -104,13 +104,13 @@ def _gaussian_kl_bwd_kernel(
 ):
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
-    place = n * elements + i
+    place = n[:, None] * elements + i
     mean1, logvar1 = _operand(mean1_ptr, n, i, stride1, samples, inside, WHOLE1, VECTOR), _operand(logvar1_ptr, n, i, stride2, samples, inside, WHOLE2, VECTOR)
     mean2, logvar2 = _operand(mean2_ptr, n, i, stride3, samples, inside, WHOLE3, VECTOR), _operand(logvar2_ptr, n, i, stride4, samples, inside, WHOLE4, VECTOR)
     if REDUCED:
-        grad = tl.load(grad_kl_ptr + n, mask=n < samples).to(tl.float32) * share
+        grad = each(grad_kl_ptr, n, samples) * share
     else:
-        grad = tl.load(grad_kl_ptr + place, mask=inside).to(tl.float32)
+        grad = read(grad_kl_ptr, place, inside)
     inverse = inverse_deviation(logvar2)
     distance = (mean1 - mean2) * inverse
     growth, _ = excess_of(logvar1 - logvar2)

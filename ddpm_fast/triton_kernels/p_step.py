@@ -63,7 +63,7 @@ def _p_step_fwd_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     t, known = timestep(t_ptr, n, samples, steps)
-    place, out_place = n * elements + i, n * elements * DOUBLED + i
+    place, out_place = n[:, None] * elements + i, n[:, None] * elements * DOUBLED + i
     from_x_t, from_out, x_start, x_t, previous, low, high, noise = row(table_ptr, t, known)
     x = read(x_t_ptr, place, inside)
     guess = from_x_t * x + from_out * _prediction(out_ptr, without_ptr, out_place, inside, guidance)
@@ -115,7 +115,7 @@ def _p_step_bwd_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     t, known = timestep(t_ptr, n, samples, steps)
-    place, out_place = n * elements + i, n * elements * DOUBLED + i
+    place, out_place = n[:, None] * elements + i, n[:, None] * elements * DOUBLED + i
     from_x_t, from_out, x_start, x_t, previous, low, high, noise = row(table_ptr, t, known)
     nothing = tl.zeros(inside.shape, tl.float32)
     g = nothing if grad_next_ptr is None else read(grad_next_ptr, place, inside)

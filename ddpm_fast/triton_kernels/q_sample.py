@@ -34,8 +34,8 @@ def _q_sample_fwd_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     t, known = timestep(t_ptr, n, samples, steps)
-    place = n * elements + i
-    e = epsilon(noise_ptr, place, n, n < samples, inside, seed, stream, first_sample, NOISE, WIDE, COLUMNS)
+    place = n[:, None] * elements + i
+    e = epsilon(noise_ptr, place, n, (n < samples)[:, None], inside, seed, stream, first_sample, NOISE, WIDE, COLUMNS)
     x = read(x_start_ptr, place, inside)
     tl.store(x_t_ptr + place, entry(signal_ptr, t, known) * x + entry(sigma_ptr, t, known) * e, mask=inside)
 
@@ -58,7 +58,7 @@ def _q_sample_bwd_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     t, known = timestep(t_ptr, n, samples, steps)
-    place = n * elements + i
+    place = n[:, None] * elements + i
     grad = read(grad_ptr, place, inside)
     if grad_x_ptr is not None:
         tl.store(grad_x_ptr + place, entry(signal_ptr, t, known) * grad, mask=inside)

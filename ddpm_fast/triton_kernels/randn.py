@@ -24,7 +24,7 @@ def _randn_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     first = tl.program_id(0).to(tl.int64) * COLUMNS
-    tl.store(out_ptr + n * elements + i, normals(n, first, seed, stream, first_sample, COLUMNS, WIDE), mask=inside)
+    tl.store(out_ptr + n[:, None] * elements + i, normals(n, first, seed, stream, first_sample, COLUMNS, WIDE), mask=inside)
 
 
 def randn(shape, seed, stream, first_sample, dtype, device, *, out=None):

@@ -9,7 +9,7 @@ import triton.language as tl
 from ddpm_fast.ops._native import contiguous_noise, new_like
 from ddpm_fast.ops._output import per_sample, sample_stride
 from ddpm_fast.triton_kernels._launch import SIZES, Tiles, noise_arguments
-from ddpm_fast.triton_kernels._tile import entry, epsilon, read, store_total, tile, timestep
+from ddpm_fast.triton_kernels._tile import each, entry, epsilon, read, store_total, tile, timestep
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -41,7 +41,7 @@ def _simple_loss_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     t, known = timestep(t_ptr, n, samples, steps)
-    place, out_place = n * elements + i, n * elements * DOUBLED + i
+    place, out_place = n[:, None] * elements + i, n[:, None] * elements * DOUBLED + i
     c0, c1 = entry(x_start_coef_ptr, t, known), entry(noise_coef_ptr, t, known)
     # A term whose coefficient is 0 is neither read nor drawn, so that nothing but a number can come of it.
     x = tl.load(x_start_ptr + place, mask=inside & (c0 != 0.0), other=0.0).to(tl.float32)
@@ -52,7 +52,7 @@ def _simple_loss_kernel(
     if grad_out_ptr is None:
         store_total(sums_ptr, residual * residual, inside, n, samples, factor)
     else:
-        scale = tl.load(grad_loss_ptr + n, mask=n < samples) * factor
+        scale = each(grad_loss_ptr, n, samples) * factor
         tl.store(grad_out_ptr + out_place, scale * residual, mask=inside)
         if DOUBLED == 2:
             tl.store(grad_out_ptr + out_place + elements, tl.zeros(inside.shape, tl.float32), mask=inside)

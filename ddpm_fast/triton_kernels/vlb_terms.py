@@ -12,7 +12,7 @@ from ddpm_fast.triton_kernels._decoder import decoder_erf, decoder_tanh
 from ddpm_fast.triton_kernels._elementary import clamp, excess_of, exponential, logarithm, passes
 from ddpm_fast.triton_kernels._launch import SIZES, Tiles
 from ddpm_fast.triton_kernels._output import FIXED, inverse_deviation, log_variance_of, log_variance_slope, row
-from ddpm_fast.triton_kernels._tile import any_row, read, store_total, tile, timestep
+from ddpm_fast.triton_kernels._tile import any_row, each, read, store_total, tile, timestep
 
 _LN2 = 0.693147180559945309
 
@@ -68,7 +68,7 @@ def _vlb_terms_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     t, known = timestep(t_ptr, n, samples, steps)
-    place, out_place = n * elements + i, n * elements * DOUBLED + i
+    place, out_place = n[:, None] * elements + i, n[:, None] * elements * DOUBLED + i
     from_x_t, from_out, mean1, mean2, posterior_log_variance, low, high, _ = row(table_ptr, t, known)
     x_start, x_t = read(x_start_ptr, place, inside), read(x_t_ptr, place, inside)
     raw = low if VARIANCE == FIXED else read(out_ptr, out_place + elements, inside)
@@ -77,15 +77,15 @@ def _vlb_terms_kernel(
     mean = mean1 * (clamp(guess, -1.0, 1.0) if CLIP else guess) + mean2 * x_t
     value, by_mean, by_log_variance = _divergence((mean1 * x_start + mean2 * x_t) - mean, posterior_log_variance, log_variance)
     by_log_variance += tl.zeros(inside.shape, tl.float32)
-    last = t == 0
-    if any_row(last):
+    last = (t == 0)[:, None]
+    if any_row(t == 0):
         nll, nll_by_mean, nll_by_log_variance = _decoder(x_start, mean, log_variance, half, EXACT)
         value, by_mean = tl.where(last, nll, value), tl.where(last, nll_by_mean, by_mean)
         by_log_variance = tl.where(last, nll_by_log_variance, by_log_variance)
     if grad_out_ptr is None:
         store_total(sums_ptr, value, inside, n, samples, share)
     else:
-        scale = tl.load(grad_terms_ptr + n, mask=n < samples) * share
+        scale = each(grad_terms_ptr, n, samples) * share
         by_out = tl.zeros(inside.shape, tl.float32)
         if not DETACH:
             by_out = scale * (((mean1 * from_out) * by_mean) * (passes(guess, 1.0) if CLIP else 1.0))

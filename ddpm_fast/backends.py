@@ -19,6 +19,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # TRITON_INTERPRET=1, also takes CPU tensors where it is forced: for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TAKES = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cuda": ("cuda",)}
+DEFAULTS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by device type: the first that an op has and that is not missing here
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 native: ModuleType | None
@@ -90,8 +91,7 @@ class BackendTable:
 
     def default(self, device_type: str, dtype: torch.dtype) -> str:
         """Name of the backend that runs unless one is forced. float64 always goes to the reference."""
-        candidates = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device_type, ())
-        for backend in candidates:
+        for backend in DEFAULTS.get(device_type, ()):
             if backend in self.implementations and dtype in NATIVE_DTYPES and not missing(backend):
                 return backend
         return "reference"

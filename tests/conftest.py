@@ -10,7 +10,7 @@ import torch
 from interpreter import INTERPRETED, round_to_bfloat16
 from machine import ISAS, SIMULATED_ARCHS, isa_missing, nvcc_missing, nvcc_version
 
-from ddpm_fast.backends import TAKES, missing, native, native_missing, tables
+from ddpm_fast.backends import DEFAULTS, TAKES, missing, native, native_missing, tables
 
 
 class Backend(NamedTuple):
@@ -24,6 +24,7 @@ class Backend(NamedTuple):
 def pytest_configure(config):
     if INTERPRETED:
         round_to_bfloat16()
+        DEFAULTS["cpu"] = ("triton",)
     config.addinivalue_line("markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set")
 
 

@@ -171,6 +171,7 @@ class Op:
 
         def backward(grads, *flat):
             arguments, needs = self._restore(flat[:-1]), flat[-1]
+            grads = [grad if grad is not None and grad.numel() else None for grad in grads]  # a result that was not wanted is empty
             arguments = [x.detach().requires_grad_() if needed else x for x, needed in zip(arguments, needs, strict=True)]
             with torch.no_grad():
                 found = self.gradients(self._choose(arguments), arguments, needs, grads)

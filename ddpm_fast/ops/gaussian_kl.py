@@ -53,7 +53,7 @@ def _operand(x: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
     """
     spread = x.expand(shape)
     samples, inner = spread.stride(0), spread[0]
-    if inner.numel() == 1 or not any(inner.stride()):
+    if not any([size > 1 and stride for size, stride in zip(inner.shape, inner.stride(), strict=True)]):
         return spread, samples, 0
     if inner.is_contiguous():
         return spread, samples, 1

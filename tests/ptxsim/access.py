@@ -24,6 +24,15 @@ WINDOWS = {SHARED_BASE >> 40: ("shared", SHARED_BASE), LOCAL_BASE >> 40: ("local
            PARAM_BASE >> 40: ("param", PARAM_BASE)}
 
 
+def _distinct(keys):
+    """Sorted, each once; most come sorted."""
+    step = np.diff(keys)
+    if len(step) and step.min() < 0:
+        keys.sort()
+        step = np.diff(keys)
+    return keys[np.concatenate(([True], step != 0))]
+
+
 class Access:
     """Mixed into Machine, which owns the spaces, the registers and the report."""
 
@@ -173,13 +182,12 @@ class Access:
         touched[sector] = True
         if flat.size == 1:
             traffic.sectors += g.warps
+            traffic.ideal_sectors += g.warps * -(-nbytes // 32)
             return
-        keys = ((g.index if index is None else index) >> 5 << 40) + sector
-        step = np.diff(keys)
-        if len(step) and step.min() < 0:
-            keys.sort()
-            step = np.diff(keys)
-        traffic.sectors += 1 + int(np.count_nonzero(step))
+        warp = (g.index if index is None else index) >> 5
+        traffic.sectors += len(_distinct((warp << 40) + sector))
+        lanes = np.bincount(_distinct((warp - warp.min() << 44) + flat) >> 44)  # with addresses of their own, of each warp
+        traffic.ideal_sectors += int((-(-lanes * nbytes // 32)).sum())
 
     def count_shared(self, kind, flat, nbytes, index):
         """Wavefronts: distinct words of each phase (32, 16 or 8 lanes for 4, 8 or 16 bytes) in the fullest bank."""

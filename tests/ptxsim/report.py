@@ -43,6 +43,7 @@ class GlobalTraffic:
     """Loads or stores of global memory. A request is one warp instruction; a sector is 32 bytes."""
     requests: int = 0
     sectors: int = 0
+    ideal_sectors: int = 0          # as few as each request's distinct bytes would fill
     bytes_requested: int = 0
     unique_bytes: int = 0           # distinct sectors of the whole launch * 32: traffic under an ideal cache
 

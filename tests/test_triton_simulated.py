@@ -1,0 +1,237 @@
+"""The Triton kernels, compiled for a GPU and executed in the simulator: results and gradients, odd sizes, and what must not happen.
+
+The calls are op_cases.py's; the simulator stops at accesses that are out of bounds or misaligned and at reads of what was never
+written. How much is moved, and by how many instructions, is in test_triton_traffic.py; test_triton_interpreted.py is the wider
+sweep over shapes and options.
+"""
+import pytest
+import torch
+from interpreter import INTERPRETED
+from numerics import assert_as_accurate, assert_bits_equal
+from op_cases import NAMES, every_case, everything, make, upstreams
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_fast import Noise
+from ddpm_fast.noise import noise_reference
+from ddpm_fast.ops import gaussian_kl, p_step, q_sample, randn, simple_loss, vlb_terms
+from ddpm_fast.ops._op import goes_through_dispatcher
+
+pytest.importorskip("triton", reason="Triton is not installed, so its kernels cannot be compiled")
+if INTERPRETED:
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
+
+from simulator import simulated
+
+from ddpm_fast.triton_kernels import _launch
+
+SUMMED = ("simple_loss", "vlb_terms", "gaussian_kl mean")  # their sums run in another order than the CPU kernels'
+# (shape, dtype, architecture). Unaligned rows of 182 elements, five to a program; two tiles with a tail; 128 tiny samples to a
+# program and some left over; rows that keep 16-bit vectors aligned.
+SIZES = [
+    ((6, 2, 7, 13), torch.float32, 80),
+    ((2, 1, 1, 1500), torch.float32, 80),
+    ((131, 1, 1, 3), torch.float32, 80),
+    ((3, 2, 7, 13), torch.bfloat16, 80),
+    ((2, 1, 1, 1504), torch.bfloat16, 80),
+    ((3, 1, 8, 8), torch.float16, 80),
+    ((2, 1, 1, 1504), torch.float32, 90),
+    ((3, 2, 7, 13), torch.bfloat16, 90),
+]
+
+
+def is_summed(name):
+    return name.startswith(SUMMED)
+
+
+@pytest.mark.parametrize("shape, dtype, arch", SIZES, ids=[f"{shape}-{str(dtype)[6:]}-sm_{arch}" for shape, dtype, arch in SIZES])
+@every_case
+def test_results_and_gradients(name, given, shape, dtype, arch):
+    case = make(name, given, shape, dtype)
+    grads = upstreams(case())
+    exact = everything(case.in_float64(), [g.double() for g in grads])
+    baseline = everything(case, grads, backend="reference")
+    native = everything(case, grads, backend="cpu")
+    with simulated(arch):
+        got = everything(case, grads, backend="triton")
+    for what, x in got.items():
+        # 4 ulps: a chain of roundings, of which the baseline's may happen to cancel.
+        assert_as_accurate(x, baseline[what], exact[what], floor=4.0, what=what)
+        if not is_summed(name):
+            assert_bits_equal(x, native[what], f"{what}, against the CPU kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1023), (5, 1024), (200, 5), (2, 3, 7, 16)], ids=str)
+def test_noise_has_the_bits_of_the_contract(shape, dtype):
+    key = Noise(seed=2**63 + 5, stream=2**31 + 1, first_sample=2**32 - 2)
+    with simulated(80) as launches:
+        out = randn(shape, key, dtype=dtype, backend="triton")
+    assert_bits_equal(out, noise_reference(shape, key.seed, key.stream, key.first_sample, torch.device("cpu")).to(dtype))
+    (launch,) = launches
+    assert launch.report.global_store.bytes_requested == out.numel() * out.element_size()  # none twice, and all of them
+
+
+@pytest.mark.parametrize("key", [Noise(0), Noise(2**32, 1, 2**32), Noise(2**64 - 1, 2**32 - 1, 2**64 - 1), Noise(1, 0, 2**63 - 1)], ids=str)
+def test_noise_of_extreme_keys(key):
+    with simulated(90):
+        out = randn((2, 9), key, backend="triton")
+    assert_bits_equal(out, noise_reference((2, 9), key.seed, key.stream, key.first_sample, torch.device("cpu")))
+
+
+def test_samples_beyond_the_grids_second_dimension(monkeypatch):
+    """65,535 programs is the most that y holds: the rest go on in z."""
+    case = make("q_sample", "Noise", (7, 1, 1, 1030))
+    monkeypatch.setattr(_launch, "LARGEST_GRID_Y", 3)
+    with simulated(80) as launches:
+        (out,) = case(backend="triton")
+    assert launches[0].grid == (2, 3, 3)
+    assert_bits_equal(out, case()[0])
+
+
+@pytest.mark.parametrize(
+    "samples, elements, rows, columns, grid",
+    [
+        (1, 1, 128, 8, (1, 1, 1)),
+        (128, 8, 128, 8, (1, 1, 1)),
+        (129, 8, 128, 8, (1, 2, 1)),
+        (3, 1024, 1, 1024, (1, 3, 1)),
+        (3, 1025, 1, 1024, (2, 3, 1)),
+        (65536, 4096, 1, 1024, (4, 65535, 2)),
+        (1, 2**34, 1, 1024, (2**24, 1, 1)),  # the largest sample there can be
+    ],
+)
+def test_plan(samples, elements, rows, columns, grid):
+    assert _launch.plan(samples, elements) == (rows, columns, grid[0], grid)
+
+
+def unchecked_t(value):
+    """Calls with a t that the public functions would refuse on CPU, as they cannot on a GPU."""
+    for name, given in NAMES:
+        case = make(name, given, (3, 2, 5))
+        if "t" in case.arguments and given != "tensor":
+            t = case.arguments["t"].clone()
+            t[1] = value
+            yield case, t
+
+
+@pytest.mark.parametrize("value", [-1, 10**6, 2**62])
+def test_t_outside_the_tables_gives_nan_for_its_sample_alone(value, monkeypatch):
+    """Nothing is read with it: the simulator would stop."""
+    monkeypatch.setattr("ddpm_fast.ops._common.check_t_values", lambda t, steps: None)
+    for case, t in unchecked_t(value):
+        with simulated(80):
+            wrong, right = case(t=t, backend="triton"), case(backend="triton")
+        for x, y in zip(wrong, right, strict=True):
+            assert x[1].isnan().all(), case.op
+            assert_bits_equal(x[::2], y[::2], case.op)
+
+
+class _Log(TorchDispatchMode):
+    """Every PyTorch operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.called.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+MAKES_ROOM = {"empty", "empty_like", "new_empty", "detach", "view", "expand", "as_strided", "select", "unbind", "slice", "alias", "_unsafe_view"}
+
+
+def test_the_log_sees_what_runs():
+    with _Log() as log:
+        torch.zeros(3)[torch.tensor([1])].sum().item()
+    assert {"index", "sum", "_local_scalar_dense"} <= set(log.called)
+
+
+@pytest.mark.parametrize("name, given", [(name, given) for name, given in NAMES if name in ("q_sample", "simple_loss", "p_step", "gaussian_kl", "vlb_terms", "gaussian_kl mean")])
+@pytest.mark.parametrize("shape, tiles", [((3, 2, 5), 1), ((2, 1, 1500), 2)], ids=["one tile", "two tiles"])
+def test_launches_and_nothing_else(name, given, shape, tiles, monkeypatch):
+    """No gather, no synchronisation: beside its launches an op only makes room for results (and a sum over tiles)."""
+    case = make(name, given, shape).watched()
+    summed = is_summed(name)
+    # The log would otherwise be taken for a tracer, which must see operators instead of kernels.
+    monkeypatch.setattr("ddpm_fast.ops._op.goes_through_dispatcher", lambda: False)
+    with simulated(80, run=False) as launches, _Log() as log:
+        assert goes_through_dispatcher()
+        results = case(backend="triton")
+        assert len(launches) == (2 if summed and tiles > 1 else 1), "forward"
+        allocated = log.called.count("empty") + log.called.count("empty_like") + log.called.count("new_empty")
+        assert allocated == len(results) + (summed and tiles > 1)
+        launches.clear()
+        torch.autograd.grad(results, case.inputs(), [torch.ones_like(x) for x in results])
+        # The mean's last operand has one value a sample here, whose gradient is a sum.
+        assert len(launches) == (2 if name == "gaussian_kl mean" and tiles > 1 else 1), "backward"
+    unexpected = set(log.called) - MAKES_ROOM - {"ones_like"}
+    assert not unexpected
+
+
+def test_results_are_written_where_they_are_wanted():
+    case = make("q_sample", "Noise", (3, 2, 7))
+    expected = case()[0]
+    x = case.arguments["x_start"].clone()
+    with simulated(80):
+        assert q_sample(x, *[case.arguments[k] for k in ("t", "signal", "sigma", "noise")], out=x, backend="triton") is x
+        drawn = randn((3, 5), Noise(3), out=torch.empty(3, 5), backend="triton")
+    assert_bits_equal(x, expected)
+    assert_bits_equal(drawn, randn((3, 5), Noise(3)))
+    case = make("p_step learned, multistep and guided", "Noise", (3, 2, 7))
+    arguments = dict(case.arguments)
+    expected = case()
+    x_t, previous = arguments.pop("x_t").clone(), arguments.pop("x_start_previous").clone()
+    without, scale, _ = (arguments.pop(k) for k in ("without", "scale", "with_x_start"))
+    with simulated(80):
+        got = p_step(x_t=x_t, x_start_previous=previous, guidance=(without, scale), x_next=x_t, x_start=previous, backend="triton", **arguments)
+    assert got[0] is x_t and got[1] is previous
+    for a, b in zip(got, expected, strict=True):
+        assert_bits_equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every other"])
+def test_strided_inputs_are_made_contiguous(layout):
+    case = make("vlb_terms learned, clipped, erf", None, (3, 2, 4, 6))
+
+    def change(name, x):
+        if x.ndim != 4:
+            return x
+        return x.mT.contiguous().mT if layout == "transposed" else torch.stack([x, x], -1)[..., 0]
+
+    with simulated(80):
+        assert_bits_equal(case.map(change)(backend="triton")[0], case(backend="triton")[0])
+
+
+@pytest.mark.parametrize("operand", [(1, 1030), (1, 1), (3, 1)], ids=["one sample for all", "one value for all", "one value a sample"])
+@pytest.mark.parametrize("reduction", [None, "mean_per_sample"])
+def test_operands_of_the_kl_that_are_broadcast(operand, reduction):
+    generator = torch.Generator().manual_seed(0)
+    mean1, logvar1 = torch.randn(2, 3, 1030, generator=generator)
+    mean2, logvar2 = torch.randn(2, *operand, generator=generator)
+    grads = [torch.randn(3, 1030, generator=generator) if reduction is None else torch.randn(3, generator=generator)]
+
+    def run(backend, dtype=torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in (mean1, logvar1, mean2, logvar2)]
+        kl = gaussian_kl(*leaves, reduction=reduction, backend=backend)
+        return [kl.detach(), *torch.autograd.grad(kl, leaves, [g.to(dtype) for g in grads])]
+
+    with simulated(80):
+        got = run("triton")
+    for x, base, exact in zip(got, run("reference"), run("reference", torch.float64), strict=True):
+        assert_as_accurate(x, base, exact, floor=4.0)
+
+
+def test_mixed_dtypes_of_data_and_output():
+    """A model under autocast gives 16 bits for fp32 data, and the other way round."""
+    for data, out in ((torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
+        for name, call in (("simple_loss", simple_loss), ("vlb_terms", vlb_terms)):
+            case = make(name, "Noise" if name == "simple_loss" else None, (2, 2, 9), data)
+            case = case.given(out=case.arguments["out"].to(out)).watched()
+            assert case.call is call
+            with simulated(80):
+                got = everything(case, backend="triton")
+            expected = everything(case, backend="reference")
+            exact = everything(case.in_float64())
+            for what, x in got.items():
+                assert_as_accurate(x, expected[what], exact[what], floor=4.0, what=what)

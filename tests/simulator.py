@@ -38,7 +38,7 @@ def _present(tensors: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]
     return {name: x for name, x in tensors.items() if x is not None}
 
 
-def _memory(x: Any) -> Any:
+def memory(x: Any) -> Any:
     """A strided tensor as the flat piece of memory that it lies in."""
     if not isinstance(x, torch.Tensor) or x.is_contiguous():
         return x
@@ -58,7 +58,7 @@ def simulated(arch: int, *, run: bool = True) -> Iterator[list[Started]]:
     compiler = dict(num_warps=options.pop("num_warps"), num_stages=options.pop("num_stages"), options=options, arch=arch)
 
     def start(device, kernel, grid, reads, writes, numbers, constants):
-        arguments = {name: _memory(x) for name, x in reads.items()} | writes | numbers
+        arguments = {name: memory(x) for name, x in reads.items()} | writes | numbers
         report = None
         if run:
             report = run_triton(kernel, grid, arguments, constants, uninitialised_outputs=tuple(_present(writes)), **compiler)

@@ -72,18 +72,6 @@ class Tiles:
         constants = dict(VECTOR=self.vector, ROWS=self.plan.rows, COLUMNS=self.plan.columns) | constants
         start(self.device, kernel, self.plan.grid, reads, writes, numbers, constants)
 
-    def workspace(self, result: Tensor) -> Tensor:
-        """Where the programs put their sums of a (quantities·N,) result: itself if a sample is one tile, else (…, tiles)."""
-        return result if self.plan.tiles == 1 else torch.empty(result.numel(), self.plan.tiles, dtype=torch.float32, device=self.device)
-
-    def finish(self, sums: Tensor, result: Tensor) -> None:
-        """Adds up what the programs put in the workspace."""
-        from ddpm_fast.triton_kernels._reduce import sum_kernel
-
-        if sums is not result:
-            rows, tiles = sums.shape
-            start(self.device, sum_kernel, (rows, 1, 1), dict(sums_ptr=sums), dict(result_ptr=result), dict(tiles=tiles), {})
-
 
 def noise_arguments(noise: Noise | Tensor | None) -> tuple[dict[str, Any], dict[str, int], dict[str, int]]:
     """(reads, numbers, constants) of a noise."""

@@ -1,12 +1,26 @@
-"""The second launch of the ops that give one value a sample: sums of the programs' sums, in an order that the size alone decides."""
+"""Sums over a sample, for the ops that give one value a sample: of each program's elements, then of the programs' sums.
+
+The second launch is left out where a sample is one tile. The order of every sum is decided by the sample's size alone.
+"""
+import torch
 import triton
 import triton.language as tl
+
+from ddpm_fast.triton_kernels import _launch
 
 BLOCK = tl.constexpr(1024)
 
 
+@triton.jit
+def store_total(ptr, value, inside, n, samples, factor, quantity=0):
+    """factor (ROWS, 1) times each sample's sum of the elements in this program, into (quantities, samples, tiles)."""
+    place = (quantity * samples + n) * tl.num_programs(0) + tl.program_id(0)
+    total = factor * tl.sum(tl.where(inside, value, 0.0), 1)[:, None]
+    tl.store(ptr + place[:, None], total, mask=(n < samples)[:, None])
+
+
 @triton.jit(do_not_specialize=["tiles"])
-def sum_kernel(
+def _sum_kernel(
     sums_ptr,  # (rows, tiles) fp32
     result_ptr,  # (rows,)
     tiles: tl.int64,
@@ -17,3 +31,16 @@ def sum_kernel(
     for first in range(0, tiles, BLOCK):
         lanes += tl.load(sums_ptr + row * tiles + first + at, mask=first + at < tiles, other=0.0)
     tl.store(result_ptr + row, tl.sum(lanes, 0))
+
+
+def workspace(tiles, result):
+    """Where store_total puts the sums of a result (quantities · N,): there itself if a sample is one tile, else fp32 (…, tiles)."""
+    count = tiles.plan.tiles
+    return result if count == 1 else torch.empty(result.numel(), count, dtype=torch.float32, device=result.device)
+
+
+def finish(sums, result):
+    """Adds up what is in the workspace."""
+    if sums is not result:
+        rows, count = sums.shape
+        _launch.start(result.device, _sum_kernel, (rows, 1, 1), dict(sums_ptr=sums), dict(result_ptr=result), dict(tiles=count), {})

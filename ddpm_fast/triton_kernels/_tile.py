@@ -60,14 +60,3 @@ def epsilon(noise_ptr, place, n, wanted, inside, seed, stream, first_sample, NOI
     else:
         e = read(noise_ptr, place, inside & wanted)
     return e
-
-
-@triton.jit
-def store_total(ptr, value, inside, n, samples, factor, quantity=0):
-    """factor times each sample's sum of the elements in this program, into (quantities, samples, tiles).
-
-    That is what _reduce.py adds up, and the result itself where a sample is one tile.
-    """
-    place = (quantity * samples + n) * tl.num_programs(0) + tl.program_id(0)
-    total = factor * tl.sum(tl.where(inside, value, 0.0), 1)[:, None]
-    tl.store(ptr + place[:, None], total, mask=(n < samples)[:, None])

@@ -11,7 +11,8 @@ import triton.language as tl
 from ddpm_fast.triton_kernels._elementary import excess_of
 from ddpm_fast.triton_kernels._launch import SIZES, Tiles
 from ddpm_fast.triton_kernels._output import inverse_deviation
-from ddpm_fast.triton_kernels._tile import each, read, store_total, tile
+from ddpm_fast.triton_kernels._reduce import finish, store_total, workspace
+from ddpm_fast.triton_kernels._tile import each, read, tile
 
 _STRIDES = ("stride1", "stride2", "stride3", "stride4")
 
@@ -133,10 +134,10 @@ def forward(operands, kl, shape, reduced):
     """Into kl: (N, ...) elementwise, (N,) where reduced. ``operands``: (tensor, sample stride, element stride) each."""
     tiles = Tiles(shape, *(x for x, _, _ in operands))
     reads, numbers, constants = _operands(operands, tiles)
-    sums = tiles.workspace(kl) if reduced else kl
+    sums = workspace(tiles, kl) if reduced else kl
     tiles.launch(_gaussian_kl_fwd_kernel, reads, dict(kl_ptr=sums), numbers, constants | dict(REDUCED=reduced))
     if reduced:
-        tiles.finish(sums, kl)
+        finish(sums, kl)
 
 
 def backward(operands, grad_kl, grads, shape, reduced):
@@ -148,7 +149,7 @@ def backward(operands, grad_kl, grads, shape, reduced):
     reads, numbers, constants = _operands(operands, tiles)
     summed = [k for k, (_, _, element) in enumerate(operands) if grads[k] is not None and not element]
     totals = grads[summed[0]].as_strided((len(summed) * shape[0],), (1,)) if summed else None
-    sums = tiles.workspace(totals) if summed else None
+    sums = workspace(tiles, totals) if summed else None
     tiles.launch(
         _gaussian_kl_bwd_kernel,
         reads | dict(grad_kl_ptr=grad_kl),
@@ -157,4 +158,4 @@ def backward(operands, grad_kl, grads, shape, reduced):
         constants | {f"SUM{k + 1}": summed.index(k) if k in summed else -1 for k in range(4)} | dict(REDUCED=reduced),
     )
     if summed:
-        tiles.finish(sums, totals)
+        finish(sums, totals)

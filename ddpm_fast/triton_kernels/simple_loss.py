@@ -9,7 +9,8 @@ import triton.language as tl
 from ddpm_fast.ops._native import contiguous_noise, new_like
 from ddpm_fast.ops._output import per_sample, sample_stride
 from ddpm_fast.triton_kernels._launch import SIZES, Tiles, noise_arguments
-from ddpm_fast.triton_kernels._tile import each, entry, epsilon, read, store_total, tile, timestep
+from ddpm_fast.triton_kernels._reduce import finish, store_total, workspace
+from ddpm_fast.triton_kernels._tile import each, entry, epsilon, read, tile, timestep
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -77,9 +78,9 @@ def _launch(arguments, share, grad_loss, sums, grad_out):
 
 def forward(*arguments):
     loss, tiles = per_sample(arguments[1]), Tiles(arguments[1].shape, arguments[1])
-    sums = tiles.workspace(loss)
+    sums = workspace(tiles, loss)
     _launch(arguments, 1.0, None, sums, None)
-    tiles.finish(sums, loss)
+    finish(sums, loss)
     return loss
 
 

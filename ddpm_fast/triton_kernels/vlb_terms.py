@@ -12,7 +12,8 @@ from ddpm_fast.triton_kernels._decoder import decoder_erf, decoder_tanh
 from ddpm_fast.triton_kernels._elementary import clamp, excess_of, exponential, logarithm, passes
 from ddpm_fast.triton_kernels._launch import SIZES, Tiles
 from ddpm_fast.triton_kernels._output import FIXED, inverse_deviation, log_variance_of, log_variance_slope, row
-from ddpm_fast.triton_kernels._tile import any_row, each, read, store_total, tile, timestep
+from ddpm_fast.triton_kernels._reduce import finish, store_total, workspace
+from ddpm_fast.triton_kernels._tile import any_row, each, read, tile, timestep
 
 _LN2 = 0.693147180559945309
 
@@ -116,9 +117,9 @@ def _launch(arguments, grad_terms, sums, grad_out):
 def forward(*arguments):
     x_t = arguments[2]
     terms, tiles = per_sample(x_t), Tiles(x_t.shape, x_t)
-    sums = tiles.workspace(terms)
+    sums = workspace(tiles, terms)
     _launch(arguments, None, sums, None)
-    tiles.finish(sums, terms)
+    finish(sums, terms)
     return terms
 
 

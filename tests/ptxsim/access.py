@@ -178,6 +178,7 @@ class Access:
         touched = self.launch.touched[kind]
         traffic.requests += g.warps
         traffic.bytes_requested += g.n * nbytes
+        traffic.bytes_by_width[nbytes] = traffic.bytes_by_width.get(nbytes, 0) + g.n * nbytes
         sector = flat >> 5
         touched[sector] = True
         if flat.size == 1:

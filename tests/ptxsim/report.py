@@ -45,6 +45,7 @@ class GlobalTraffic:
     sectors: int = 0
     ideal_sectors: int = 0          # as few as each request's distinct bytes would fill
     bytes_requested: int = 0
+    bytes_by_width: dict = field(default_factory=dict)          # bytes that a thread accesses at once -> bytes in all
     unique_bytes: int = 0           # distinct sectors of the whole launch * 32: traffic under an ideal cache
 
     @property

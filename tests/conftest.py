@@ -5,10 +5,11 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
+import op_cases
 import pytest
 import torch
 from interpreter import INTERPRETED, round_to_bfloat16
-from machine import ISAS, SIMULATED_ARCHS, isa_missing, nvcc_missing, nvcc_version
+from machine import ISAS, SIMULATED_ARCHS, isa_missing, nvcc_missing, nvcc_version, triton_missing, triton_version
 
 from ddpm_fast.backends import DEFAULTS, TAKES, missing, native, native_missing, tables
 
@@ -21,7 +22,12 @@ class Backend(NamedTuple):
     device: torch.device
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="of the tensors of op_cases.py: what test_ops_*.py ask of every op")
+
+
 def pytest_configure(config):
+    op_cases.DEVICE = torch.device(config.getoption("--device"))
     if INTERPRETED:
         round_to_bfloat16()
         DEFAULTS["cpu"] = ("triton",)
@@ -32,11 +38,13 @@ def pytest_report_header(config):
     isas = [isa if not isa_missing(isa) else f"no {isa} ({isa_missing(isa)})" for isa in ISAS]
     simulator = f"yes, {nvcc_version()} for {' '.join(SIMULATED_ARCHS)}" if not nvcc_missing() else f"no: {nvcc_missing()}"
     device = f"no: {missing('cuda')}" if missing("cuda") else f"yes, {torch.cuda.get_device_name()}"
+    triton = f"{triton_version()} {'interpreted in this process' if INTERPRETED else 'interpreted, and compiled for the simulator'}"
     return [
         "ddpm_fast layers that run here:",
         f"  reference: yes, PyTorch {torch.__version__}, {torch.get_num_threads()} threads",
         f"  cpu: {native_missing or ', '.join(isas)}",
-        f"  PTX simulator: {simulator}",
+        f"  Triton: {triton_missing() or triton}",
+        f"  CUDA C++ in the simulator: {simulator}",
         f"  CUDA device: {device}",
     ]
 

@@ -1,6 +1,8 @@
-"""What this machine has for the tests: instruction sets and the CUDA compiler."""
+"""What this machine has for the tests: instruction sets, the CUDA compiler and Triton."""
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -30,6 +32,14 @@ def nvcc_missing() -> str:
 def nvcc_version() -> str:
     found = re.search(r"release ([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)
     return f"nvcc {found[1]}" if found else "nvcc"
+
+
+def triton_missing() -> str:
+    return "" if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def triton_version() -> str:
+    return importlib.metadata.version("triton")
 
 
 def processor_flags() -> set[str]:

@@ -22,6 +22,7 @@ from ddpm_fast.ops._op import noise_arguments
 from ddpm_fast.tables import bound_table
 
 KEY = Noise(seed=2**63 + 5, stream=7, first_sample=2**32 - 2)
+DEVICE = torch.device("cpu")  # of all tensors; conftest.py's --device sets it
 TABLES = {"signal", "sigma", "weight", "x_start_coef", "noise_coef", "table"}
 
 
@@ -127,14 +128,14 @@ every_case = pytest.mark.parametrize("name, given", NAMES, ids=[f"{name}, {given
 def make(name: str, given: str | None, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Case:
     """A call of the table, t with both ends; ``given`` says what the noise is."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype) if given == "tensor" else KEY
-    case = MAKERS[name](shape, dtype, noise)
+    case = MAKERS[name](shape, dtype, noise).map(lambda _, x: x.to(DEVICE))
     return case if given == "tensor" else replace(case, leaves=tuple(leaf for leaf in case.leaves if leaf != "noise"))
 
 
 def upstreams(results: tuple[Tensor, ...], seed: int = 3) -> list[Tensor]:
     """A gradient for each result: of both signs, no power of two."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(x.shape, generator=generator).to(x.dtype) for x in results]
+    return [torch.randn(x.shape, generator=generator).to(x) for x in results]
 
 
 def everything(case: Case, grads: list[Tensor] | None = None, **changes: Any) -> dict[str, Tensor]:

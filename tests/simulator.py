@@ -59,6 +59,7 @@ def simulated(arch: int, *, run: bool = True) -> Iterator[list[Started]]:
 
     def start(device, kernel, grid, reads, writes, numbers, constants):
         arguments = {name: memory(x) for name, x in reads.items()} | writes | numbers
+        assert arguments.keys() | constants.keys() == {param.name for param in kernel.params}, "a launch would refuse more, or lack some"
         report = None
         if run:
             report = run_triton(kernel, grid, arguments, constants, uninitialised_outputs=tuple(_present(writes)), **compiler)

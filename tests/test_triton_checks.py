@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,67 @@ def test_a_wrong_kernel_is_caught(what, altered):
     with pytest.raises(fault):
         for got, wanted in zip(outcome(altered(file, good, bad), name, shape), expected, strict=True):
             assert_bits_equal(got, wanted)
+
+
+def test_variants_are_told_apart_as_triton_does(monkeypatch):
+    """The simulator compiles what a launch would: Triton's own function that decides it is asked, for odd addresses too."""
+    from ptxsim.triton_runner import specialise
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    seen = []
+
+    def start(device, kernel, grid, reads, writes, numbers, constants):
+        arguments = {key: memory(x) for key, x in reads.items()} | writes | numbers
+        decide = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 80, 32)))
+        signature, fixed, attributes, _ = specialise(kernel, arguments, constants)
+        for place, (param, (kind, more)) in enumerate(zip(kernel.params, decide(**arguments, **constants)[1], strict=True)):
+            assert signature[param.name] == kind, param.name
+            assert (more if kind == "constexpr" else None) == fixed.get(param.name), param.name
+            assert ((place,) in attributes) == (kind != "constexpr" and bool(more)), param.name
+            seen.append((kind, more))
+
+    with simulated(80):
+        monkeypatch.setattr(_launch, "start", start)
+        for case in (make("p_step", "Noise", (2, 1, 5)), make("gaussian_kl mean", None, (1, 1, 16))):
+            case(backend="triton")
+            case.map(lambda _, x: torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x))(backend="triton")
+    assert {("*fp32", "D"), ("*fp32", ""), ("i64", None), ("u64", None)} <= set(seen)
+
+
+LAUNCHED = [("q_sample", "Noise"), ("simple_loss", "tensor"), ("p_step learned, multistep and guided", "Noise"), ("gaussian_kl mean", None), ("vlb_terms", None)]
+
+
+@pytest.mark.parametrize("name, given", LAUNCHED)
+def test_the_launcher_itself_compiles_what_the_simulator_ran(name, given, monkeypatch):
+    """start_here goes through Triton's own way in, up to the launch: a stand-in for the driver only says which GPU there is."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 80, 32))
+    case = make(name, given, (2, 1, 1, 1504))
+    with simulated(80, run=False) as launches:
+        everything(case, backend="triton")
+
+    compiled = []
+
+    class WarmedUp:
+        """A kernel that is compiled as at a launch, and not launched."""
+
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda **arguments: compiled.append(self.kernel.warmup(grid=grid, **arguments))
+
+    with simulated(80):
+        start = _launch.start_here
+        monkeypatch.setattr(_launch, "start", lambda device, kernel, *others: start(device, WarmedUp(kernel), *others))
+        monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+        everything(case, backend="triton")
+    assert compiled
+    assert [kernel.asm["ptx"] for kernel in compiled] == [launch.compiled.asm["ptx"] for launch in launches]
 
 
 def test_an_unaltered_copy_passes(altered):

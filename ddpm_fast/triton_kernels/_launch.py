@@ -22,7 +22,7 @@ WARPS = 4
 # Without contraction to fused multiply-adds: the bits are those of the CPU kernels.
 OPTIONS = dict(num_warps=WARPS, num_stages=1, enable_fp_fusion=False)
 NO_NOISE, GIVEN, DRAWN = 0, 1, 2  # a kernel's NOISE
-SIZES = ("samples", "vectors", "steps", "stride", "seed", "stream", "first_sample")  # what kernels are not specialised on
+SIZES = ("samples", "vectors", "steps", "seed", "noise_stream", "first_sample")  # what kernels are not specialised on
 
 
 class Plan(NamedTuple):
@@ -76,8 +76,8 @@ class Tiles:
 def noise_arguments(noise: Noise | Tensor | None) -> tuple[dict[str, Any], dict[str, int], dict[str, int]]:
     """(reads, numbers, constants) of a noise."""
     if isinstance(noise, Noise):
-        return dict(noise_ptr=None), dict(seed=noise.seed, stream=noise.stream, first_sample=noise.first_sample), dict(NOISE=DRAWN)
-    return dict(noise_ptr=noise), dict(seed=0, stream=0, first_sample=0), dict(NOISE=NO_NOISE if noise is None else GIVEN)
+        return dict(noise_ptr=None), dict(seed=noise.seed, noise_stream=noise.stream, first_sample=noise.first_sample), dict(NOISE=DRAWN)
+    return dict(noise_ptr=noise), dict(seed=0, noise_stream=0, first_sample=0), dict(NOISE=NO_NOISE if noise is None else GIVEN)
 
 
 def start_here(device: torch.device, kernel: Callable, grid: tuple, reads: dict, writes: dict, numbers: dict, constants: dict) -> None:

@@ -49,7 +49,7 @@ def _p_step_fwd_kernel(
     vectors: tl.int64,
     steps: tl.int64,
     seed: tl.uint64,
-    stream: tl.uint32,
+    noise_stream: tl.uint32,
     first_sample: tl.uint64,
     VARIANCE: tl.constexpr,
     CLIP: tl.constexpr,
@@ -73,7 +73,7 @@ def _p_step_fwd_kernel(
     if previous_ptr is not None:
         x_next = x_next + previous * read(previous_ptr, place, inside)
     if NOISE != 0:
-        z = epsilon(noise_ptr, place, n, noise != 0.0, inside, seed, stream, first_sample, NOISE, WIDE, COLUMNS)
+        z = epsilon(noise_ptr, place, n, noise != 0.0, inside, seed, noise_stream, first_sample, NOISE, WIDE, COLUMNS)
         width = _deviation(out_ptr, out_place + elements, inside, noise, low, high, VARIANCE)
         x_next = tl.where(noise != 0.0, x_next + width * z, x_next)
     tl.store(x_next_ptr + place, x_next, mask=inside)
@@ -101,7 +101,7 @@ def _p_step_bwd_kernel(
     vectors: tl.int64,
     steps: tl.int64,
     seed: tl.uint64,
-    stream: tl.uint32,
+    noise_stream: tl.uint32,
     first_sample: tl.uint64,
     VARIANCE: tl.constexpr,
     CLIP: tl.constexpr,
@@ -140,7 +140,7 @@ def _p_step_bwd_kernel(
         width = _deviation(out_ptr, out_place + elements, inside, noise, low, high, VARIANCE)
         grad_noise = tl.where(noisy, width * g, 0.0)
         if VARIANCE != FIXED and grad_out_ptr is not None:
-            z = epsilon(noise_ptr, place, n, noisy, inside, seed, stream, first_sample, NOISE, WIDE, COLUMNS)
+            z = epsilon(noise_ptr, place, n, noisy, inside, seed, noise_stream, first_sample, NOISE, WIDE, COLUMNS)
             slope = 0.5 * log_variance_slope(low, high, VARIANCE)
             grad_raw = tl.where(noisy, (slope * width) * (z * g), 0.0)
     if grad_noise_ptr is not None:

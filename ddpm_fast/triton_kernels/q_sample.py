@@ -23,7 +23,7 @@ def _q_sample_fwd_kernel(
     vectors: tl.int64,
     steps: tl.int64,
     seed: tl.uint64,
-    stream: tl.uint32,
+    noise_stream: tl.uint32,
     first_sample: tl.uint64,
     NOISE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -35,7 +35,7 @@ def _q_sample_fwd_kernel(
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     t, known = timestep(t_ptr, n, samples, steps)
     place = n[:, None] * elements + i
-    e = epsilon(noise_ptr, place, n, (n < samples)[:, None], inside, seed, stream, first_sample, NOISE, WIDE, COLUMNS)
+    e = epsilon(noise_ptr, place, n, (n < samples)[:, None], inside, seed, noise_stream, first_sample, NOISE, WIDE, COLUMNS)
     x = read(x_start_ptr, place, inside)
     tl.store(x_t_ptr + place, entry(signal_ptr, t, known) * x + entry(sigma_ptr, t, known) * e, mask=inside)
 

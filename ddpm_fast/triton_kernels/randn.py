@@ -14,7 +14,7 @@ def _randn_kernel(
     samples: tl.int64,
     vectors: tl.int64,
     seed: tl.uint64,
-    stream: tl.uint32,
+    noise_stream: tl.uint32,
     first_sample: tl.uint64,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
@@ -24,12 +24,12 @@ def _randn_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     first = tl.program_id(0).to(tl.int64) * COLUMNS
-    tl.store(out_ptr + n[:, None] * elements + i, normals(n, first, seed, stream, first_sample, COLUMNS, WIDE), mask=inside)
+    tl.store(out_ptr + n[:, None] * elements + i, normals(n, first, seed, noise_stream, first_sample, COLUMNS, WIDE), mask=inside)
 
 
 def randn(shape, seed, stream, first_sample, dtype, device, *, out=None):
     out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
     if out.numel():
         tiles = Tiles(shape, out)
-        tiles.launch(_randn_kernel, {}, dict(out_ptr=out), dict(seed=seed, stream=stream, first_sample=first_sample), dict(WIDE=tiles.wide))
+        tiles.launch(_randn_kernel, {}, dict(out_ptr=out), dict(seed=seed, noise_stream=stream, first_sample=first_sample), dict(WIDE=tiles.wide))
     return out

@@ -30,7 +30,7 @@ def _simple_loss_kernel(
     vectors: tl.int64,
     steps: tl.int64,
     seed: tl.uint64,
-    stream: tl.uint32,
+    noise_stream: tl.uint32,
     first_sample: tl.uint64,
     DOUBLED: tl.constexpr,
     NOISE: tl.constexpr,
@@ -46,7 +46,7 @@ def _simple_loss_kernel(
     c0, c1 = entry(x_start_coef_ptr, t, known), entry(noise_coef_ptr, t, known)
     # A term whose coefficient is 0 is neither read nor drawn, so that nothing but a number can come of it.
     x = tl.load(x_start_ptr + place, mask=inside & (c0 != 0.0), other=0.0).to(tl.float32)
-    e = epsilon(noise_ptr, place, n, c1 != 0.0, inside, seed, stream, first_sample, NOISE, WIDE, COLUMNS)
+    e = epsilon(noise_ptr, place, n, c1 != 0.0, inside, seed, noise_stream, first_sample, NOISE, WIDE, COLUMNS)
     target = c0 * x + tl.where(c1 != 0.0, c1 * e, 0.0)
     residual = read(out_ptr, out_place, inside) - target
     factor = entry(weight_ptr, t, known) * share

@@ -18,6 +18,7 @@ from simulator import Started, simulated
 
 from ddpm_fast.ops import randn
 
+MODELLED = ("A100-80G", "H100-SXM")
 SHAPE = (4, 3, 64, 64)
 ELEMENTS = 4 * 3 * 64 * 64
 
@@ -87,10 +88,10 @@ class Row:
         return self.total(lambda r: r.total_thread_instructions) / ELEMENTS
 
     def modelled(self, gpu: str) -> tuple[float, str]:
-        """(nanoseconds for 1024 elements, what bounds them): a model."""
-        bounds = {bound: self.total(lambda r, bound=bound: r.roofline(gpu)[bound]) for bound in ("dram", "issue")}
+        """(microseconds for 2^20 elements, what bounds them): a model."""
+        bounds = {name: self.total(lambda r, bound=bound: r.roofline(gpu)[bound]) for bound, name in (("dram", "M"), ("issue", "I"))}
         bound = max(bounds, key=bounds.get)
-        return bounds[bound] * 1e3 / (ELEMENTS / 1024), bound
+        return bounds[bound] * 2**20 / ELEMENTS, bound
 
 
 def measure(name: str, dtype: torch.dtype, arch: int) -> list[Row]:
@@ -122,20 +123,31 @@ def resources(launch: Started) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def _pair(row: Row, others: list[Row]) -> str:
+    """A line of the table: sm_80's fp32 / bf16, registers of sm_90 in brackets."""
+    rows = [row, others[0]]
+    registers = [resources(x.launches[0])["REG"] for x in (row, *others)]
+    times = ["{:.1f} {}".format(*x.modelled(gpu)) for gpu in MODELLED for x in rows]
+    cells = [
+        row.name,
+        len(row.launches),
+        *(f"{getattr(rows[0], kind)} / {getattr(rows[1], kind)}" for kind in ("needed", "unique")),
+        "{} / {} ({} / {})".format(*registers),
+        " / ".join(f"{x.instructions:.0f}" for x in rows),
+        f"{times[0]} / {times[1]}",
+        f"{times[2]} / {times[3]}",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def main() -> None:
-    gpus = ("A100-80G", "H100-SXM")
-    assert set(gpus) <= set(GPUS)
-    print("| op | launches | bytes needed | moved / needed | registers sm_80, sm_90 | instructions an element | A100 model | H100 model |")
+    assert set(MODELLED) <= set(GPUS)
+    print("| op | launches | bytes needed | bytes moved | registers | instructions an element | A100 model | H100 model |")
     print("|---|---|---|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16):
-        for name in ("randn", *CALLS):
-            for row, other in zip(measure(name, dtype, 80), measure(name, dtype, 90), strict=True):
-                times = ["{:.1f} ({})".format(*row.modelled(gpu)) for gpu in gpus]
-                registers = ", ".join(str(resources(x.launches[0])["REG"]) for x in (row, other))
-                print(
-                    f"| {row.name}, {str(dtype)[6:]} | {len(row.launches)} | {row.needed} | {row.unique / row.needed:.3f} | {registers} "
-                    f"| {row.instructions:.0f} | {times[0]} | {times[1]} |"
-                )
+    for name in ("randn", *CALLS):
+        runs = [measure(name, dtype, arch) for arch in (80, 90) for dtype in (torch.float32, torch.bfloat16)]
+        for row, *others in zip(*runs, strict=True):
+            print(_pair(row, others))
 
 
 if __name__ == "__main__":

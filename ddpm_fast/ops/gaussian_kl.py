@@ -2,7 +2,7 @@
 
 ½ (e^d - 1 - d + (mean1 - mean2)² e^-logvar2) with d = logvar1 - logvar2: the form of Ho et al. 2020, eq. 8, whose first
 part is computed without cancellation, so that the result is never negative and exact near equality. The reference twin is
-here; the kernel is csrc/cpu/gaussian_kl.cpp.
+here; the kernels are csrc/cpu/gaussian_kl.cpp and triton_kernels/gaussian_kl.py.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm_fast.backends import native
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
 from ddpm_fast.ops._native import address, dtype_tag, new_like
 from ddpm_fast.ops._op import Op
-from ddpm_fast.ops._triton import triton_function, triton_kernels
+from ddpm_fast.ops._triton import triton_kernels
 
 REDUCTIONS = (None, "mean_per_sample")
 _NO_GRADIENTS = ((0, 0),) * 4
@@ -178,7 +178,7 @@ def gaussian_kl(
         mean1, logvar1, mean2, logvar2: floating tensors of one dtype on one device, broadcast against each other (one value a
             sample, or one for all, is not written out, nor is its gradient); log-variances are natural logarithms.
         reduction: None for one value an element, "mean_per_sample" for the mean over all but the first dimension.
-        backend: force "reference" or "cpu".
+        backend: force "reference", "cpu" or "triton".
 
     Returns:
         Tensor of the broadcast shape, or (N,). Differentiable in all four, any number of times.

@@ -6,7 +6,8 @@ With one row of the table for each sample::
     x' = x_start · x̂0 + x_t_coef · x_t + previous · x̂0_previous + noise · exp(½ log_variance) · z
 
 Ho et al. 2020, algorithm 2. A sampler is a table (sampling.py): ancestral and strided DDPM, DDIM(η) and second-order
-multistep solvers differ in nothing else. The reference twin is here; the kernel is csrc/cpu/p_step.cpp.
+multistep solvers differ in nothing else. The reference twin is here; the kernels are
+csrc/cpu/p_step.cpp and triton_kernels/p_step.py.
 """
 from __future__ import annotations
 
@@ -161,7 +162,7 @@ def p_step(
         guidance: (output without the condition, scale): classifier-free guidance, without + scale · (out - without).
         x_next: contiguous tensor like x_t to write x' into, which may be x_t itself; only without gradients.
         x_start: whether x̂0 is wanted, or a tensor to write it into, which may be x_start_previous itself.
-        backend: force "reference" or "cpu".
+        backend: force "reference", "cpu" or "triton".
 
     Returns:
         (x', x̂0), each like x_t and contiguous; x̂0 is None where it is not wanted. Differentiable in x_t, out, a noise

@@ -1,7 +1,7 @@
 """q_sample: x_t = signal[t] · x_start + sigma[t] · ε.
 
 Ho et al. 2020, eq. 4 (tables √ᾱ and √(1-ᾱ)); with √(1-β) and √β it is one step of the chain, eq. 2. The reference twin is
-here; the kernel is csrc/cpu/q_sample.cpp, its formula csrc/common/diffusion_math.h.
+here; the kernels are csrc/cpu/q_sample.cpp, with its formula in csrc/common/diffusion_math.h, and triton_kernels/q_sample.py.
 """
 from __future__ import annotations
 
@@ -93,11 +93,12 @@ def q_sample(
 
     Args:
         x_start: (N, ...), float32, bfloat16, float16 or float64; made contiguous if it is not.
-        t: (N,) int64 in 0..T-1, on x_start's device. Values are checked on CPU only.
+        t: (N,) int64 in 0..T-1, on x_start's device. On CPU its values are
+            checked; elsewhere one outside gives NaN.
         signal, sigma: (T,) tables, float32 (float64 for float64 data). They get no gradient.
         noise: a :class:`~ddpm_fast.Noise`, drawn inside the kernel and never stored, or a tensor like x_start.
         out: contiguous tensor like x_start to write into, which may be x_start itself; only without gradients.
-        backend: force "reference" or "cpu".
+        backend: force "reference", "cpu" or "triton".
 
     Returns:
         Contiguous tensor like x_start (``out`` where given). Differentiable in x_start and in a noise tensor, any number

@@ -1,7 +1,7 @@
 """randn: :class:`~ddpm_fast.Noise` written out as a tensor.
 
-The reference twin is `noise_reference` in ddpm_fast/noise.py, beside the contract; kernels: csrc/cpu/randn.cpp and
-csrc/cuda/randn.cu. All give the same bits.
+The reference twin is `noise_reference` in ddpm_fast/noise.py, beside the contract; kernels: csrc/cpu/randn.cpp,
+csrc/cuda/randn.cu and triton_kernels/randn.py. All give the same bits.
 """
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def randn(
         noise: where the values come from.
         dtype: float32, bfloat16, float16 or float64; values are computed in fp32 and rounded (or widened) to it.
         out: contiguous tensor of that shape, dtype and device to write into.
-        backend: force one of "reference", "cpu", "cuda".
+        backend: force "reference", "cpu", "triton" or "cuda".
 
     Returns:
         Contiguous tensor of ``shape`` (``out`` where given). Not differentiable: it has no inputs.

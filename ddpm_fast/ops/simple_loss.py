@@ -1,7 +1,8 @@
 """simple_loss: per-sample weight[t] · mean (out - (x_start_coef[t] · x_start + noise_coef[t] · ε))².
 
 Ho et al. 2020, eq. 14, for any prediction: the target is a row of two coefficients (tables.target_coefficients), the
-weight any function of t (1, min-SNR, P2). The reference twin is here; the kernel is csrc/cpu/simple_loss.cpp.
+weight any function of t (1, min-SNR, P2). The reference twin is here; the kernels are
+csrc/cpu/simple_loss.cpp and triton_kernels/simple_loss.py.
 """
 from __future__ import annotations
 
@@ -106,7 +107,7 @@ def simple_loss(
         weight, x_start_coef, noise_coef: (T,) tables, float32 (float64 for float64 data). Where a coefficient is 0 a
             kernel neither reads nor draws what it multiplies.
         noise: the :class:`~ddpm_fast.Noise` or tensor that x_t was made with. A Noise is drawn again in backward.
-        backend: force "reference" or "cpu".
+        backend: force "reference", "cpu" or "triton".
 
     Returns:
         (N,) float32 (float64 for float64 data). Differentiable in out, any number of times.

@@ -1,8 +1,8 @@
 """vlb_terms: the terms of the variational bound, L_t in bits per dimension.
 
 For t > 0 the KL divergence of q(x_{t-1} | x_t, x_0) from p_θ(x_{t-1} | x_t); at t = 0 the negative log-likelihood of the
-discretised-Gaussian decoder (Ho et al. 2020, eq. 5, 8 and 13). The reference twin is here; the kernel is
-csrc/cpu/vlb_terms.cpp.
+discretised-Gaussian decoder (Ho et al. 2020, eq. 5, 8 and 13). The reference twin is here; the kernels are
+csrc/cpu/vlb_terms.cpp and triton_kernels/vlb_terms.py.
 """
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def vlb_terms(
         levels: grey levels, 2..2000: they set the decoder's bins.
         cdf: "tanh" (published numbers) or "erf" (exact).
         detach_mean: no gradient to the prediction, only to the variance half (the hybrid loss).
-        backend: force "reference" or "cpu".
+        backend: force "reference", "cpu" or "triton".
 
     Returns:
         (N,) float32 (float64 for float64 data). Differentiable in out, any number of times.

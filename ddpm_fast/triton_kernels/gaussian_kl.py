@@ -108,10 +108,7 @@ def _gaussian_kl_bwd_kernel(
     place = n[:, None] * elements + i
     mean1, logvar1 = _operand(mean1_ptr, n, i, stride1, samples, inside, WHOLE1, VECTOR), _operand(logvar1_ptr, n, i, stride2, samples, inside, WHOLE2, VECTOR)
     mean2, logvar2 = _operand(mean2_ptr, n, i, stride3, samples, inside, WHOLE3, VECTOR), _operand(logvar2_ptr, n, i, stride4, samples, inside, WHOLE4, VECTOR)
-    if REDUCED:
-        grad = each(grad_kl_ptr, n, samples) * share
-    else:
-        grad = read(grad_kl_ptr, place, inside)
+    grad = each(grad_kl_ptr, n, samples) * share if REDUCED else read(grad_kl_ptr, place, inside)
     inverse = inverse_deviation(logvar2)
     distance = (mean1 - mean2) * inverse
     growth, _ = excess_of(logvar1 - logvar2)

@@ -59,11 +59,15 @@ def _simple_loss_kernel(
             tl.store(grad_out_ptr + out_place + elements, tl.zeros(inside.shape, tl.float32), mask=inside)
 
 
-def _launch(arguments, share, grad_loss, sums, grad_out):
+def _tiles(arguments):
+    out, x_start, *_ = arguments
+    return Tiles(x_start.shape, x_start, out)
+
+
+def _launch(tiles, arguments, share, grad_loss, sums, grad_out):
     out, x_start, t, weight, x_start_coef, noise_coef, noise = arguments
     out, x_start, t = out.contiguous(), x_start.contiguous(), t.contiguous()
     reads, numbers, constants = noise_arguments(contiguous_noise(noise))
-    tiles = Tiles(x_start.shape, x_start, out)
     tiles.launch(
         _simple_loss_kernel,
         dict(
@@ -77,14 +81,14 @@ def _launch(arguments, share, grad_loss, sums, grad_out):
 
 
 def forward(*arguments):
-    loss, tiles = per_sample(arguments[1]), Tiles(arguments[1].shape, arguments[1])
+    loss, tiles = per_sample(arguments[1]), _tiles(arguments)
     sums = workspace(tiles, loss)
-    _launch(arguments, 1.0, None, sums, None)
+    _launch(tiles, arguments, 1.0, None, sums, None)
     finish(sums, loss)
     return loss
 
 
 def backward(arguments, needs, grads):
     grad_out = new_like(arguments[0])
-    _launch(arguments, 2.0, grads[0].contiguous(), None, grad_out)
+    _launch(_tiles(arguments), arguments, 2.0, grads[0].contiguous(), None, grad_out)
     return grad_out, *[None] * 6

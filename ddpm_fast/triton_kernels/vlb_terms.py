@@ -98,13 +98,17 @@ def _vlb_terms_kernel(
             tl.store(grad_out_ptr + out_place + elements, by_raw, mask=inside)
 
 
-def _launch(arguments, grad_terms, sums, grad_out):
+def _tiles(arguments):
+    out, _, x_t, *_ = arguments
+    return Tiles(x_t.shape, x_t, out)
+
+
+def _launch(tiles, arguments, grad_terms, sums, grad_out):
     out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
-    out, x_t = out.contiguous(), x_t.contiguous()
-    tiles = Tiles(x_t.shape, x_t, out)
+    out, x_start, x_t, t = out.contiguous(), x_start.contiguous(), x_t.contiguous(), t.contiguous()
     tiles.launch(
         _vlb_terms_kernel,
-        dict(out_ptr=out, x_start_ptr=x_start.contiguous(), x_t_ptr=x_t, t_ptr=t.contiguous(), table_ptr=table, grad_terms_ptr=grad_terms),
+        dict(out_ptr=out, x_start_ptr=x_start, x_t_ptr=x_t, t_ptr=t, table_ptr=table, grad_terms_ptr=grad_terms),
         dict(sums_ptr=sums, grad_out_ptr=grad_out),
         dict(half=1.0 / (levels - 1), share=1.0 / (tiles.elements * _LN2), steps=table.shape[0]),
         dict(
@@ -115,15 +119,14 @@ def _launch(arguments, grad_terms, sums, grad_out):
 
 
 def forward(*arguments):
-    x_t = arguments[2]
-    terms, tiles = per_sample(x_t), Tiles(x_t.shape, x_t)
+    terms, tiles = per_sample(arguments[2]), _tiles(arguments)
     sums = workspace(tiles, terms)
-    _launch(arguments, None, sums, None)
+    _launch(tiles, arguments, None, sums, None)
     finish(sums, terms)
     return terms
 
 
 def backward(arguments, needs, grads):
     grad_out = new_like(arguments[0])
-    _launch(arguments, grads[0].contiguous(), None, grad_out)
+    _launch(_tiles(arguments), arguments, grads[0].contiguous(), None, grad_out)
     return grad_out, *[None] * 9

@@ -1,8 +1,8 @@
 """How work is cut into programs, and how a kernel is started.
 
 A program has a tile of ROWS samples by COLUMNS elements, 1024 in all for 128 threads: two 16-byte accesses a thread to each
-fp32 tensor, one to each 16-bit one. The cut depends on the size of a sample alone, so sums have the same bits in any batch. Constants
-of a kernel take few values whatever the sizes are, so few variants are ever compiled: COLUMNS is a power of two, VECTOR says
+fp32 tensor, one to each 16-bit one. The cut depends on the size of a sample alone, so sums have the same bits in any batch. A kernel's
+constants take few values whatever the sizes are, so few variants are ever compiled: COLUMNS is a power of two, VECTOR says
 only how many elements may be accessed at once, and sizes are never specialised on.
 """
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Tiles:
     Args:
         shape: (N, ...) of the data whose samples the programs work on.
         tensors: those that are accessed in vectors, whose samples may lie further apart than the data's; None is left out.
+            The first one's device is where kernels start.
     """
 
     def __init__(self, shape: torch.Size, *tensors: Tensor | None) -> None:

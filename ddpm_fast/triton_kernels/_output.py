@@ -2,11 +2,12 @@
 import triton
 import triton.language as tl
 
+from ddpm_fast.ops._output import VARIANCE_KINDS
 from ddpm_fast.triton_kernels._elementary import exponential
 from ddpm_fast.triton_kernels._tile import entry
 
-FIXED: tl.constexpr = tl.constexpr(0)  # places in VARIANCE_KINDS of ops/_output.py
-LEARNED: tl.constexpr = tl.constexpr(1)
+FIXED = tl.constexpr(VARIANCE_KINDS.index("fixed"))
+LEARNED = tl.constexpr(VARIANCE_KINDS.index("learned"))
 
 
 @triton.jit

@@ -2,9 +2,10 @@
 import triton
 import triton.language as tl
 
+from ddpm_fast.triton_kernels import _launch
 from ddpm_fast.triton_kernels._philox import normals
 
-DRAWN: tl.constexpr = tl.constexpr(2)  # _launch.py's NOISE
+DRAWN = tl.constexpr(_launch.DRAWN)
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def read(ptr, place, inside):
 
 @triton.jit
 def epsilon(noise_ptr, place, n, wanted, inside, seed, stream, first_sample, NOISE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """ε (ROWS, COLUMNS), read or drawn; anything finite for samples that do not want it (ROWS, 1)."""
+    """ε (ROWS, COLUMNS), read or drawn; anything at all for samples that do not want it (ROWS, 1), so select, not multiply."""
     if NOISE == DRAWN:
         e = tl.zeros(inside.shape, tl.float32)
         if any_row(tl.max(wanted.to(tl.int32), 1)):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import Noise
 from ddpm_fast.noise import noise_reference
+from ddpm_fast.noise import philox4x32_10 as philox_reference
 from ddpm_fast.ops import gaussian_kl, p_step, q_sample, randn, simple_loss, vlb_terms
 from ddpm_fast.ops._op import goes_through_dispatcher
 
@@ -20,9 +21,13 @@ pytest.importorskip("triton", reason="Triton is not installed, so its kernels ca
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
 
+import triton
+import triton.language as tl
+from ptxsim.triton_runner import run_triton
 from simulator import simulated
 
 from ddpm_fast.triton_kernels import _launch
+from ddpm_fast.triton_kernels._philox import philox4x32_10
 
 SUMMED = ("simple_loss", "vlb_terms", "gaussian_kl mean")  # their sums run in another order than the CPU kernels'
 # (shape, dtype, architecture). Unaligned rows of 182 elements, five to a program; two tiles with a tail; 128 tiny samples to a
@@ -69,6 +74,35 @@ def test_noise_has_the_bits_of_the_contract(shape, dtype):
     assert_bits_equal(out, noise_reference(shape, key.seed, key.stream, key.first_sample, torch.device("cpu")).to(dtype))
     (launch,) = launches
     assert launch.report.global_store.bytes_requested == out.numel() * out.element_size()  # none twice, and all of them
+
+
+@triton.jit
+def words_kernel(words_ptr, counters_ptr, seed: tl.uint64, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    c0 = tl.load(counters_ptr + at).to(tl.uint32, bitcast=True)
+    c1 = tl.load(counters_ptr + BLOCK + at).to(tl.uint32, bitcast=True)
+    c2 = tl.load(counters_ptr + 2 * BLOCK + at).to(tl.uint32, bitcast=True)
+    c3 = tl.load(counters_ptr + 3 * BLOCK + at).to(tl.uint32, bitcast=True)
+    w0, w1, w2, w3 = philox4x32_10(c0, c1, c2, c3, seed)
+    tl.store(words_ptr + at, w0.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + BLOCK + at, w1.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + 2 * BLOCK + at, w2.to(tl.int32, bitcast=True))
+    tl.store(words_ptr + 3 * BLOCK + at, w3.to(tl.int32, bitcast=True))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, 0x299F31D0A4093822, 12345])
+def test_words_are_the_generators(seed, arch):
+    """Before any float: Philox's four words, for counters of all zeros, all ones, pi (Random123's known answers), and any."""
+    counters = torch.randint(-(2**31), 2**31, (4, 128), dtype=torch.int32)
+    counters[:, 0], counters[:, 1] = 0, -1
+    counters[:, 2] = torch.tensor([0x243F6A88, 0x85A308D3 - 2**32, 0x13198A2E, 0x03707344])
+    words = torch.empty_like(counters)
+    run_triton(words_kernel, (1,), dict(words_ptr=words, counters_ptr=counters, seed=seed), dict(BLOCK=128), arch=arch, uninitialised_outputs=("words_ptr",))
+    unsigned = [c.long() & 0xFFFFFFFF for c in counters]
+    expected = philox_reference(*unsigned, seed & 0xFFFFFFFF, seed >> 32)
+    for word, known in zip(words, expected, strict=True):
+        assert_bits_equal(word.long() & 0xFFFFFFFF, known)
 
 
 @pytest.mark.parametrize("key", [Noise(0), Noise(2**32, 1, 2**32), Noise(2**64 - 1, 2**32 - 1, 2**64 - 1), Noise(1, 0, 2**63 - 1)], ids=str)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -19,6 +20,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # TRITON_INTERPRET=1, also takes CPU tensors where it is forced: for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TAKES = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cuda": ("cuda",)}
+OLDEST_CAPABILITY = (7, 5)  # the oldest that the Triton kernels have been compiled for
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by device type: the first that an op has and that is not missing here
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
@@ -45,8 +47,23 @@ def missing(backend: str) -> str:
         return "Triton is not installed"
     if backend == "triton" and _INTERPRETED:
         return ""
-    if backend in ("cuda", "triton") and not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device" if torch.version.cuda else "this PyTorch was built without CUDA"
+    if backend in ("cuda", "triton"):
+        if not torch.version.cuda:
+            return "this PyTorch was built without CUDA"
+        if not torch.cuda.is_available():
+            return "PyTorch sees no CUDA device"
+    if backend == "triton":
+        return _triton_cannot_launch()
+    return ""
+
+
+def _triton_cannot_launch() -> str:
+    """What Triton's launcher would stop at in the middle of a program."""
+    oldest = min((torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())), default=OLDEST_CAPABILITY)
+    if oldest < OLDEST_CAPABILITY:
+        return f"Triton needs a compute capability of {'.'.join(map(str, OLDEST_CAPABILITY))} or more, the oldest GPU here has {'.'.join(map(str, oldest))}"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton builds its launcher with a C compiler, and there is no gcc or clang on PATH and no CC"
     return ""
 
 

@@ -122,6 +122,27 @@ def test_missing_without_cuda_in_the_build(monkeypatch, forgetful):
     assert missing("cpu") == missing("triton") == ""
 
 
+@pytest.mark.parametrize(
+    "capabilities, on_path, cc, message",
+    [
+        ([(9, 0)], ["gcc"], "", ""),
+        ([(9, 0)], ["clang"], "", ""),
+        ([(9, 0)], [], "/opt/cc", ""),
+        ([(9, 0)], [], "", "Triton builds its launcher with a C compiler, and there is no gcc or clang on PATH and no CC"),
+        ([(9, 0), (7, 0)], ["gcc"], "", "Triton needs a compute capability of 7.5 or more, the oldest GPU here has 7.0"),
+    ],
+)
+def test_missing_where_triton_could_not_launch(monkeypatch, forgetful, capabilities, on_path, cc, message):
+    """The first op must not stop there: the reference runs, and `info` says why."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+    monkeypatch.setattr("shutil.which", lambda name: name if name in on_path else None)
+    monkeypatch.setenv("CC", cc)
+    assert missing("triton") == message
+
+
 @pytest.mark.parametrize("version, message", [("13.0", "PyTorch sees no CUDA device"), (None, "this PyTorch was built without CUDA")])
 def test_missing_without_a_device(monkeypatch, forgetful, version, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -4,6 +4,7 @@ The calls are op_cases.py's.
 """
 import warnings
 
+import op_cases
 import pytest
 import torch
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
@@ -37,6 +38,10 @@ def test_operator_checks_what_the_function_checks(name, given):
     """Its arguments are known only when a compiled graph runs."""
     case = make(name, given, SHAPE)
     wrong = case.given(t=case.arguments["t"] + 10**6) if "t" in case.arguments else case.given(reduction="sum")
+    if op_cases.DEVICE.type != "cpu" and "t" in case.arguments:  # looking at its values would wait for the device
+        results = getattr(torch.ops.ddpm_fast, case.op)(*wrong.for_operator())
+        assert all([x.isnan().all() for x in (results if isinstance(results, tuple) else (results,))])
+        return
     with pytest.raises(ValueError, match=r"t must lie in 0\.\.\d+, got t\[0\] = 1000000|reduction must be None or 'mean_per_sample', got 'sum'"):
         getattr(torch.ops.ddpm_fast, case.op)(*wrong.for_operator())
 

@@ -37,14 +37,26 @@ def test_results_and_gradients(name, given, shape, dtype):
             assert_bits_equal(x, native[what], f"{what}, against the CPU kernel")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_case
-def test_captured_in_a_graph(name, given):
-    case = on_device(make(name, given, (3, 2, 33, 31)))
-    expected = case()  # compiles, which a capture could not
-    torch.cuda.synchronize()
+def test_captured_in_a_graph(name, given, dtype):
+    """Forward and backward."""
+    case = on_device(make(name, given, (3, 2, 33, 31), dtype)).watched()
+    grads = [torch.ones_like(x) for x in case()]
+
+    def step():
+        results = case()
+        return [x.detach() for x in results] + list(torch.autograd.grad(results, case.inputs(), grads))
+
+    expected = step()  # compiles, which a capture could not
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as PyTorch asks of what is captured with its backward
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = case()
+        results = step()
     graph.replay()
     torch.cuda.synchronize()
     for x, y in zip(results, expected, strict=True):

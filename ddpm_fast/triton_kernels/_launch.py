@@ -19,8 +19,9 @@ from ddpm_fast.noise import Noise
 TILE = 1024  # elements of a program
 LARGEST_GRID_Y = 65535  # the hardware's limit
 WARPS = 4
-# Without contraction to fused multiply-adds: the bits are those of the CPU kernels.
-OPTIONS = dict(num_warps=WARPS, num_stages=1, enable_fp_fusion=False)
+# Without contraction to fused multiply-adds: the bits are those of the CPU kernels. Without overflow checks, which
+# TRITON_DEBUG=1 would turn on: Philox wraps on purpose.
+OPTIONS = dict(num_warps=WARPS, num_stages=1, enable_fp_fusion=False, sanitize_overflow=False)
 NO_NOISE, GIVEN, DRAWN = 0, 1, 2  # a kernel's NOISE
 SIZES = ("samples", "vectors", "steps", "seed", "noise_stream", "first_sample")  # what kernels are not specialised on
 
@@ -39,7 +40,8 @@ def plan(samples: int, elements: int) -> Plan:
     columns = min(max(1 << (elements - 1).bit_length(), 8), TILE)
     rows, tiles = TILE // columns, -(-elements // columns)
     row_tiles = -(-samples // rows)
-    return Plan(rows, columns, tiles, (tiles, min(row_tiles, LARGEST_GRID_Y), -(-row_tiles // LARGEST_GRID_Y)))
+    layers = -(-row_tiles // LARGEST_GRID_Y)
+    return Plan(rows, columns, tiles, (tiles, -(-row_tiles // layers), layers))
 
 
 class Tiles:

@@ -35,7 +35,7 @@ def log_variance_of(raw, low, high, VARIANCE: tl.constexpr):
 def log_variance_slope(low, high, VARIANCE: tl.constexpr):
     """Its derivative by ``raw``."""
     if VARIANCE == LEARNED:
-        return low * 0.0 + 1.0
+        return 1.0  # whatever low is: it does not matter here, and may be infinite
     else:
         return 0.5 * (high - low)
 

@@ -73,9 +73,10 @@ def _p_step_fwd_kernel(
     if previous_ptr is not None:
         x_next = x_next + previous * read(previous_ptr, place, inside)
     if NOISE != 0:
-        z = epsilon(noise_ptr, place, n, noise != 0.0, inside, seed, noise_stream, first_sample, NOISE, WIDE, COLUMNS)
+        noisy = (noise != 0.0) & (n < samples)[:, None]
+        z = epsilon(noise_ptr, place, n, noisy, inside, seed, noise_stream, first_sample, NOISE, WIDE, COLUMNS)
         width = _deviation(out_ptr, out_place + elements, inside, noise, low, high, VARIANCE)
-        x_next = tl.where(noise != 0.0, x_next + width * z, x_next)
+        x_next = tl.where(noisy, x_next + width * z, x_next)
     tl.store(x_next_ptr + place, x_next, mask=inside)
     if x_start_ptr is not None:
         tl.store(x_start_ptr + place, guess, mask=inside)
@@ -136,7 +137,7 @@ def _p_step_bwd_kernel(
             tl.store(grad_without_ptr + out_place + elements, nothing, mask=inside)
     grad_noise, grad_raw = nothing, nothing
     if NOISE != 0:
-        noisy = noise != 0.0
+        noisy = (noise != 0.0) & (n < samples)[:, None]
         width = _deviation(out_ptr, out_place + elements, inside, noise, low, high, VARIANCE)
         grad_noise = tl.where(noisy, width * g, 0.0)
         if VARIANCE != FIXED and grad_out_ptr is not None:

@@ -44,10 +44,11 @@ def _simple_loss_kernel(
     t, known = timestep(t_ptr, n, samples, steps)
     place, out_place = n[:, None] * elements + i, n[:, None] * elements * DOUBLED + i
     c0, c1 = entry(x_start_coef_ptr, t, known), entry(noise_coef_ptr, t, known)
+    noisy = (c1 != 0.0) & (n < samples)[:, None]
     # A term whose coefficient is 0 is neither read nor drawn, so that nothing but a number can come of it.
     x = tl.load(x_start_ptr + place, mask=inside & (c0 != 0.0), other=0.0).to(tl.float32)
-    e = epsilon(noise_ptr, place, n, c1 != 0.0, inside, seed, noise_stream, first_sample, NOISE, WIDE, COLUMNS)
-    target = c0 * x + tl.where(c1 != 0.0, c1 * e, 0.0)
+    e = epsilon(noise_ptr, place, n, noisy, inside, seed, noise_stream, first_sample, NOISE, WIDE, COLUMNS)
+    target = c0 * x + tl.where(noisy, c1 * e, 0.0)
     residual = read(out_ptr, out_place, inside) - target
     factor = entry(weight_ptr, t, known) * share
     if grad_out_ptr is None:

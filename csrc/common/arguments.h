@@ -1,5 +1,5 @@
-// What the bindings hand to a kernel: plain structs of pointers and sizes, no Python, no libtorch. Every tensor is contiguous
-// and was checked by the caller, the values of t too.
+// What the bindings hand to a kernel: plain structs of pointers and sizes, no Python, no libtorch. Every tensor is contiguous,
+// or as strided as is said here, and was checked by the caller, the values of t too.
 #pragma once
 #include "diffusion_math.h"
 #include "dtype.h"
@@ -97,6 +97,42 @@ struct VlbTermsArguments {
   Output grad_out;          // like out, or null
   const float* grad_terms;  // (samples,) that grad_out is for; null: for ones
   Sizes sizes;
+};
+
+// One value for each channel of each sample: row n starts n * stride elements into the view. Null where absent.
+struct Rows {
+  View view;
+  int64_t stride;
+};
+
+// y = dropout(silu(((x + pre_bias) normalised · weight + bias) · (1 + scale) + shift)), each but the norm optional.
+struct GroupNormArguments {
+  View x, y;                      // (samples, channels, pixels), or with channels_last (samples, pixels, channels); one dtype
+  bool channels_last;
+  int64_t samples, channels, pixels, groups;
+  float eps;
+  bool silu;
+  View weight, bias;              // (channels,) of one dtype, each null where absent
+  Rows pre_bias, scale, shift;    // of one dtype
+  float dropout;                  // probability that an element is zeroed; 0: there is no dropout
+  NoiseKey key;                   // of its mask
+  float *mean, *rstd;             // (samples, groups), of x + pre_bias: written by forward, read by backward
+  View grad_y, grad_x;            // backward: like x
+  View grad_weight, grad_bias;    // backward: (channels,), null where not wanted
+  Rows grad_pre_bias, grad_scale, grad_shift;  // backward: null where not wanted
+  float* workspace;               // as many floats as the plan of the backend says
+  int threads;
+};
+
+// softmax(q kᵀ scale) v, for each sample and head over its tokens.
+struct AttentionArguments {
+  View qkv;                       // (samples, tokens, 3, heads, head_channels)
+  View out;                       // (samples, tokens, heads, head_channels)
+  float* logsumexp;               // (samples, heads, tokens), nats: written by forward where not null, read by backward
+  int64_t samples, tokens, heads, head_channels;
+  float scale;
+  View grad_out, grad_qkv;        // backward: like out, like qkv
+  float* workspace;               // as many floats as the plan says
 };
 
 }  // namespace ddpm_fast

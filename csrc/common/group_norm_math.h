@@ -1,0 +1,15 @@
+// group_norm's per-element formulas, for host and device.
+#pragma once
+#include "philox.h"
+
+namespace ddpm_fast {
+
+// The mask of a dropout: element (c, pixel) of a sample has word i % 4 of counter block i / 4 of its noise, where
+// i = pixel * channels + c: channels run fastest, in either layout of the data. It is kept where the word reaches the threshold.
+DDPM_INLINE uint32_t dropout_threshold(float probability) { return uint32_t(double(probability) * 4294967296.0); }
+DDPM_INLINE float dropout_scale(float probability) { return 1.0f / (1.0f - probability); }
+
+// d/dz of z sigmoid(z), given the sigmoid.
+DDPM_INLINE float silu_slope(float z, float sigmoid) { return sigmoid * (1.0f + z * (1.0f - sigmoid)); }
+
+}  // namespace ddpm_fast

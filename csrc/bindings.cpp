@@ -13,6 +13,7 @@
 #include "cpu/kernels.h"
 #if defined(DDPM_FAST_CUDA)
 #include <cuda_runtime_api.h>
+#include "cuda/group_norm.h"
 #include "cuda/randn.h"
 #endif
 
@@ -140,6 +141,49 @@ void cpu_vlb_terms(uintptr_t out, int out_dtype, int64_t stride, uintptr_t x_sta
                             {view(grad_out, out_dtype), stride}, floats(grad_terms), {samples, elements, threads}});
 }
 
+// (address or 0, elements from one sample's row to the next)
+using Row = std::pair<uintptr_t, int64_t>;
+Rows rows(const Row& row, int dtype) { return {view(row.first, dtype), row.second}; }
+
+// For every backend. Addresses of optional tensors may be 0; dropout (probability, seed, stream, first sample).
+using Dropout = std::tuple<float, uint64_t, uint32_t, uint64_t>;
+GroupNormArguments group_norm_arguments(uintptr_t x, uintptr_t y, int dtype, bool channels_last, int64_t samples, int64_t channels,
+                                        int64_t pixels, int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias,
+                                        int parameter_dtype, const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype,
+                                        const Dropout& dropout, uintptr_t mean, uintptr_t rstd, uintptr_t workspace, int threads) {
+  GroupNormArguments a{};
+  a.x = view(x, dtype);
+  a.y = view(y, dtype);
+  a.channels_last = channels_last;
+  a.samples = samples, a.channels = channels, a.pixels = pixels, a.groups = groups;
+  a.eps = eps;
+  a.silu = silu;
+  a.weight = view(weight, parameter_dtype);
+  a.bias = view(bias, parameter_dtype);
+  a.pre_bias = rows(pre_bias, rows_dtype);
+  a.scale = rows(scale, rows_dtype);
+  a.shift = rows(shift, rows_dtype);
+  const auto [probability, seed, stream, first_sample] = dropout;
+  a.dropout = probability;
+  a.key = {seed, stream, first_sample};
+  a.mean = pointer<float>(mean);
+  a.rstd = pointer<float>(rstd);
+  a.workspace = pointer<float>(workspace);
+  a.threads = threads;
+  return a;
+}
+
+void add_group_norm_gradients(GroupNormArguments& a, uintptr_t grad_y, uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias,
+                              const Row& grad_pre_bias, const Row& grad_scale, const Row& grad_shift, int parameter_dtype, int rows_dtype) {
+  a.grad_y = view(grad_y, int(a.x.dtype));
+  a.grad_x = view(grad_x, int(a.x.dtype));
+  a.grad_weight = view(grad_weight, parameter_dtype);
+  a.grad_bias = view(grad_bias, parameter_dtype);
+  a.grad_pre_bias = rows(grad_pre_bias, rows_dtype);
+  a.grad_scale = rows(grad_scale, rows_dtype);
+  a.grad_shift = rows(grad_shift, rows_dtype);
+}
+
 #if defined(DDPM_FAST_CUDA)
 void cuda_randn(uintptr_t out, int64_t samples, int64_t elements, int dtype, uint64_t seed, uint32_t stream,
                 uint64_t first_sample, int device, uintptr_t cuda_stream) {
@@ -156,6 +200,65 @@ py::dict cuda_randn_plan(int64_t samples, int64_t elements) {
   d["grid"] = py::make_tuple(plan.grid_x, plan.grid_y, 1);
   d["block"] = plan.block;
   return d;
+}
+
+void require_launched(const char* op, const GroupNormArguments& a, const char* error) {
+  if (error)
+    throw std::runtime_error(std::string(op) + ": CUDA launch failed for " + std::to_string(a.samples) + " samples of " +
+                             std::to_string(a.channels) + " channels of " + std::to_string(a.pixels) + " pixels in " +
+                             std::to_string(a.groups) + " groups: " + error);
+}
+
+void cuda_group_norm(uintptr_t x, uintptr_t y, int dtype, bool channels_last, int64_t samples, int64_t channels, int64_t pixels,
+                     int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias, int parameter_dtype, const Row& pre_bias,
+                     const Row& scale, const Row& shift, int rows_dtype, const Dropout& dropout, uintptr_t mean, uintptr_t rstd,
+                     uintptr_t workspace, int device, uintptr_t cuda_stream) {
+  const GroupNormArguments a =
+      group_norm_arguments(x, y, dtype, channels_last, samples, channels, pixels, groups, eps, silu, weight, bias, parameter_dtype,
+                           pre_bias, scale, shift, rows_dtype, dropout, mean, rstd, workspace, 0);
+  require_launched("group_norm", a, cuda::group_norm(a, device, pointer<void>(cuda_stream)));
+}
+
+void cuda_group_norm_backward(uintptr_t x, int dtype, bool channels_last, int64_t samples, int64_t channels, int64_t pixels,
+                              int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias, int parameter_dtype,
+                              const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype, const Dropout& dropout,
+                              uintptr_t mean, uintptr_t rstd, uintptr_t workspace, uintptr_t grad_y, uintptr_t grad_x,
+                              uintptr_t grad_weight, uintptr_t grad_bias, const Row& grad_pre_bias, const Row& grad_scale,
+                              const Row& grad_shift, int device, uintptr_t cuda_stream) {
+  GroupNormArguments a =
+      group_norm_arguments(x, 0, dtype, channels_last, samples, channels, pixels, groups, eps, silu, weight, bias, parameter_dtype,
+                           pre_bias, scale, shift, rows_dtype, dropout, mean, rstd, workspace, 0);
+  add_group_norm_gradients(a, grad_y, grad_x, grad_weight, grad_bias, grad_pre_bias, grad_scale, grad_shift, parameter_dtype, rows_dtype);
+  require_launched("group_norm_backward", a, cuda::group_norm_backward(a, device, pointer<void>(cuda_stream)));
+}
+
+// "tile" is the kernels' second argument as it lies in memory.
+py::dict group_norm_plan_dict(const cuda::GroupNormPlan& plan) {
+  py::list launches;
+  for (const cuda::GroupNormLaunch& launch : plan.launches) {
+    py::dict d;
+    d["phase"] = std::array<const char*, 3>{"whole", "sums", "results"}[size_t(launch.tile.phase)];
+    d["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
+    d["block"] = py::make_tuple(launch.block[0], launch.block[1]);
+    d["shared"] = launch.shared;
+    d["tile"] = py::bytes(reinterpret_cast<const char*>(&launch.tile), sizeof launch.tile);
+    d["groups"] = launch.tile.groups;
+    d["channels"] = launch.tile.channels;
+    d["positions"] = launch.tile.positions;
+    d["tiles"] = py::make_tuple(launch.tile.channel_tiles, launch.tile.position_tiles);
+    launches.append(d);
+  }
+  py::dict d;
+  d["vector"] = plan.vector;
+  d["launches"] = launches;
+  d["workspace"] = plan.workspace;
+  return d;
+}
+
+template <cuda::GroupNormPlan (*plan)(const cuda::GroupNormSizes&, int, bool)>
+py::dict cuda_group_norm_plan(int64_t samples, int64_t channels, int64_t pixels, int64_t groups, bool channels_last, int dtype, int sms,
+                              bool aligned) {
+  return group_norm_plan_dict(plan({samples, channels, pixels, groups, channels_last, DType(dtype)}, sms, aligned));
 }
 #endif
 
@@ -208,5 +311,13 @@ PYBIND11_MODULE(_C, m) {
 #if defined(DDPM_FAST_CUDA)
   m.def("cuda_randn", &cuda_randn, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_randn_plan", &cuda_randn_plan, py::arg("samples"), py::arg("elements"));
+  m.def("cuda_group_norm", &cuda_group_norm, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_group_norm_backward", &cuda_group_norm_backward, py::call_guard<py::gil_scoped_release>());
+  const auto group_norm_plan = [&m](const char* name, auto plan) {
+    m.def(name, plan, py::arg("samples"), py::arg("channels"), py::arg("pixels"), py::arg("groups"), py::arg("channels_last"),
+          py::arg("dtype"), py::kw_only(), py::arg("sms"), py::arg("aligned") = true);
+  };
+  group_norm_plan("cuda_group_norm_plan", &cuda_group_norm_plan<cuda::group_norm_plan>);
+  group_norm_plan("cuda_group_norm_backward_plan", &cuda_group_norm_plan<cuda::group_norm_backward_plan>);
 #endif
 }

@@ -232,16 +232,19 @@ void cuda_group_norm_backward(uintptr_t x, int dtype, bool channels_last, int64_
   require_launched("group_norm_backward", a, cuda::group_norm_backward(a, device, pointer<void>(cuda_stream)));
 }
 
-// "tile" is the kernels' second argument as it lies in memory.
-py::dict group_norm_plan_dict(const cuda::GroupNormPlan& plan) {
+// "kernel" is its name as a demangler writes it, "tile" the second argument of those that take one, as it lies in memory.
+py::dict group_norm_plan_dict(const cuda::GroupNormPlan& plan, const std::string& op, bool channels_last, DType dtype) {
+  const char* const type = std::array<const char*, 3>{"float", "__nv_bfloat16", "__half"}[size_t(dtype)];
+  const std::string slabs = op + "_kernel<" + type + (channels_last ? ", true, " : ", false, ") + std::to_string(plan.vector) + ">";
   py::list launches;
   for (const cuda::GroupNormLaunch& launch : plan.launches) {
     py::dict d;
+    d["kernel"] = std::array<std::string, 3>{slabs, op + "_finish_kernel", op + "_parameters_kernel"}[size_t(launch.kernel)];
     d["phase"] = std::array<const char*, 3>{"whole", "sums", "results"}[size_t(launch.tile.phase)];
     d["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
     d["block"] = py::make_tuple(launch.block[0], launch.block[1]);
     d["shared"] = launch.shared;
-    d["tile"] = py::bytes(reinterpret_cast<const char*>(&launch.tile), sizeof launch.tile);
+    d["tile"] = launch.kernel == cuda::GroupNormKernel::parameters ? py::bytes() : py::bytes(reinterpret_cast<const char*>(&launch.tile), sizeof launch.tile);
     d["groups"] = launch.tile.groups;
     d["channels"] = launch.tile.channels;
     d["positions"] = launch.tile.positions;
@@ -255,10 +258,16 @@ py::dict group_norm_plan_dict(const cuda::GroupNormPlan& plan) {
   return d;
 }
 
-template <cuda::GroupNormPlan (*plan)(const cuda::GroupNormSizes&, int, bool)>
 py::dict cuda_group_norm_plan(int64_t samples, int64_t channels, int64_t pixels, int64_t groups, bool channels_last, int dtype, int sms,
                               bool aligned) {
-  return group_norm_plan_dict(plan({samples, channels, pixels, groups, channels_last, DType(dtype)}, sms, aligned));
+  const cuda::GroupNormSizes sizes{samples, channels, pixels, groups, channels_last, DType(dtype)};
+  return group_norm_plan_dict(cuda::group_norm_plan(sizes, sms, aligned), "group_norm", channels_last, DType(dtype));
+}
+
+py::dict cuda_group_norm_backward_plan(int64_t samples, int64_t channels, int64_t pixels, int64_t groups, bool channels_last, int dtype,
+                                       int sms, bool aligned) {
+  const cuda::GroupNormSizes sizes{samples, channels, pixels, groups, channels_last, DType(dtype)};
+  return group_norm_plan_dict(cuda::group_norm_backward_plan(sizes, sms, aligned), "group_norm_backward", channels_last, DType(dtype));
 }
 #endif
 
@@ -317,7 +326,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(name, plan, py::arg("samples"), py::arg("channels"), py::arg("pixels"), py::arg("groups"), py::arg("channels_last"),
           py::arg("dtype"), py::kw_only(), py::arg("sms"), py::arg("aligned") = true);
   };
-  group_norm_plan("cuda_group_norm_plan", &cuda_group_norm_plan<cuda::group_norm_plan>);
-  group_norm_plan("cuda_group_norm_backward_plan", &cuda_group_norm_plan<cuda::group_norm_backward_plan>);
+  group_norm_plan("cuda_group_norm_plan", &cuda_group_norm_plan);
+  group_norm_plan("cuda_group_norm_backward_plan", &cuda_group_norm_backward_plan);
 #endif
 }

@@ -13,8 +13,7 @@ from torch import Tensor
 from ddpm_fast import Noise
 from ddpm_fast.noise import MASK32, philox4x32_10
 
-NAMES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-TAGS = {dtype: tag for tag, dtype in enumerate(NAMES)}
+TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KEY = Noise(seed=2**63 + 5, stream=2**31 + 1, first_sample=2**32 - 1)  # the second sample's index needs more than 32 bits
 SMS = 108
 OPTIONAL = ("weight", "bias", "pre_bias", "scale", "shift")
@@ -184,7 +183,7 @@ class Memory:
         return x.transpose(1, 2).contiguous() if x.ndim == 3 and self.case.channels_last else x.contiguous()
 
 
-def forward(module, plan: dict, case: Case, tensors: dict[str, Tensor]):
+def forward(module, plan: dict, case: Case, tensors: dict[str, Tensor], **options):
     """({y, mean, rstd}, reports of the launches)."""
     memory = Memory(case)
     for name, x in tensors.items():
@@ -194,34 +193,79 @@ def forward(module, plan: dict, case: Case, tensors: dict[str, Tensor]):
     memory.floats("mean", (case.samples, case.groups))
     memory.floats("rstd", (case.samples, case.groups))
     memory.floats("workspace", (max(plan["workspace"], 1),))
-    kernel = f"group_norm_kernel<{NAMES[case.dtype]}, {str(case.channels_last).lower()}, {plan['vector']}>"
-    reports = [_launch(module, kernel, launch, memory) for launch in plan["launches"]]
+    reports = [_launch(module, launch, memory, options) for launch in plan["launches"]]
     return {name: memory.get(name) for name in ("y", "mean", "rstd")}, reports
 
 
-def backward(module, plan: dict, case: Case, tensors: dict[str, Tensor], wanted: tuple[str, ...] | None = None, statistics=None):
-    """({grad_x, ...} for all inputs or those ``wanted``, reports of the launches). mean and rstd are the rounded truth, or ``statistics``."""
+def backward(module, plan: dict, case: Case, tensors: dict[str, Tensor], wanted: tuple[str, ...] | None = None, **options):
+    """({grad_x, ...} for all inputs or those ``wanted``, reports of the launches). mean and rstd are the rounded truth."""
     memory = Memory(case)
     for name, x in tensors.items():
         memory.put(name, x, spare=case.channels)
     wanted = tuple(name for name in tensors if name != "grad_y") if wanted is None else wanted
     for name in wanted:
         memory.want(f"grad_{name}", tuple(tensors[name].shape), tensors[name].dtype)
-    for name, values in zip(("mean", "rstd"), statistics or case.statistics(tensors, torch.float64), strict=True):
+    for name, values in zip(("mean", "rstd"), case.statistics(tensors, torch.float64), strict=True):
         memory.floats(name, (case.samples, case.groups), values)
     memory.floats("workspace", (plan["workspace"],))
-    kernel = f"group_norm_backward_kernel<{NAMES[case.dtype]}, {str(case.channels_last).lower()}, {plan['vector']}>"
-    reports = []
-    for launch in plan["launches"]:
-        if launch["phase"] == "results":
-            finish = launch | {"grid": (case.groups, *launch["grid"][1:]), "block": (128,), "shared": 0}
-            reports.append(_launch(module, "group_norm_backward_finish_kernel", finish, memory))
-        reports.append(_launch(module, kernel, launch, memory))
-    if {"weight", "bias"} & set(wanted):
-        grid, block = -(-case.channels // 32), (32, 16)
-        reports.append(module.launch("group_norm_backward_parameters_kernel", grid, block, [memory.record.tobytes()], device=memory.device))
+    launches = [launch for launch in plan["launches"] if "parameters" not in launch["kernel"] or {"weight", "bias"} & set(wanted)]
+    reports = [_launch(module, launch, memory, options) for launch in launches]
     return {f"grad_{name}": memory.get(f"grad_{name}") for name in wanted}, reports
 
 
-def _launch(module, kernel: str, launch: dict, memory: Memory):
-    return module.launch(kernel, launch["grid"], launch["block"], [memory.record.tobytes(), launch["tile"]], launch["shared"], device=memory.device)
+def _launch(module, launch: dict, memory: Memory, options: dict):
+    arguments = [memory.record.tobytes()] + ([launch["tile"]] if launch["tile"] else [])
+    return module.launch(launch["kernel"], launch["grid"], launch["block"], arguments, launch["shared"], device=memory.device, **options)
+
+
+def _call(case: Case, tensors: dict[str, Tensor]) -> tuple:
+    """What both bindings are told between the data and the statistics."""
+    def address(name):
+        return tensors[name].data_ptr() if name in tensors else 0
+
+    return (
+        case.eps, case.silu, address("weight"), address("bias"), TAGS[case.small or case.dtype], *((address(name), case.channels) for name in ROWS),
+        TAGS[case.small or case.dtype], (case.dropout, KEY.seed, KEY.stream, KEY.first_sample),
+    )  # fmt: skip
+
+
+def _to_device(case: Case, tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: (x.transpose(1, 2) if x.ndim == 3 and case.channels_last else x).contiguous().to(device) for name, x in tensors.items()}
+
+
+def _from_device(case: Case, x: Tensor) -> Tensor:
+    return (x.transpose(1, 2) if x.ndim == 3 and case.channels_last else x).contiguous().cpu()
+
+
+def _plan_on(native, case: Case, device: str, backward: bool) -> dict:
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device == "cuda" else SMS
+    return case.but(sms=sms).plan(native, backward)
+
+
+def forward_on_device(native, case: Case, tensors: dict[str, Tensor], device: str = "cuda") -> dict[str, Tensor]:
+    """As :func:`forward`, by the binding."""
+    tensors = _to_device(case, tensors, device)
+    y, stream = torch.full_like(tensors["x"], torch.nan), torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+    mean, rstd = (torch.full((case.samples, case.groups), torch.nan, device=device) for _ in range(2))
+    workspace = torch.full((_plan_on(native, case, device, False)["workspace"],), torch.nan, device=device)
+    native.cuda_group_norm(
+        tensors["x"].data_ptr(), y.data_ptr(), TAGS[case.dtype], case.channels_last, *case.shape, case.groups, *_call(case, tensors),
+        mean.data_ptr(), rstd.data_ptr(), workspace.data_ptr(), 0, stream,
+    )  # fmt: skip
+    return {name: _from_device(case, x) for name, x in {"y": y, "mean": mean, "rstd": rstd}.items()}
+
+
+def backward_on_device(native, case: Case, tensors: dict[str, Tensor], device: str = "cuda") -> dict[str, Tensor]:
+    """As :func:`backward`, by the binding."""
+    tensors = _to_device(case, tensors, device)
+    grads = {name: torch.full_like(x, torch.nan) for name, x in tensors.items() if name != "grad_y"}
+    mean, rstd = (x.float().to(device) for x in case.statistics({name: _from_device(case, x) for name, x in tensors.items()}, torch.float64))
+    workspace = torch.full((_plan_on(native, case, device, True)["workspace"],), torch.nan, device=device)
+    stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+    native.cuda_group_norm_backward(
+        tensors["x"].data_ptr(), TAGS[case.dtype], case.channels_last, *case.shape, case.groups, *_call(case, tensors), mean.data_ptr(),
+        rstd.data_ptr(), workspace.data_ptr(), tensors["grad_y"].data_ptr(), grads["x"].data_ptr(),
+        *(grads[name].data_ptr() if name in grads else 0 for name in ("weight", "bias")),
+        *((grads[name].data_ptr() if name in grads else 0, case.channels) for name in ROWS), 0, stream,
+    )  # fmt: skip
+    return {f"grad_{name}": _from_device(case, x) for name, x in grads.items()}

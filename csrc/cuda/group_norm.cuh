@@ -4,9 +4,10 @@
 
 namespace ddpm_fast::cuda {
 
-// (elements, mean, sum of squared deviations) of a group's part in one tile, a.workspace[((n * groups + g) * tiles + tile) * 3].
-struct GroupNormMoments {
-  float count, mean, squares;
+// Of a group's part in one tile, a.workspace[((n * groups + g) * tiles + tile) * 4]: elements, mean = origin + offset, sum of squared
+// deviations from it. In one number the mean would be rounded by more than the tiles' means differ where |mean| is large.
+struct __align__(16) GroupNormMoments {
+  float count, origin, offset, squares;
 };
 
 // Tables in shared memory, one float for each channel of the tile: y = silu((x + pre_bias - centre) * slope + offset).
@@ -18,6 +19,7 @@ struct GroupNormTables {
 };
 
 __device__ __forceinline__ void group_norm_fill_tables(const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table) {
+#pragma unroll 1
   for (int32_t c = thread_of_block(); c < place.channels; c += threads_of_block()) {
     const int64_t channel = place.channel + c;
     const float factor = 1.0f + read(a.scale.view, place.sample * a.scale.stride + channel, 0.0f);
@@ -32,6 +34,7 @@ __device__ __forceinline__ void group_norm_finish(
     const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table, int64_t group, int32_t low, int32_t high, float mean,
     float variance) {
   const float rstd = __frsqrt_rn((variance < 0.0f ? 0.0f : variance) + a.eps);  // written so that NaN stays NaN
+#pragma unroll 1
   for (int32_t c = low + thread_of_block() % 32; c < high; c += 32) {
     table.centre[c] = mean;
     table.slope[c] *= rstd;
@@ -42,25 +45,29 @@ __device__ __forceinline__ void group_norm_finish(
   }
 }
 
-// Merges the moments of all tiles: the mean first, counted from one tile's so that nothing cancels, then the deviations from it.
+// Merges the moments of all tiles: the mean first, counted from one tile's origin so that nothing cancels, then the deviations from it.
 __device__ __forceinline__ void group_norm_merge(
     const GroupNormArguments& a, const GroupNormTile& tile, const GroupNormPlace& place, const GroupNormTables& table) {
   group_norm_each_group(tile, place, [&](int64_t group, int32_t low, int32_t high) {
     const int32_t tiles = tile.channel_tiles * tile.position_tiles;
     const auto* const moments = reinterpret_cast<const GroupNormMoments*>(a.workspace) + (place.sample * a.groups + group) * tiles;
-    const float origin = moments[tiles / 2].mean;
+    const float origin = moments[tiles / 2].origin;
     float count = 0.0f, sum = 0.0f, squares = 0.0f;
+#pragma unroll 1
     for (int32_t i = thread_of_block() % 32; i < tiles; i += 32) {
-      count += moments[i].count;
-      sum += moments[i].count * (moments[i].mean - origin);
+      const GroupNormMoments m = moments[i];
+      count += m.count;
+      sum += m.count * (m.origin - origin + m.offset);
     }
     count = sum_over_warp(count);
-    const float mean = origin + sum_over_warp(sum) / count;
+    const float offset = sum_over_warp(sum) / count;
+#pragma unroll 1
     for (int32_t i = thread_of_block() % 32; i < tiles; i += 32) {
-      const float d = moments[i].mean - mean;
-      squares += moments[i].squares + moments[i].count * d * d;
+      const GroupNormMoments m = moments[i];
+      const float d = m.origin - origin + m.offset - offset;
+      squares += m.squares + m.count * d * d;
     }
-    group_norm_finish(a, place, table, group, low, high, mean, sum_over_warp(squares) / count);
+    group_norm_finish(a, place, table, group, low, high, origin + offset, sum_over_warp(squares) / count);
   });
 }
 
@@ -88,6 +95,7 @@ __device__ __forceinline__ void group_norm_collect_groups(const float (&sums)[va
 __device__ __forceinline__ float group_norm_total(const float* partial, int v, int joint, const GroupNormTile& tile, int32_t low, int32_t high) {
   const int32_t width = tile.channels / joint, entries = (high - low) / joint;
   float total = 0.0f;
+#pragma unroll 1
   for (int32_t i = thread_of_block() % 32; i < entries * tile.slots; i += 32) {
     const int32_t slot = i / entries;
     total += partial[(v * tile.slots + slot) * width + low / joint + i - slot * entries];
@@ -112,6 +120,7 @@ __device__ __forceinline__ void group_norm_moments(
   __syncthreads();
   group_norm_each_group(tile, place, [&](int64_t, int32_t low, int32_t high) {
     const float mean = group_norm_total(table.partial, 0, joint, tile, low, high) / (float(high - low) * float(pixels));
+#pragma unroll 1
     for (int32_t c = low + thread_of_block() % 32; c < high; c += 32) table.centre[c] = mean;
   });
   __syncthreads();
@@ -127,15 +136,15 @@ __device__ __forceinline__ void group_norm_moments(
   group_norm_collect_groups<channels_last>(deviations, joint, tile, table.partial);
   __syncthreads();
   group_norm_each_group(tile, place, [&](int64_t group, int32_t low, int32_t high) {
-    const float count = high > low ? float(high - low) * float(pixels) : 0.0f, divisor = count > 0.0f ? count : 1.0f;
+    const float count = high > low ? float(high - low) * float(pixels) : 0.0f, origin = high > low ? table.centre[low] : 0.0f;
     const float sum = group_norm_total(table.partial, 0, joint, tile, low, high), squares = group_norm_total(table.partial, 1, joint, tile, low, high);
-    const float mean = (high > low ? table.centre[low] : 0.0f) + sum / divisor, corrected = squares - sum * (sum / divisor);
+    const float offset = count > 0.0f ? sum / count : 0.0f, corrected = squares - sum * offset;
     __syncwarp();  // all lanes have read the centre that is written next
     if (tile.phase == GroupNormPhase::whole) {
-      group_norm_finish(a, place, table, group, low, high, mean, corrected / divisor);
+      group_norm_finish(a, place, table, group, low, high, origin + offset, corrected / count);
     } else if (thread_of_block() % 32 == 0) {
       const int64_t tiles = int64_t(tile.channel_tiles) * tile.position_tiles;
-      reinterpret_cast<GroupNormMoments*>(a.workspace)[(place.sample * a.groups + group) * tiles + place.part] = {count, mean, corrected};
+      reinterpret_cast<GroupNormMoments*>(a.workspace)[(place.sample * a.groups + group) * tiles + place.part] = {count, origin, offset, corrected};
     }
   });
 }

@@ -21,7 +21,11 @@ struct GroupNormTile {
   int32_t slots;                             // partial sums of a channel in shared memory
 };
 
+// slabs is the kernel that the other two complete in backward: finish adds up the tiles of a group, parameters the samples.
+enum class GroupNormKernel : int32_t { slabs, finish, parameters };
+
 struct GroupNormLaunch {
+  GroupNormKernel kernel;
   uint32_t grid[3];   // (tiles of a sample, samples, samples beyond the limit of y)
   uint32_t block[2];  // (x, y): consecutive threads take consecutive vectors of memory
   uint32_t shared;    // bytes
@@ -30,7 +34,7 @@ struct GroupNormLaunch {
 
 struct GroupNormPlan {
   int vector;                             // elements that a thread accesses at once: 16 bytes of them, or 1
-  std::vector<GroupNormLaunch> launches;  // one, or sums and results
+  std::vector<GroupNormLaunch> launches;  // in order; of slabs one, or sums and results
   int64_t workspace;                      // floats
 };
 

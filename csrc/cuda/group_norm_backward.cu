@@ -8,38 +8,38 @@ namespace ddpm_fast::cuda {
 namespace {
 
 template <typename T, bool channels_last>
-void launch(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
+void launch_slabs(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
   const auto kernel = vector == 1 ? group_norm_backward_kernel<T, channels_last, 1> : group_norm_backward_kernel<T, channels_last, 16 / sizeof(T)>;
   kernel<<<dim3(at.grid[0], at.grid[1], at.grid[2]), dim3(at.block[0], at.block[1]), at.shared, stream>>>(a, at.tile);
 }
 
-template <typename T> void launch(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
-  if (a.channels_last) launch<T, true>(a, vector, at, stream);
-  else launch<T, false>(a, vector, at, stream);
+template <typename T> void launch_slabs(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
+  if (a.channels_last) launch_slabs<T, true>(a, vector, at, stream);
+  else launch_slabs<T, false>(a, vector, at, stream);
 }
 
-void launch(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
+void launch_slabs(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
   switch (a.x.dtype) {
-    case DType::float32: launch<float>(a, vector, at, stream); break;
-    case DType::bfloat16: launch<__nv_bfloat16>(a, vector, at, stream); break;
-    case DType::float16: launch<__half>(a, vector, at, stream); break;
+    case DType::float32: launch_slabs<float>(a, vector, at, stream); break;
+    case DType::bfloat16: launch_slabs<__nv_bfloat16>(a, vector, at, stream); break;
+    case DType::float16: launch_slabs<__half>(a, vector, at, stream); break;
   }
 }
 
 bool aligned(const View& view) { return reinterpret_cast<uintptr_t>(view.data) % 16 == 0; }
 
-cudaError_t launch_all(const GroupNormArguments& a, const GroupNormPlan& plan, cudaStream_t stream) {
-  for (const GroupNormLaunch& at : plan.launches) {
-    if (at.tile.phase == GroupNormPhase::results) {
-      group_norm_backward_finish_kernel<<<dim3(uint32_t(a.groups), at.grid[1], at.grid[2]), group_norm_finish_threads, 0, stream>>>(a, at.tile);
-      if (const cudaError_t error = cudaGetLastError()) return error;
-    }
-    if (at.tile.phase != GroupNormPhase::results || a.grad_x.data) launch(a, plan.vector, at, stream);
-    if (const cudaError_t error = cudaGetLastError()) return error;
+cudaError_t launch(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
+  const dim3 grid(at.grid[0], at.grid[1], at.grid[2]), block(at.block[0], at.block[1]);
+  switch (at.kernel) {
+    case GroupNormKernel::slabs:
+      if (at.tile.phase == GroupNormPhase::results && !a.grad_x.data) break;
+      launch_slabs(a, vector, at, stream);
+      break;
+    case GroupNormKernel::finish: group_norm_backward_finish_kernel<<<grid, block, at.shared, stream>>>(a, at.tile); break;
+    case GroupNormKernel::parameters:
+      if (a.grad_weight.data || a.grad_bias.data) group_norm_backward_parameters_kernel<<<grid, block, at.shared, stream>>>(a);
+      break;
   }
-  if (!a.grad_weight.data && !a.grad_bias.data) return cudaSuccess;
-  const uint32_t blocks = uint32_t((a.channels + group_norm_columns - 1) / group_norm_columns);
-  group_norm_backward_parameters_kernel<<<blocks, dim3(group_norm_columns, group_norm_rows), 0, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -54,7 +54,8 @@ const char* group_norm_backward(const GroupNormArguments& a, int device, void* s
   if (error == cudaSuccess) {
     const GroupNormPlan plan = group_norm_backward_plan({a.samples, a.channels, a.pixels, a.groups, a.channels_last, a.x.dtype}, multiprocessors,
                                                         aligned(a.x) && aligned(a.grad_y) && aligned(a.grad_x));
-    error = launch_all(a, plan, static_cast<cudaStream_t>(stream));
+    for (const GroupNormLaunch& at : plan.launches)
+      if (error == cudaSuccess) error = launch(a, plan.vector, at, static_cast<cudaStream_t>(stream));
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

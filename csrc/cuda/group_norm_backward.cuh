@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, 2) group_nor
     }
 
   const float elements_of_group = float(place.group_channels) * float(a.pixels);
+#pragma unroll 1
   for (int32_t c = thread_of_block(); c < place.channels; c += threads_of_block()) {
     const int64_t channel = place.channel + c, group = place.sample * a.groups + channel / place.group_channels;
     const float rstd = a.rstd[group], slope = group_norm_slope(a, place.sample, channel);
@@ -88,7 +89,21 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, 2) group_nor
   }
   __syncthreads();
 
-  const uint64_t keep = a.dropout > 0.0f ? group_norm_mask<vector, channels_last>(a, place, thread) : ~uint64_t(0);
+  if (a.dropout > 0.0f) {  // what was dropped has no gradient; the scale of the rest is applied in fp32, below
+    const uint64_t keep = group_norm_mask<vector, channels_last>(a, place, thread);
+#pragma unroll
+    for (int k = 0; k < items; ++k) {
+      if (k >= thread.items) continue;
+#pragma unroll
+      for (int u = 0; u < vector / unit; ++u) {
+        float values[unit];
+        grad[k].get(u, values);
+#pragma unroll
+        for (int j = 0; j < unit; ++j) values[j] = keep >> (k * vector + u * unit + j) & 1 ? values[j] : 0.0f;
+        grad[k].set(u, values);
+      }
+    }
+  }
   const float kept_scale = dropout_scale(a.dropout);
 
   // use(item, element of it, channel of the unit, xh, dz) for unit u of all items: the channels' tables are read once for all of them.
@@ -109,7 +124,7 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, 2) group_nor
         for (int j = 0; j < unit; ++j) {
           const int c = channels_last ? j : 0;
           const float xh = (values[j] + pre_bias[c] - centre[c]) * rstd[c];
-          if (a.dropout > 0.0f) dz[j] = keep >> (k * vector + u * unit + j) & 1 ? dz[j] * kept_scale : 0.0f;
+          dz[j] *= kept_scale;
           if (a.silu) {
             const float z = xh * slope[c] + offset[c];
             dz[j] *= silu_slope(z, fast_sigmoid(z));
@@ -143,8 +158,10 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, 2) group_nor
     __syncthreads();
 
     const int32_t stride = tile.slots * tile.channels;  // from one sum to the next; a channel's own thread puts its total in slot 0
+#pragma unroll 1
     for (int32_t c = thread_of_block(); c < place.channels; c += threads_of_block()) {
       float total[3] = {};
+#pragma unroll 1
       for (int32_t slot = 0; slot < tile.slots; ++slot)
 #pragma unroll
         for (int v = 0; v < 3; ++v) total[v] += table.partial[v * stride + slot * tile.channels + c];
@@ -161,12 +178,14 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, 2) group_nor
 
     group_norm_each_group(tile, place, [&](int64_t, int32_t low, int32_t high) {
       float constant = 0.0f, linear = 0.0f;
+#pragma unroll 1
       for (int32_t c = low + thread_of_block() % 32; c < high; c += 32) {
         constant += table.slope[c] * table.partial[c];
         linear += table.slope[c] * table.partial[stride + c];
       }
       constant = sum_over_warp(constant) / elements_of_group;
       linear = sum_over_warp(linear) / elements_of_group;
+#pragma unroll 1
       for (int32_t c = low + thread_of_block() % 32; c < high; c += 32) {
         table.lead[c] = table.rstd[c] * table.slope[c];
         table.constant[c] = table.rstd[c] * constant;
@@ -206,6 +225,7 @@ __global__ void __launch_bounds__(group_norm_finish_threads) group_norm_backward
   const int64_t first = int64_t(blockIdx.x) * group_channels;
   auto* const sums = reinterpret_cast<GroupNormChannelSums*>(group_norm_tile_sums(a)) + sample * tile.position_tiles * a.channels;
   float constant = 0.0f, linear = 0.0f;
+#pragma unroll 1
   for (int32_t c = warp; c < group_channels; c += group_norm_finish_threads / 32) {  // a warp a channel; its sums stay in tile 0
     float upstream = 0.0f, product = 0.0f, normalised = 0.0f;
     for (int32_t part = lane; part < tile.position_tiles; part += 32) {
@@ -231,6 +251,7 @@ __global__ void __launch_bounds__(group_norm_finish_threads) group_norm_backward
     to[0] = constant;
     to[1] = linear;
   }
+#pragma unroll 1
   for (int32_t c = threadIdx.x; c < group_channels; c += group_norm_finish_threads)
     group_norm_write_rows(a, sample, first + c, rstd, sums[first + c], constant, linear);
 }

@@ -176,13 +176,24 @@ template <typename Floats> int64_t workspace(const GroupNormSizes& sizes, const 
 GroupNormPlan group_norm_plan(const GroupNormSizes& sizes, int multiprocessors, bool aligned) {
   GroupNormPlan plan = launches({sizes, forward, multiprocessors, aligned});
   plan.workspace = workspace(sizes, forward, multiprocessors, [&](bool cut, const GroupNormTile& tile) {
-    return cut ? 3 * sizes.samples * sizes.groups * tile.channel_tiles * tile.position_tiles : 0;
+    return cut ? 4 * sizes.samples * sizes.groups * tile.channel_tiles * tile.position_tiles : 0;
   });
   return plan;
 }
 
 GroupNormPlan group_norm_backward_plan(const GroupNormSizes& sizes, int multiprocessors, bool aligned) {
   GroupNormPlan plan = launches({sizes, backward, multiprocessors, aligned});
+  if (plan.launches.size() > 1) {
+    GroupNormLaunch finish = plan.launches[0];
+    finish.kernel = GroupNormKernel::finish;
+    finish.grid[0] = uint32_t(sizes.groups);
+    finish.block[0] = group_norm_finish_threads;
+    finish.block[1] = 1;
+    finish.shared = 0;
+    plan.launches.insert(plan.launches.begin() + 1, finish);
+  }
+  const uint32_t blocks = uint32_t(ceil_div(sizes.channels, group_norm_columns));
+  plan.launches.push_back({GroupNormKernel::parameters, {blocks, 1, 1}, {group_norm_columns, group_norm_rows}, 0, {}});
   plan.workspace = workspace(sizes, backward, multiprocessors, [&](bool cut, const GroupNormTile& tile) {
     return sizes.samples * (2 * sizes.channels + (cut ? 2 * sizes.groups + 3 * sizes.channels * tile.position_tiles : 0));
   });

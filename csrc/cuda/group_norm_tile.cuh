@@ -131,6 +131,7 @@ __device__ __forceinline__ void group_norm_collect(float (&sums)[values][count],
 // The slab's groups that the tile has channels of, a warp each: calls use(group, first channel in the tile, one past the last).
 template <typename Use> __device__ __forceinline__ void group_norm_each_group(const GroupNormTile& tile, const GroupNormPlace& place, Use use) {
   const int32_t first = int32_t(place.channel - place.group * place.group_channels);
+#pragma unroll 1
   for (int32_t g = thread_of_block() / 32; g < tile.groups; g += threads_of_block() / 32) {
     if (thread_of_block() >= threads_of_block() / 32 * 32) break;  // a warp that is not whole
     use(place.group + g, max(g * place.group_channels - first, 0), min((g + 1) * place.group_channels - first, place.channels));

@@ -235,7 +235,8 @@ void cuda_group_norm_backward(uintptr_t x, int dtype, bool channels_last, int64_
 // "kernel" is its name as a demangler writes it, "tile" the second argument of those that take one, as it lies in memory.
 py::dict group_norm_plan_dict(const cuda::GroupNormPlan& plan, const std::string& op, bool channels_last, DType dtype) {
   const char* const type = std::array<const char*, 3>{"float", "__nv_bfloat16", "__half"}[size_t(dtype)];
-  const std::string slabs = op + "_kernel<" + type + (channels_last ? ", true, " : ", false, ") + std::to_string(plan.vector) + ">";
+  const std::string slabs = op + "_kernel<" + type + (channels_last ? ", true, " : ", false, ") + std::to_string(plan.vector) + ", " +
+                            std::to_string(plan.items) + ">";
   py::list launches;
   for (const cuda::GroupNormLaunch& launch : plan.launches) {
     py::dict d;
@@ -253,6 +254,7 @@ py::dict group_norm_plan_dict(const cuda::GroupNormPlan& plan, const std::string
   }
   py::dict d;
   d["vector"] = plan.vector;
+  d["items"] = plan.items;
   d["launches"] = launches;
   d["workspace"] = plan.workspace;
   return d;

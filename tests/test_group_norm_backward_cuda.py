@@ -51,6 +51,15 @@ def test_all_gradients_where_slabs_are_cut(shape, channels_last, dtype, module):
     check(module, case)
 
 
+@pytest.mark.parametrize("dtype", TAGS, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+def test_slabs_of_up_to_64_kib_are_one_launch(channels_last, dtype, module):
+    """Sixteen vectors a thread, of x and of grad_y."""
+    case = Case(1, 16, 2048 if channels_last else 12288 // dtype.itemsize, 4, channels_last, dtype, dropout=0.3, sms=1)
+    assert kernels(case) == ["kernel", "parameters_kernel"] and case.plan(native, backward=True)["items"] == 16
+    check(module, case)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("given", [(), *((name,) for name in OPTIONAL), ("scale", "shift"), ("weight", "bias", "pre_bias")], ids=str)
 def test_each_part_is_optional(given, channels_last, module):

@@ -8,14 +8,17 @@ namespace ddpm_fast::cuda {
 namespace {
 
 template <typename T, bool channels_last>
-void launch(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
-  const auto kernel = vector == 1 ? group_norm_kernel<T, channels_last, 1> : group_norm_kernel<T, channels_last, 16 / sizeof(T)>;
+void launch(const GroupNormArguments& a, const GroupNormPlan& plan, const GroupNormLaunch& at, cudaStream_t stream) {
+  constexpr int vector = 16 / sizeof(T), few = group_norm_few_items, many = group_norm_many_items;
+  const auto kernel = plan.vector == 1     ? group_norm_kernel<T, channels_last, 1, many>
+                      : plan.items == many ? group_norm_kernel<T, channels_last, vector, many>
+                                           : group_norm_kernel<T, channels_last, vector, few>;
   kernel<<<dim3(at.grid[0], at.grid[1], at.grid[2]), dim3(at.block[0], at.block[1]), at.shared, stream>>>(a, at.tile);
 }
 
-template <typename T> void launch(const GroupNormArguments& a, int vector, const GroupNormLaunch& at, cudaStream_t stream) {
-  if (a.channels_last) launch<T, true>(a, vector, at, stream);
-  else launch<T, false>(a, vector, at, stream);
+template <typename T> void launch(const GroupNormArguments& a, const GroupNormPlan& plan, const GroupNormLaunch& at, cudaStream_t stream) {
+  if (a.channels_last) launch<T, true>(a, plan, at, stream);
+  else launch<T, false>(a, plan, at, stream);
 }
 
 bool aligned(const View& view) { return reinterpret_cast<uintptr_t>(view.data) % 16 == 0; }
@@ -33,9 +36,9 @@ const char* group_norm(const GroupNormArguments& a, int device, void* stream) {
                                              aligned(a.x) && aligned(a.y));
   for (const GroupNormLaunch& at : plan.launches) {
     switch (a.x.dtype) {
-      case DType::float32: launch<float>(a, plan.vector, at, static_cast<cudaStream_t>(stream)); break;
-      case DType::bfloat16: launch<__nv_bfloat16>(a, plan.vector, at, static_cast<cudaStream_t>(stream)); break;
-      case DType::float16: launch<__half>(a, plan.vector, at, static_cast<cudaStream_t>(stream)); break;
+      case DType::float32: launch<float>(a, plan, at, static_cast<cudaStream_t>(stream)); break;
+      case DType::bfloat16: launch<__nv_bfloat16>(a, plan, at, static_cast<cudaStream_t>(stream)); break;
+      case DType::float16: launch<__half>(a, plan, at, static_cast<cudaStream_t>(stream)); break;
     }
     error = cudaGetLastError();
     if (error != cudaSuccess) return cudaGetErrorString(error);

@@ -71,6 +71,9 @@ __device__ __forceinline__ void group_norm_merge(
   });
 }
 
+// Where sixteen vectors of eight channels leave no registers for what belongs to each of the eight.
+template <bool channels_last, int vector, int items> constexpr bool group_norm_by_unit = channels_last && vector * items > 64;
+
 // Sums over the threads of what they have for each of their channels. Where `joint` neighbouring channels, or all of a thread's, always
 // are of one group, they are added up first: that many fewer shuffles.
 template <bool channels_last, int joint, int values, int own>
@@ -105,17 +108,32 @@ __device__ __forceinline__ float group_norm_total(const float* partial, int v, i
 
 // Corrected two-pass moments (Chan, Golub, LeVeque 1983) of the tile in registers: the second pass adds up the deviations from the
 // first one's mean too, which takes that mean's rounding out of both results. Fills the tables, or the workspace where the slab is cut.
-template <bool channels_last, int vector, typename Elements>
+template <int items, bool channels_last, int vector, typename Item>
 __device__ __forceinline__ void group_norm_moments(
     const GroupNormArguments& a, const GroupNormTile& tile, const GroupNormPlace& place, const GroupNormTables& table,
-    const GroupNormThread<channels_last, vector>& thread, const Elements& elements) {
-  constexpr int own = channels_last ? vector : 1;  // channels of a thread
+    const GroupNormThread<channels_last, vector>& thread, const Item (&x)[items]) {
+  constexpr int own = channels_last ? vector : 1, unit = Item::unit;
+  constexpr bool by_unit = group_norm_by_unit<channels_last, vector, items>;
+  const auto each = [&](auto start, auto use) {  // start(j) for a channel of the thread, use(j, x)
+    group_norm_each_unit<by_unit, items, vector / unit>(
+        thread.items,
+        [&](int u) {
+#pragma unroll
+          for (int j = u * unit; j < (u + 1) * unit; ++j)
+            if (j < own) start(j);
+        },
+        [&](int k, int u) {
+          float values[unit];
+          x[k].get(u, values);
+#pragma unroll
+          for (int j = 0; j < unit; ++j) use(channels_last ? u * unit + j : 0, values[j]);
+        },
+        [](int) {});
+  };
   const int32_t pixels = (place.end - place.position) * (channels_last ? 1 : vector);
   const int joint = !channels_last ? 1 : place.group_channels % vector == 0 ? vector : place.group_channels % 4 == 0 && vector > 4 ? 4 : 1;
   float pre_bias[own], sum[1][own] = {};
-#pragma unroll
-  for (int j = 0; j < own; ++j) pre_bias[j] = table.pre_bias[thread.entry(j)];
-  elements([&](int e, float x) { sum[0][channels_last ? e : 0] += x + pre_bias[channels_last ? e : 0]; });
+  each([&](int j) { pre_bias[j] = table.pre_bias[thread.entry(j)]; }, [&](int j, float value) { sum[0][j] += value + pre_bias[j]; });
   group_norm_collect_groups<channels_last>(sum, joint, tile, table.partial);
   __syncthreads();
   group_norm_each_group(tile, place, [&](int64_t, int32_t low, int32_t high) {
@@ -125,14 +143,12 @@ __device__ __forceinline__ void group_norm_moments(
   });
   __syncthreads();
   float centre[own], deviations[2][own] = {};
-#pragma unroll
-  for (int j = 0; j < own; ++j) centre[j] = table.centre[thread.entry(j)];
-  elements([&](int e, float x) {
-    const int j = channels_last ? e : 0;
-    const float d = x + pre_bias[j] - centre[j];
-    deviations[0][j] += d;
-    deviations[1][j] += d * d;
-  });
+  each([&](int j) { pre_bias[j] = table.pre_bias[thread.entry(j)], centre[j] = table.centre[thread.entry(j)]; },
+       [&](int j, float value) {
+         const float d = value + pre_bias[j] - centre[j];
+         deviations[0][j] += d;
+         deviations[1][j] += d * d;
+       });
   group_norm_collect_groups<channels_last>(deviations, joint, tile, table.partial);
   __syncthreads();
   group_norm_each_group(tile, place, [&](int64_t group, int32_t low, int32_t high) {
@@ -149,11 +165,11 @@ __device__ __forceinline__ void group_norm_moments(
   });
 }
 
-template <typename T, bool channels_last, int vector>
+template <typename T, bool channels_last, int vector, int items>
 __global__ void __launch_bounds__(group_norm_most_threads, 1) group_norm_kernel(const GroupNormArguments a, const GroupNormTile tile) {
   extern __shared__ __align__(16) float shared[];
-  constexpr int items = vector == 1 ? group_norm_elements : group_norm_vectors, own = channels_last ? vector : 1;
   using Item = Pack<T, vector>;
+  constexpr int own = channels_last ? vector : 1, unit = Item::unit;  // channels of a thread, elements handled together
   const GroupNormPlace place = group_norm_place<channels_last, vector>(a, tile);
   if (place.sample >= a.samples) return;
   const GroupNormThread<channels_last, vector> thread(a, place);
@@ -170,53 +186,49 @@ __global__ void __launch_bounds__(group_norm_most_threads, 1) group_norm_kernel(
   if (tile.phase == GroupNormPhase::results) {
     group_norm_merge(a, tile, place, table);
   } else {
-    group_norm_moments(a, tile, place, table, thread, [&](auto use) {
-#pragma unroll
-      for (int k = 0; k < items; ++k)
-        if (k < thread.items) {
-#pragma unroll
-          for (int u = 0; u < vector / Item::unit; ++u) {
-            float values[Item::unit];
-            x[k].get(u, values);
-#pragma unroll
-            for (int j = 0; j < Item::unit; ++j) use(u * Item::unit + j, values[j]);
-          }
-        }
-    });
+    group_norm_moments<items>(a, tile, place, table, thread, x);
     if (tile.phase == GroupNormPhase::sums) return;
   }
   __syncthreads();
 
-  float pre_bias[own], centre[own], slope[own], offset[own];
-#pragma unroll
-  for (int j = 0; j < own; ++j) {
-    const int32_t c = thread.entry(j);
-    pre_bias[j] = table.pre_bias[c], centre[j] = table.centre[c], slope[j] = table.slope[c], offset[j] = table.offset[c];
-  }
   const auto finish = [&](auto dropout) {  // compiled for either: testing the mask's bits costs an element four instructions
     constexpr bool drops = decltype(dropout)::value;
-    const uint64_t keep = drops ? group_norm_mask<vector, channels_last>(a, place, thread) : 0;
+    constexpr int words = drops ? group_norm_mask_words<vector, items> : 1;
     const float kept_scale = dropout_scale(a.dropout);
-    T* to = static_cast<T*>(a.y.data) + thread.offset;
+    uint64_t keep[words] = {};
+    if constexpr (drops) {
 #pragma unroll
-    for (int k = 0; k < items; ++k, to += thread.stride) {
-      if (k >= thread.items) continue;
-#pragma unroll
-      for (int u = 0; u < vector / Item::unit; ++u) {
-        float values[Item::unit];
-        x[k].get(u, values);
-#pragma unroll
-        for (int j = 0; j < Item::unit; ++j) {
-          const int e = u * Item::unit + j, c = channels_last ? e : 0;
-          float z = (values[j] + pre_bias[c] - centre[c]) * slope[c] + offset[c];
-          if (a.silu) z *= fast_sigmoid(z);
-          if (drops) z = keep >> (k * vector + e) & 1 ? z * kept_scale : 0.0f;
-          values[j] = z;
-        }
-        x[k].set(u, values);
-      }
-      x[k].store(to);
+      for (int w = 0; w < words; ++w) keep[w] = group_norm_mask<vector, channels_last>(a, place, thread, w * group_norm_masked<vector>);
     }
+    float pre_bias[own], centre[own], slope[own], offset[own];
+    T* to = static_cast<T*>(a.y.data) + thread.offset;
+    group_norm_each_unit<group_norm_by_unit<channels_last, vector, items>, items, vector / unit>(
+        thread.items,
+        [&](int u) {
+#pragma unroll
+          for (int j = u * unit; j < (u + 1) * unit; ++j) {
+            if (j >= own) continue;
+            const int32_t c = thread.entry(j);
+            pre_bias[j] = table.pre_bias[c], centre[j] = table.centre[c], slope[j] = table.slope[c], offset[j] = table.offset[c];
+          }
+        },
+        [&](int k, int u) {
+          float values[unit];
+          x[k].get(u, values);
+#pragma unroll
+          for (int j = 0; j < unit; ++j) {
+            const int e = u * unit + j, c = channels_last ? e : 0, bit = k * vector + e;
+            float z = (values[j] + pre_bias[c] - centre[c]) * slope[c] + offset[c];
+            if (a.silu) z *= fast_sigmoid(z);
+            if (drops) z = keep[bit / 64 % words] >> bit % 64 & 1 ? z * kept_scale : 0.0f;
+            values[j] = z;
+          }
+          x[k].set(u, values);
+        },
+        [&](int k) {
+          x[k].store(to);
+          to += thread.stride;
+        });
   };
   if (a.dropout > 0.0f) finish(std::true_type());
   else finish(std::false_type());

@@ -34,6 +34,7 @@ struct GroupNormLaunch {
 
 struct GroupNormPlan {
   int vector;                             // elements that a thread accesses at once: 16 bytes of them, or 1
+  int items;                              // that a thread holds of them: few, or many, and these always where vector is 1
   std::vector<GroupNormLaunch> launches;  // in order; of slabs one, or sums and results
   int64_t workspace;                      // floats
 };
@@ -49,9 +50,9 @@ constexpr uint32_t group_norm_grid_y = 65535;   // the hardware's limit
 constexpr int group_norm_finish_threads = 128;  // of a block that finishes one group's sums
 constexpr int group_norm_columns = 32, group_norm_rows = 16;  // of a block that sums over samples: channels, and slices of the batch
 
-// What a thread holds of x: vectors, or single elements. With 128 bytes a thread a block of 256 covers 32 KiB; backward holds as much
-// of grad_y beside it.
-constexpr int group_norm_vectors = 8, group_norm_elements = 16;
+// What a thread holds of x, vectors or single elements. With eight vectors a block of 256 threads covers 32 KiB and two blocks fill a
+// multiprocessor; with sixteen one block does, for slabs that are larger. Backward holds as much of grad_y beside it.
+constexpr int group_norm_few_items = 8, group_norm_many_items = 16;
 
 // aligned: every tensor like x starts at a multiple of 16 bytes. The device's number of multiprocessors decides whether a slab
 // that fits a block is cut all the same.

@@ -47,11 +47,10 @@ __device__ __forceinline__ void group_norm_write_rows(
   share[1] = factor * sums.upstream;
 }
 
-template <typename T, bool channels_last, int vector>
-__global__ void __launch_bounds__(group_norm_backward_most_threads, 2) group_norm_backward_kernel(
+template <typename T, bool channels_last, int vector, int items>
+__global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 && items == group_norm_many_items ? 1 : 2) group_norm_backward_kernel(
     const GroupNormArguments a, const GroupNormTile tile) {
   extern __shared__ __align__(16) float shared[];
-  constexpr int items = vector == 1 ? group_norm_elements : group_norm_vectors;
   using Item = Pack<T, vector>;
   constexpr int unit = Item::unit, own = channels_last ? unit : 1;  // channels that a thread is at work on at one time
   const GroupNormPlace place = group_norm_place<channels_last, vector>(a, tile);
@@ -90,16 +89,17 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, 2) group_nor
   __syncthreads();
 
   if (a.dropout > 0.0f) {  // what was dropped has no gradient; the scale of the rest is applied in fp32, below
-    const uint64_t keep = group_norm_mask<vector, channels_last>(a, place, thread);
+    uint64_t keep = 0;
 #pragma unroll
     for (int k = 0; k < items; ++k) {
+      if (k % group_norm_masked<vector> == 0) keep = group_norm_mask<vector, channels_last>(a, place, thread, k);
       if (k >= thread.items) continue;
 #pragma unroll
       for (int u = 0; u < vector / unit; ++u) {
         float values[unit];
         grad[k].get(u, values);
 #pragma unroll
-        for (int j = 0; j < unit; ++j) values[j] = keep >> (k * vector + u * unit + j) & 1 ? values[j] : 0.0f;
+        for (int j = 0; j < unit; ++j) values[j] = keep >> (k * vector + u * unit + j) % 64 & 1 ? values[j] : 0.0f;
         grad[k].set(u, values);
       }
     }

@@ -12,6 +12,7 @@ constexpr int64_t enough_threads = 128;       // of a block: with eight vectors 
 constexpr int64_t split_threads = 256;        // of a block that has a part of a slab
 constexpr int64_t many_tiles = 128;           // of a slab: from there on blocks are as large as can be, as each merges all of them
 constexpr int64_t small_slab = 32768;         // bytes: one block has it done before a second launch would start
+constexpr int64_t large_slab = 131072;        // bytes: of these a launch needs one for every multiprocessor, of smaller ones fewer
 constexpr int64_t waves = 2;                  // blocks for each multiprocessor where slabs are cut,
 constexpr int64_t fewest_items = 4;           // but not so small that reading all tiles' sums costs more than they save
 
@@ -42,7 +43,7 @@ class Planner {
       : s_(sizes), kernel_(kernel), multiprocessors_(multiprocessors), bytes_(sizes.dtype == DType::float32 ? 4 : 2) {
     const int64_t whole = 16 / bytes_, contiguous = s_.channels_last ? s_.channels : s_.pixels;
     vector_ = aligned && contiguous % whole == 0 ? whole : 1;
-    items_ = vector_ == 1 ? group_norm_elements : group_norm_vectors;
+    items_ = vector_ == 1 ? group_norm_many_items : group_norm_few_items;
     positions_ = s_.channels_last ? s_.pixels : s_.pixels / vector_;
     slab_groups_ = s_.channels_last ? groups_of_whole_sectors() : 1;
     slab_channels_ = slab_groups_ * (s_.channels / s_.groups);
@@ -50,16 +51,22 @@ class Planner {
   }
 
   int vector() const { return int(vector_); }
+  int items() const { return int(items_); }
 
   // True where one block should take a whole slab; `launch` is the way to do it, else how to cut it.
-  bool plan(GroupNormLaunch& launch) const {
-    Block block = s_.channels_last ? whole_slab_channels_last() : whole_slab_nchw();
-    const bool fits = block.channels >= slab_channels_ && block.positions >= positions_ && block.x * block.y <= kernel_.most_threads;
-    const bool small = slab_channels_ * s_.pixels * bytes_ <= small_slab;
-    const bool whole = fits && (small || 4 * slabs_ >= multiprocessors_);
-    if (!whole) block = part_of_slab();
-    fill(launch, block, whole);
-    return whole;
+  bool plan(GroupNormLaunch& launch) {
+    const int64_t slab = slab_channels_ * s_.pixels * bytes_;
+    const bool small = slab <= small_slab, enough = slabs_ >= double(multiprocessors_) * slab / large_slab;
+    const int64_t fewest = items_;
+    for (; items_ <= group_norm_many_items && (small || enough); items_ *= 2) {
+      const Block block = s_.channels_last ? whole_slab_channels_last() : whole_slab_nchw();
+      if (block.channels < slab_channels_ || block.positions < positions_ || block.x * block.y > kernel_.most_threads) continue;
+      fill(launch, block, true);
+      return true;
+    }
+    items_ = fewest;
+    fill(launch, part_of_slab(), false);
+    return false;
   }
 
  private:
@@ -149,10 +156,10 @@ class Planner {
   int64_t vector_, items_, positions_, slab_groups_, slab_channels_, slabs_;
 };
 
-GroupNormPlan launches(const Planner& planner) {
+GroupNormPlan launches(Planner planner) {
   GroupNormLaunch launch{};
-  GroupNormPlan plan{planner.vector(), {}, 0};
   const bool whole = planner.plan(launch);
+  GroupNormPlan plan{planner.vector(), planner.items(), {}, 0};
   plan.launches.push_back(launch);
   if (!whole) {
     launch.tile.phase = GroupNormPhase::results;

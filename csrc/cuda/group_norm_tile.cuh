@@ -76,17 +76,22 @@ __device__ __forceinline__ float fast_sigmoid(float z) {
   return result;
 }
 
-// Bit k * vector + e says that element e of item k is kept. One loop for all, so that the generator's code is there once.
+// Items that share a word of 64 bits, and the words of all of a thread's.
+template <int vector> constexpr int group_norm_masked = 64 / vector;
+template <int vector, int items> constexpr int group_norm_mask_words = (items * vector + 63) / 64;
+
+// Bit k * vector + e says that element e of item `first` + k is kept. One loop for them, so that the generator's code is there once.
 template <int vector, bool channels_last>
 __device__ __forceinline__ uint64_t group_norm_mask(
-    const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormThread<channels_last, vector>& thread) {
+    const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormThread<channels_last, vector>& thread, int32_t first) {
   constexpr int words = channels_last && vector >= 4 ? 4 : 1;  // that one counter block gives: channels run fastest
   const uint32_t threshold = dropout_threshold(a.dropout);
   const uint64_t sample = a.key.first_sample + uint64_t(place.sample);
+  const int32_t items = min(thread.items - first, group_norm_masked<vector>);
   uint64_t keep = 0;
 #pragma unroll 1
-  for (int k = 0; k < thread.items; ++k) {
-    const int64_t position = thread.first + int64_t(k) * thread.step;
+  for (int32_t k = 0; k < items; ++k) {
+    const int64_t position = thread.first + int64_t(first + k) * thread.step;
 #pragma unroll 1
     for (int e = 0; e < vector; e += words) {
       const int64_t i = (channels_last ? position : position * vector + e) * a.channels + place.channel + thread.entry(e);
@@ -103,6 +108,34 @@ __device__ __forceinline__ uint64_t group_norm_mask(
     }
   }
   return keep;
+}
+
+// Calls use(k, u) for unit u of each item k that there is, and done(k) behind an item's last. start(u) comes before a unit's first: item
+// by item all of them come at once, unit by unit what they read lives in few registers, for more tests of whether there is an item.
+template <bool by_unit, int items, int units, typename Start, typename Use, typename Done>
+__device__ __forceinline__ void group_norm_each_unit(int32_t present, Start start, Use use, Done done) {
+  if constexpr (by_unit) {
+#pragma unroll
+    for (int u = 0; u < units; ++u) {
+      start(u);
+#pragma unroll
+      for (int k = 0; k < items; ++k)
+        if (k < present) use(k, u);
+    }
+#pragma unroll
+    for (int k = 0; k < items; ++k)
+      if (k < present) done(k);
+  } else {
+#pragma unroll
+    for (int u = 0; u < units; ++u) start(u);
+#pragma unroll
+    for (int k = 0; k < items; ++k)
+      if (k < present) {
+#pragma unroll
+        for (int u = 0; u < units; ++u) use(k, u);
+        done(k);
+      }
+  }
 }
 
 // Adds up what the threads have: sums[v][j] for entry `entry` + j of `width` entries, a channel or neighbouring channels of one group

@@ -245,7 +245,9 @@ py::dict group_norm_plan_dict(const cuda::GroupNormPlan& plan, const std::string
     d["grid"] = py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]);
     d["block"] = py::make_tuple(launch.block[0], launch.block[1]);
     d["shared"] = launch.shared;
-    d["tile"] = launch.kernel == cuda::GroupNormKernel::parameters ? py::bytes() : py::bytes(reinterpret_cast<const char*>(&launch.tile), sizeof launch.tile);
+    d["tile"] = launch.kernel == cuda::GroupNormKernel::parameters
+                    ? py::bytes()
+                    : py::bytes(reinterpret_cast<const char*>(&launch.tile), sizeof launch.tile);
     d["groups"] = launch.tile.groups;
     d["channels"] = launch.tile.channels;
     d["positions"] = launch.tile.positions;

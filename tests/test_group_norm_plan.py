@@ -12,7 +12,7 @@ MOST_THREADS = {False: 512, True: 256}
 SHAPES = [
     *itertools.product((1, 3), (32, 96, 320, 1280), (1, 49, 64, 1024, 4096, 9217), (1, 8, 32)),
     (1, 128, 256 * 256, 32), (4, 128, 1024, 32), (128, 256, 256, 32), (2, 7, 5, 1), (5, 33, 17, 3), (2, 514, 9, 2), (1, 8200, 1, 1),
-    (70_000, 32, 1, 32), (1, 64, 2**27, 32), (1, 1, 2**31 - 1, 1), (2**20, 4, 4, 4),
+    (70_000, 32, 1, 32), (1, 64, 2**27, 32), (1, 1, 2**30, 1), (2**20, 4, 4, 4),
 ]  # fmt: skip
 
 
@@ -40,6 +40,8 @@ def test_tiles_cover_all_slabs_and_fit_their_blocks(channels_last, dtype, backwa
             channels = launch["groups"] * case.channels // case.groups
             assert case.groups % launch["groups"] == 0, case
             assert 32 <= x * y <= MOST_THREADS[backward], case
+            shuffled = not channels_last or (x < 32 and x & (x - 1) == 0)
+            assert x * y % 32 == 0 or not shuffled, case  # shuffles take whole warps
             assert (across - 1) * launch["channels"] < channels <= across * launch["channels"], case
             assert (along - 1) * launch["positions"] < positions <= along * launch["positions"], case
             # Every element has a register: a thread takes one vector of channels, or one channel's vector, of each position it walks to.
@@ -81,6 +83,8 @@ def test_slabs_of_channels_last_are_whole_sectors():
     assert groups(32, 32, torch.bfloat16) == 16
     assert groups(320, 32, torch.float32) == 4
     assert groups(512, 32, torch.float32) == 1
+    many = Case(128, 256, 16, 32, True, torch.bfloat16).plan(native)["launches"][0]
+    assert many["groups"] == 8  # small slabs of a large batch are 128 bytes wide
     assert groups(12, 4, torch.float32) == 4  # 48 bytes a pixel: sectors lie across pixels, so a slab is as wide as can be
 
 

@@ -27,6 +27,7 @@ bool aligned(const View& view) { return reinterpret_cast<uintptr_t>(view.data) %
 
 const char* group_norm(const GroupNormArguments& a, int device, void* stream) {
   if (a.samples == 0 || a.channels == 0 || a.pixels == 0) return nullptr;
+  if (a.pixels > group_norm_most_pixels || a.channels > group_norm_most_channels) return "more than 2^30 pixels or channels";
   const DeviceGuard guard(device);
   cudaError_t error = guard.error;
   int multiprocessors = 0;

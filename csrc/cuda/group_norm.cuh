@@ -15,10 +15,12 @@ struct GroupNormTables {
   float *pre_bias, *centre, *slope, *offset, *partial;
 
   __device__ __forceinline__ GroupNormTables(float* shared, int32_t channels)
-      : pre_bias(shared), centre(shared + channels), slope(shared + 2 * channels), offset(shared + 3 * channels), partial(shared + 4 * channels) {}
+      : pre_bias(shared), centre(shared + channels), slope(shared + 2 * channels), offset(shared + 3 * channels),
+        partial(shared + 4 * channels) {}
 };
 
-__device__ __forceinline__ void group_norm_fill_tables(const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table) {
+__device__ __forceinline__ void group_norm_fill_tables(
+    const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table) {
 #pragma unroll 1
   for (int32_t c = thread_of_block(); c < place.channels; c += threads_of_block()) {
     const int64_t channel = place.channel + c;
@@ -31,8 +33,8 @@ __device__ __forceinline__ void group_norm_fill_tables(const GroupNormArguments&
 
 // Mean and rstd of a group as the last pass uses them.
 __device__ __forceinline__ void group_norm_finish(
-    const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table, int64_t group, int32_t low, int32_t high, float mean,
-    float variance) {
+    const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table, int64_t group, int32_t low, int32_t high,
+    float mean, float variance) {
   const float rstd = __frsqrt_rn((variance < 0.0f ? 0.0f : variance) + a.eps);  // written so that NaN stays NaN
 #pragma unroll 1
   for (int32_t c = low + thread_of_block() % 32; c < high; c += 32) {
@@ -50,7 +52,7 @@ __device__ __forceinline__ void group_norm_merge(
     const GroupNormArguments& a, const GroupNormTile& tile, const GroupNormPlace& place, const GroupNormTables& table) {
   group_norm_each_group(tile, place, [&](int64_t group, int32_t low, int32_t high) {
     const int32_t tiles = tile.channel_tiles * tile.position_tiles;
-    const auto* const moments = reinterpret_cast<const GroupNormMoments*>(a.workspace) + (place.sample * a.groups + group) * tiles;
+    const GroupNormMoments* const moments = reinterpret_cast<GroupNormMoments*>(a.workspace) + (place.sample * a.groups + group) * tiles;
     const float origin = moments[tiles / 2].origin;
     float count = 0.0f, sum = 0.0f, squares = 0.0f;
 #pragma unroll 1
@@ -88,14 +90,16 @@ __device__ __forceinline__ void group_norm_collect_jointly(const float (&sums)[v
 }
 
 template <bool channels_last, int values, int own>
-__device__ __forceinline__ void group_norm_collect_groups(const float (&sums)[values][own], int joint, const GroupNormTile& tile, float* partial) {
+__device__ __forceinline__ void group_norm_collect_groups(
+    const float (&sums)[values][own], int joint, const GroupNormTile& tile, float* partial) {
   if (own >= 8 && joint == 8) group_norm_collect_jointly<channels_last, own >= 8 ? 8 : 1>(sums, tile, partial);
   else if (own >= 4 && joint == 4) group_norm_collect_jointly<channels_last, own >= 4 ? 4 : 1>(sums, tile, partial);
   else group_norm_collect_jointly<channels_last, 1>(sums, tile, partial);
 }
 
 // Sum v over the tile's channels [low, high), by one warp.
-__device__ __forceinline__ float group_norm_total(const float* partial, int v, int joint, const GroupNormTile& tile, int32_t low, int32_t high) {
+__device__ __forceinline__ float group_norm_total(
+    const float* partial, int v, int joint, const GroupNormTile& tile, int32_t low, int32_t high) {
   const int32_t width = tile.channels / joint, entries = (high - low) / joint;
   float total = 0.0f;
 #pragma unroll 1
@@ -131,7 +135,7 @@ __device__ __forceinline__ void group_norm_moments(
         [](int) {});
   };
   const int32_t pixels = (place.end - place.position) * (channels_last ? 1 : vector);
-  const int joint = !channels_last ? 1 : place.group_channels % vector == 0 ? vector : place.group_channels % 4 == 0 && vector > 4 ? 4 : 1;
+  const int joint = !channels_last ? 1 : place.group_channels % vector == 0 ? vector : vector > 4 && place.group_channels % 4 == 0 ? 4 : 1;
   float pre_bias[own], sum[1][own] = {};
   each([&](int j) { pre_bias[j] = table.pre_bias[thread.entry(j)]; }, [&](int j, float value) { sum[0][j] += value + pre_bias[j]; });
   group_norm_collect_groups<channels_last>(sum, joint, tile, table.partial);
@@ -153,14 +157,15 @@ __device__ __forceinline__ void group_norm_moments(
   __syncthreads();
   group_norm_each_group(tile, place, [&](int64_t group, int32_t low, int32_t high) {
     const float count = high > low ? float(high - low) * float(pixels) : 0.0f, origin = high > low ? table.centre[low] : 0.0f;
-    const float sum = group_norm_total(table.partial, 0, joint, tile, low, high), squares = group_norm_total(table.partial, 1, joint, tile, low, high);
+    const float sum = group_norm_total(table.partial, 0, joint, tile, low, high);
+    const float squares = group_norm_total(table.partial, 1, joint, tile, low, high);
     const float offset = count > 0.0f ? sum / count : 0.0f, corrected = squares - sum * offset;
     __syncwarp();  // all lanes have read the centre that is written next
     if (tile.phase == GroupNormPhase::whole) {
       group_norm_finish(a, place, table, group, low, high, origin + offset, corrected / count);
     } else if (thread_of_block() % 32 == 0) {
-      const int64_t tiles = int64_t(tile.channel_tiles) * tile.position_tiles;
-      reinterpret_cast<GroupNormMoments*>(a.workspace)[(place.sample * a.groups + group) * tiles + place.part] = {count, origin, offset, corrected};
+      const int64_t tiles = int64_t(tile.channel_tiles) * tile.position_tiles, row = (place.sample * a.groups + group) * tiles + place.part;
+      reinterpret_cast<GroupNormMoments*>(a.workspace)[row] = {count, origin, offset, corrected};
     }
   });
 }

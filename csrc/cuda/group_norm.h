@@ -47,6 +47,7 @@ struct GroupNormSizes {
 
 constexpr int group_norm_most_threads = 512, group_norm_backward_most_threads = 256;
 constexpr uint32_t group_norm_grid_y = 65535;   // the hardware's limit
+constexpr int64_t group_norm_most_pixels = 1 << 30, group_norm_most_channels = 1 << 30;  // positions and channels are counted in 32 bits
 constexpr int group_norm_finish_threads = 128;  // of a block that finishes one group's sums
 constexpr int group_norm_columns = 32, group_norm_rows = 16;  // of a block that sums over samples: channels, and slices of the batch
 

@@ -16,7 +16,8 @@ void launch_slabs(const GroupNormArguments& a, const GroupNormPlan& plan, const 
   kernel<<<dim3(at.grid[0], at.grid[1], at.grid[2]), dim3(at.block[0], at.block[1]), at.shared, stream>>>(a, at.tile);
 }
 
-template <typename T> void launch_slabs(const GroupNormArguments& a, const GroupNormPlan& plan, const GroupNormLaunch& at, cudaStream_t stream) {
+template <typename T>
+void launch_slabs(const GroupNormArguments& a, const GroupNormPlan& plan, const GroupNormLaunch& at, cudaStream_t stream) {
   if (a.channels_last) launch_slabs<T, true>(a, plan, at, stream);
   else launch_slabs<T, false>(a, plan, at, stream);
 }
@@ -50,13 +51,14 @@ cudaError_t launch(const GroupNormArguments& a, const GroupNormPlan& plan, const
 
 const char* group_norm_backward(const GroupNormArguments& a, int device, void* stream) {
   if (a.samples == 0 || a.channels == 0 || a.pixels == 0) return nullptr;
+  if (a.pixels > group_norm_most_pixels || a.channels > group_norm_most_channels) return "more than 2^30 pixels or channels";
   const DeviceGuard guard(device);
   cudaError_t error = guard.error;
   int multiprocessors = 0;
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    const GroupNormPlan plan = group_norm_backward_plan({a.samples, a.channels, a.pixels, a.groups, a.channels_last, a.x.dtype}, multiprocessors,
-                                                        aligned(a.x) && aligned(a.grad_y) && aligned(a.grad_x));
+    const GroupNormPlan plan = group_norm_backward_plan({a.samples, a.channels, a.pixels, a.groups, a.channels_last, a.x.dtype},
+                                                        multiprocessors, aligned(a.x) && aligned(a.grad_y) && aligned(a.grad_x));
     for (const GroupNormLaunch& at : plan.launches)
       if (error == cudaSuccess) error = launch(a, plan, at, static_cast<cudaStream_t>(stream));
   }

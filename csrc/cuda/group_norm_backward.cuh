@@ -12,14 +12,17 @@ struct GroupNormBackwardTables {
   float *pre_bias, *centre, *rstd, *slope, *offset, *lead, *constant, *linear, *partial;
 
   __device__ __forceinline__ GroupNormBackwardTables(float* shared, int32_t channels)
-      : pre_bias(shared), centre(shared + channels), rstd(shared + 2 * channels), slope(shared + 3 * channels), offset(shared + 4 * channels),
-        lead(shared + 5 * channels), constant(shared + 6 * channels), linear(shared + 7 * channels), partial(shared + 8 * channels) {}
+      : pre_bias(shared), centre(shared + channels), rstd(shared + 2 * channels), slope(shared + 3 * channels),
+        offset(shared + 4 * channels), lead(shared + 5 * channels), constant(shared + 6 * channels), linear(shared + 7 * channels),
+        partial(shared + 8 * channels) {}
 };
 
 // The floats of a.workspace: two for each channel of each sample, then where slabs are cut two for each group, and three for each
 // channel and position tile.
 __device__ __forceinline__ float* group_norm_group_sums(const GroupNormArguments& a) { return a.workspace + 2 * a.samples * a.channels; }
-__device__ __forceinline__ float* group_norm_tile_sums(const GroupNormArguments& a) { return group_norm_group_sums(a) + 2 * a.samples * a.groups; }
+__device__ __forceinline__ float* group_norm_tile_sums(const GroupNormArguments& a) {
+  return group_norm_group_sums(a) + 2 * a.samples * a.groups;
+}
 
 // S1, S2, X of a channel of a sample.
 struct GroupNormChannelSums {
@@ -34,9 +37,10 @@ __device__ __forceinline__ float group_norm_slope(const GroupNormArguments& a, i
   return group_norm_factor(a, sample, channel) * read(a.weight, channel, 1.0f);
 }
 
-// The gradients of what one channel of a sample has, and its share of grad_weight and grad_bias. D1 and D2 are divided by M here.
+// The gradients of what one channel of a sample has, and its share of grad_weight and grad_bias; constant = D1 / M, linear = D2 / M.
 __device__ __forceinline__ void group_norm_write_rows(
-    const GroupNormArguments& a, int64_t sample, int64_t channel, float rstd, const GroupNormChannelSums& sums, float constant, float linear) {
+    const GroupNormArguments& a, int64_t sample, int64_t channel, float rstd, const GroupNormChannelSums& sums, float constant,
+    float linear) {
   const float factor = group_norm_factor(a, sample, channel), weight = read(a.weight, channel, 1.0f), bias = read(a.bias, channel, 0.0f);
   write(a.grad_shift.view, sample * a.grad_shift.stride + channel, sums.upstream);
   write(a.grad_scale.view, sample * a.grad_scale.stride + channel, weight * sums.product + bias * sums.upstream);
@@ -48,8 +52,8 @@ __device__ __forceinline__ void group_norm_write_rows(
 }
 
 template <typename T, bool channels_last, int vector, int items>
-__global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 && items == group_norm_many_items ? 1 : 2) group_norm_backward_kernel(
-    const GroupNormArguments a, const GroupNormTile tile) {
+__global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 && items == group_norm_many_items ? 1 : 2)
+    group_norm_backward_kernel(const GroupNormArguments a, const GroupNormTile tile) {
   extern __shared__ __align__(16) float shared[];
   using Item = Pack<T, vector>;
   constexpr int unit = Item::unit, own = channels_last ? unit : 1;  // channels that a thread is at work on at one time
@@ -106,13 +110,15 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 &
   }
   const float kept_scale = dropout_scale(a.dropout);
 
-  // use(item, element of it, channel of the unit, xh, dz) for unit u of all items: the channels' tables are read once for all of them.
+  // Calls use(channel of the unit, xh, dz) for the elements of unit u of all items, and done(item, what use gave) for each item. What
+  // belongs to the unit's channels is read once for all items.
   const auto each = [&](int u, auto use, auto done) {
     float pre_bias[own], centre[own], rstd[own], slope[own], offset[own];
 #pragma unroll
     for (int j = 0; j < own; ++j) {
       const int32_t c = thread.entry(u * unit + j);
-      pre_bias[j] = table.pre_bias[c], centre[j] = table.centre[c], rstd[j] = table.rstd[c], slope[j] = table.slope[c], offset[j] = table.offset[c];
+      pre_bias[j] = table.pre_bias[c], centre[j] = table.centre[c], rstd[j] = table.rstd[c];
+      slope[j] = table.slope[c], offset[j] = table.offset[c];
     }
 #pragma unroll
     for (int k = 0; k < items; ++k) {

@@ -46,6 +46,7 @@ class Planner {
     items_ = vector_ == 1 ? group_norm_many_items : group_norm_few_items;
     positions_ = s_.channels_last ? s_.pixels : s_.pixels / vector_;
     slab_groups_ = s_.channels_last ? groups_of_whole_sectors() : 1;
+    while (s_.channels_last && wider_is_better()) slab_groups_ *= 2;
     slab_channels_ = slab_groups_ * (s_.channels / s_.groups);
     slabs_ = s_.samples * (s_.groups / slab_groups_);
   }
@@ -56,7 +57,7 @@ class Planner {
   // True where one block should take a whole slab; `launch` is the way to do it, else how to cut it.
   bool plan(GroupNormLaunch& launch) {
     const int64_t slab = slab_channels_ * s_.pixels * bytes_;
-    const bool small = slab <= small_slab, enough = slabs_ >= double(multiprocessors_) * slab / large_slab;
+    const bool small = slab <= small_slab, enough = double(slabs_) * large_slab >= double(multiprocessors_) * slab;
     const int64_t fewest = items_;
     for (; items_ <= group_norm_many_items && (small || enough); items_ *= 2) {
       const Block block = s_.channels_last ? whole_slab_channels_last() : whole_slab_nchw();
@@ -77,6 +78,13 @@ class Planner {
     for (int64_t k = 1; k <= s_.groups; ++k)  // rows of pixels start within sectors: long runs share few of them
       if (s_.groups % k == 0 && k * group * bytes_ >= line && k * group % vector_ == 0) return k;
     return s_.groups;
+  }
+
+  // Where slabs are many and small, twice as wide ones still give every multiprocessor its blocks, and read longer runs.
+  bool wider_is_better() const {
+    const int64_t run = slab_groups_ * (s_.channels / s_.groups) * bytes_;
+    return s_.groups % (2 * slab_groups_) == 0 && 2 * run <= line && 2 * run * s_.pixels <= small_slab &&
+           s_.samples * (s_.groups / (2 * slab_groups_)) >= 2 * waves * multiprocessors_;
   }
 
   // Rows of threads for a row of x: the lanes of a warp that have the same channels are added up by shuffles, which takes whole warps.
@@ -111,7 +119,8 @@ class Planner {
 
   Block part_of_slab() const {
     Block block = part_of_slab(split_threads);
-    if (ceil_div(slab_channels_, block.channels) * ceil_div(positions_, block.positions) > many_tiles) block = part_of_slab(kernel_.most_threads);
+    const int64_t tiles = ceil_div(slab_channels_, block.channels) * ceil_div(positions_, block.positions);
+    if (tiles > many_tiles) block = part_of_slab(kernel_.most_threads);
     const int64_t channel_tiles = ceil_div(slab_channels_, block.channels);
     const int64_t wanted = ceil_div(waves * multiprocessors_, slabs_ * channel_tiles);
     if (ceil_div(positions_, block.positions) < wanted) {  // fewer items a thread, so that there is a block for every multiprocessor

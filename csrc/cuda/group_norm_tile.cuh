@@ -22,9 +22,9 @@ struct GroupNormPlace {
 template <bool channels_last, int vector>
 __device__ __forceinline__ GroupNormPlace group_norm_place(const GroupNormArguments& a, const GroupNormTile& tile) {
   GroupNormPlace place;
-  const int32_t parts = tile.channel_tiles * tile.position_tiles;
-  const int32_t slab = int32_t(blockIdx.x) / parts;
-  place.part = int32_t(blockIdx.x) - slab * parts;
+  const int32_t slabs = int32_t(a.groups) / tile.groups;  // neighbouring blocks take neighbouring slabs: in channels_last they share lines
+  place.part = int32_t(blockIdx.x) / slabs;
+  const int32_t slab = int32_t(blockIdx.x) - place.part * slabs;
   const int32_t channel_tile = place.part / tile.position_tiles;
   place.position_part = place.part - channel_tile * tile.position_tiles;
   place.sample = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
@@ -57,7 +57,8 @@ template <bool channels_last, int vector> struct GroupNormThread {
     channel = inside ? own : 0;
     items = inside ? (place.end - first + step - 1) / step : 0;
     const int64_t c = place.channel + channel;
-    offset = channels_last ? (place.sample * a.pixels + first) * a.channels + c : (place.sample * a.channels + c) * a.pixels + int64_t(first) * vector;
+    offset = channels_last ? (place.sample * a.pixels + first) * a.channels + c
+                           : (place.sample * a.channels + c) * a.pixels + int64_t(first) * vector;
     stride = channels_last ? step * a.channels : int64_t(step) * vector;
   }
 
@@ -141,7 +142,8 @@ __device__ __forceinline__ void group_norm_each_unit(int32_t present, Start star
 // Adds up what the threads have: sums[v][j] for entry `entry` + j of `width` entries, a channel or neighbouring channels of one group
 // each. Leaves the sum v of an entry in `slots` parts, at partial[(v * slots + slot) * width + entry]; to be read after a barrier.
 template <bool channels_last, int values, int count>
-__device__ __forceinline__ void group_norm_collect(float (&sums)[values][count], int32_t entry, int32_t width, int32_t slots, float* partial) {
+__device__ __forceinline__ void group_norm_collect(
+    float (&sums)[values][count], int32_t entry, int32_t width, int32_t slots, float* partial) {
   const int32_t x = blockDim.x, warp = thread_of_block() / 32, lane = thread_of_block() % 32;
   const bool shuffled = !channels_last || (x < 32 && (x & (x - 1)) == 0);
   if (shuffled) sum_over_lanes(sums, channels_last ? x : 1, channels_last ? 32 : x);
@@ -154,7 +156,8 @@ __device__ __forceinline__ void group_norm_collect(float (&sums)[values][count],
     constexpr int together = count % 4 == 0 ? 4 : count;
 #pragma unroll
     for (int j = 0; j < count; j += together) {
-      if constexpr (together == 4) *reinterpret_cast<float4*>(to + j) = {sums[v][j], sums[v][j + 1], sums[v][j + 2], sums[v][j + 3]};
+      if constexpr (together == 4)
+        *reinterpret_cast<float4*>(to + j) = {sums[v][j], sums[v][j + 1], sums[v][j + 2], sums[v][j + 3]};
       else if constexpr (together == 2) *reinterpret_cast<float2*>(to + j) = {sums[v][j], sums[v][j + 1]};
       else to[j] = sums[v][j];
     }
@@ -162,7 +165,8 @@ __device__ __forceinline__ void group_norm_collect(float (&sums)[values][count],
 }
 
 // The slab's groups that the tile has channels of, a warp each: calls use(group, first channel in the tile, one past the last).
-template <typename Use> __device__ __forceinline__ void group_norm_each_group(const GroupNormTile& tile, const GroupNormPlace& place, Use use) {
+template <typename Use>
+__device__ __forceinline__ void group_norm_each_group(const GroupNormTile& tile, const GroupNormPlace& place, Use use) {
   const int32_t first = int32_t(place.channel - place.group * place.group_channels);
 #pragma unroll 1
   for (int32_t g = thread_of_block() / 32; g < tile.groups; g += threads_of_block() / 32) {

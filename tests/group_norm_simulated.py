@@ -53,8 +53,8 @@ class Case:
     aligned: bool = True
 
     def __str__(self) -> str:
-        parts = [f"{self.samples}x{self.channels}x{self.pixels}", f"{self.groups} groups", "NHWC" if self.channels_last else "NCHW", str(self.dtype)[6:]]
-        return " ".join(parts)
+        layout = "NHWC" if self.channels_last else "NCHW"
+        return f"{self.samples}x{self.channels}x{self.pixels} {self.groups} groups {layout} {str(self.dtype)[6:]}"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -137,9 +137,8 @@ class Memory:
     def __init__(self, case: Case) -> None:
         self.case, self.device, self.arrays = case, Device(), {}
         self.record = np.zeros((), ARGUMENTS)
-        self.record["channels_last"], self.record["silu"], self.record["eps"], self.record["dropout"] = case.channels_last, case.silu, case.eps, case.dropout
-        for name, value in zip(("samples", "channels", "pixels", "groups"), (*case.shape, case.groups), strict=True):
-            self.record[name] = value
+        for name in ("channels_last", "silu", "eps", "dropout", "samples", "channels", "pixels", "groups"):
+            self.record[name] = getattr(case, name)
         for name in ("seed", "stream", "first_sample"):
             self.record["key"][name] = getattr(KEY, name)
 
@@ -224,8 +223,9 @@ def _call(case: Case, tensors: dict[str, Tensor]) -> tuple:
         return tensors[name].data_ptr() if name in tensors else 0
 
     return (
-        case.eps, case.silu, address("weight"), address("bias"), TAGS[case.small or case.dtype], *((address(name), case.channels) for name in ROWS),
-        TAGS[case.small or case.dtype], (case.dropout, KEY.seed, KEY.stream, KEY.first_sample),
+        case.eps, case.silu, address("weight"), address("bias"), TAGS[case.small or case.dtype],
+        *((address(name), case.channels) for name in ROWS), TAGS[case.small or case.dtype],
+        (case.dropout, KEY.seed, KEY.stream, KEY.first_sample),
     )  # fmt: skip
 
 

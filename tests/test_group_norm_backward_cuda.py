@@ -1,4 +1,4 @@
-"""csrc/cuda/group_norm_backward.cu in the simulator: all seven gradients against autograd in float64, as test_group_norm_cuda.py does forward."""
+"""csrc/cuda/group_norm_backward.cu in the simulator: all gradients against autograd in float64, as test_group_norm_cuda.py does forward."""
 import pytest
 import torch
 from group_norm_simulated import OPTIONAL, TAGS, Case, backward, backward_on_device
@@ -104,6 +104,18 @@ def test_nan_stays_in_its_group(channels_last, pixels, module):
     assert spoilt["grad_x"][:, group].isnan().all()
     assert spoilt["grad_weight"].isnan().nonzero().tolist() == [[6]]
     assert_bits_equal(spoilt["grad_x"][:, ~group], clean["grad_x"][:, ~group])
+
+
+@pytest.mark.parametrize("pixels", [36, 9000], ids=["one launch", "cut"])
+def test_samples_beyond_the_grids_second_dimension(pixels, module):
+    case = Case(3, 16, pixels, 4, True)
+    tensors, plan = case.make(), case.plan(native, backward=True)
+    expected, _ = backward(module, plan, case, tensors)
+    for launch in plan["launches"][:-1]:
+        launch["grid"] = (launch["grid"][0], 2, 2)  # the fourth sample is not there
+    results, _ = backward(module, plan, case, tensors)
+    for name, x in results.items():
+        assert_bits_equal(x, expected[name], name)
 
 
 def test_the_order_of_blocks_changes_no_bit(module):

@@ -169,6 +169,16 @@ def test_mask_is_philoxs(channels_last, shape, dtype, module):
     assert_bits_equal(results["y"], torch.where(case.keep(), 1.0, 0.0).to(dtype).contiguous())
 
 
+def test_samples_beyond_the_grids_second_dimension(module):
+    case = Case(3, 16, 36, 4, True, dropout=0.3)
+    tensors, plan = case.make(), case.plan(native)
+    expected, _ = forward(module, plan, case, tensors)
+    plan["launches"] = [launch | {"grid": (launch["grid"][0], 2, 2)} for launch in plan["launches"]]  # the fourth sample is not there
+    results, _ = forward(module, plan, case, tensors)
+    for name, x in results.items():
+        assert_bits_equal(x, expected[name], name)
+
+
 def test_the_order_of_blocks_changes_no_bit(module):
     for case in (Case(2, 16, 200, 4, True), Case(1, 16, 9000, 4, True)):
         tensors, results, _ = run(module, case)
@@ -210,7 +220,8 @@ def test_no_atomics_no_spills_and_registers_for_all_threads(name, arch, sources,
     assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", path.read_text(), re.M)
     if shutil.which("ptxas") is None:
         pytest.skip("ptxas is not on PATH")
-    done = subprocess.run(["ptxas", f"-arch={arch}", "-v", str(path), "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True)
+    command = ["ptxas", f"-arch={arch}", "-v", str(path), "-o", str(tmp_path / "out.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     entries = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", done.stderr, re.S)
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(entries) == len(spills) == 18 + 2 * (name == "group_norm_backward"), done.stderr

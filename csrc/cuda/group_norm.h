@@ -60,7 +60,8 @@ constexpr int group_norm_few_items = 8, group_norm_many_items = 16;
 GroupNormPlan group_norm_plan(const GroupNormSizes& sizes, int multiprocessors, bool aligned);
 GroupNormPlan group_norm_backward_plan(const GroupNormSizes& sizes, int multiprocessors, bool aligned);
 
-// Launch on `stream` of `device`; return null, or the error's text. a.workspace has the floats that the plan asks for.
+// Launch on `stream` of `device`; return null, or the error's text. a.workspace has the floats that the plan asks for, and starts at a
+// multiple of 16 bytes. Nothing is allocated and nothing waited for.
 const char* group_norm(const GroupNormArguments& a, int device, void* stream);
 const char* group_norm_backward(const GroupNormArguments& a, int device, void* stream);
 

@@ -7,7 +7,8 @@ namespace ddpm_fast::cuda {
 // Makes `device` the current one until the end of the scope. Where that failed, `error` says why.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) : error(cudaGetDevice(&before_)) {
+  explicit DeviceGuard(int device) {
+    error = cudaGetDevice(&before_);
     changed_ = error == cudaSuccess && before_ != device;
     if (changed_) error = cudaSetDevice(device);
   }
@@ -17,7 +18,7 @@ class DeviceGuard {
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
-  cudaError_t error;
+  cudaError_t error = cudaSuccess;
 
  private:
   int before_ = 0;

@@ -146,7 +146,7 @@ using Row = std::pair<uintptr_t, int64_t>;
 Rows rows(const Row& row, int dtype) { return {view(row.first, dtype), row.second}; }
 
 // For every backend. Addresses of optional tensors may be 0; dropout (probability, seed, stream, first sample).
-using Dropout = std::tuple<float, uint64_t, uint32_t, uint64_t>;
+using Dropout = std::tuple<double, uint64_t, uint32_t, uint64_t>;
 GroupNormArguments group_norm_arguments(uintptr_t x, uintptr_t y, int dtype, bool channels_last, int64_t samples, int64_t channels,
                                         int64_t pixels, int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias,
                                         int parameter_dtype, const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype,
@@ -182,6 +182,27 @@ void add_group_norm_gradients(GroupNormArguments& a, uintptr_t grad_y, uintptr_t
   a.grad_pre_bias = rows(grad_pre_bias, rows_dtype);
   a.grad_scale = rows(grad_scale, rows_dtype);
   a.grad_shift = rows(grad_shift, rows_dtype);
+}
+
+void cpu_group_norm(uintptr_t x, uintptr_t y, int dtype, bool channels_last, int64_t samples, int64_t channels, int64_t pixels,
+                    int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias, int parameter_dtype, const Row& pre_bias,
+                    const Row& scale, const Row& shift, int rows_dtype, const Dropout& dropout, uintptr_t mean, uintptr_t rstd,
+                    int threads) {
+  cpu::kernels().group_norm(group_norm_arguments(x, y, dtype, channels_last, samples, channels, pixels, groups, eps, silu, weight, bias,
+                                                 parameter_dtype, pre_bias, scale, shift, rows_dtype, dropout, mean, rstd, 0, threads));
+}
+
+// Any of the gradients may be 0, which leaves it out.
+void cpu_group_norm_backward(uintptr_t x, int dtype, bool channels_last, int64_t samples, int64_t channels, int64_t pixels,
+                             int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias, int parameter_dtype,
+                             const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype, const Dropout& dropout,
+                             uintptr_t mean, uintptr_t rstd, uintptr_t grad_y, uintptr_t grad_x, uintptr_t grad_weight,
+                             uintptr_t grad_bias, const Row& grad_pre_bias, const Row& grad_scale, const Row& grad_shift, int threads) {
+  GroupNormArguments a =
+      group_norm_arguments(x, 0, dtype, channels_last, samples, channels, pixels, groups, eps, silu, weight, bias, parameter_dtype,
+                           pre_bias, scale, shift, rows_dtype, dropout, mean, rstd, 0, threads);
+  add_group_norm_gradients(a, grad_y, grad_x, grad_weight, grad_bias, grad_pre_bias, grad_scale, grad_shift, parameter_dtype, rows_dtype);
+  cpu::kernels().group_norm_backward(a);
 }
 
 #if defined(DDPM_FAST_CUDA)
@@ -321,6 +342,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_p_step_backward", &cpu_p_step_backward, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_gaussian_kl", &cpu_gaussian_kl, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_vlb_terms", &cpu_vlb_terms, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_group_norm", &cpu_group_norm, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_group_norm_backward", &cpu_group_norm_backward, py::call_guard<py::gil_scoped_release>());
 #if defined(DDPM_FAST_CUDA)
   m.def("cuda_randn", &cuda_randn, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_randn_plan", &cuda_randn_plan, py::arg("samples"), py::arg("elements"));

@@ -140,6 +140,23 @@ def noise_reference(shape: tuple[int, ...] | torch.Size, seed: int, stream: int,
     return blocks.flatten(1)[:, :elements].reshape(shape).contiguous()
 
 
+def dropout_mask_reference(
+    shape: tuple[int, ...] | torch.Size, probability: float, seed: int, stream: int, first_sample: int, device: torch.device
+) -> Tensor:
+    """What a dropout keeps, in plain PyTorch: bool tensor of ``shape`` (N, C, ...).
+
+    Element (c, pixel) of a sample is kept where word i % 4 of block j = i // 4 is at least ⌊probability · 2^32⌋, i = pixel·C + c:
+    channels run fastest, which is the order in memory of the layout that networks run in. Any layout of the data gives the same.
+    """
+    count, channels, *space = shape
+    pixels = math.prod(space)
+    sample = _sample_index(count, first_sample, device)[:, None]
+    j = torch.arange((pixels * channels + 3) // 4, device=device)[None, :].expand(count, -1)
+    words = philox4x32_10(j, stream, *_split64(sample), seed & MASK32, (seed >> 32) & MASK32)
+    kept = torch.stack(words, -1).flatten(1)[:, : pixels * channels] >= int(probability * 2**32)
+    return kept.view(count, pixels, channels).transpose(1, 2).reshape(shape)
+
+
 def philox4x32_10(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 on words of 32 bits, held in ints or int64 tensors. Returns four words."""
     for _ in range(10):

@@ -114,7 +114,7 @@ struct GroupNormArguments {
   bool silu;
   View weight, bias;              // (channels,) of one dtype, each null where absent
   Rows pre_bias, scale, shift;    // of one dtype
-  float dropout;                  // probability that an element is zeroed; 0: there is no dropout
+  double dropout;                 // probability that an element is zeroed; 0: there is no dropout
   NoiseKey key;                   // of its mask
   float *mean, *rstd;             // (samples, groups), of x + pre_bias: written by forward, read by backward
   View grad_y, grad_x;            // backward: like x

@@ -6,10 +6,10 @@ namespace ddpm_fast {
 
 // The mask of a dropout: element (c, pixel) of a sample has word i % 4 of counter block i / 4 of its noise, where
 // i = pixel * channels + c: channels run fastest, in either layout of the data. It is kept where the word reaches the threshold.
-DDPM_INLINE uint32_t dropout_threshold(float probability) { return uint32_t(double(probability) * 4294967296.0); }
-DDPM_INLINE float dropout_scale(float probability) { return 1.0f / (1.0f - probability); }
+DDPM_INLINE uint32_t dropout_threshold(double probability) { return uint32_t(probability * 4294967296.0); }
+DDPM_INLINE float dropout_scale(double probability) { return float(1.0 / (1.0 - probability)); }
 
-// d/dz of z sigmoid(z), given the sigmoid.
-DDPM_INLINE float silu_slope(float z, float sigmoid) { return sigmoid * (1.0f + z * (1.0f - sigmoid)); }
+// d/dz of z sigmoid(z), given the sigmoid; of floats or vectors of them.
+template <typename Float> DDPM_INLINE Float silu_slope(Float z, Float sigmoid) { return sigmoid * (1.0f + z * (1.0f - sigmoid)); }
 
 }  // namespace ddpm_fast

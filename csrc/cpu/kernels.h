@@ -15,7 +15,9 @@
   K(p_step, PStepArguments) \
   K(p_step_backward, PStepArguments) \
   K(gaussian_kl, GaussianKLArguments) \
-  K(vlb_terms, VlbTermsArguments)
+  K(vlb_terms, VlbTermsArguments) \
+  K(group_norm, GroupNormArguments) \
+  K(group_norm_backward, GroupNormArguments)
 
 namespace ddpm_fast::cpu {
 

@@ -67,9 +67,7 @@ struct RoundKeys {
   uint64_t keys[10][2];
 };
 
-// The four normals of each counter in out, 4 a counter. Lane 2k of a register holds counter k, lane 2k + 1 counter
-// words/2 + k: then what `interleave` gives lies in order.
-DDPM_INLINE void normals_of(Counters (&counters)[2], const RoundKeys& rounds, float* out) {
+DDPM_INLINE void encipher(Counters (&counters)[2], const RoundKeys& rounds) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 2
@@ -78,6 +76,12 @@ DDPM_INLINE void normals_of(Counters (&counters)[2], const RoundKeys& rounds, fl
       c = {(p1 >> 32) ^ c.c1 ^ everywhere(rounds.keys[round][0]), p1, (p0 >> 32) ^ c.c3 ^ everywhere(rounds.keys[round][1]), p0};
     }
   }
+}
+
+// The four normals of each counter in out, 4 a counter. Lane 2k of a register holds counter k, lane 2k + 1 counter
+// words/2 + k: then what `interleave` gives lies in order.
+DDPM_INLINE void normals_of(Counters (&counters)[2], const RoundKeys& rounds, float* out) {
+  encipher(counters, rounds);
   constexpr int lanes = 2 * words;  // words of a pair side by side: of the first pair in the even lanes, of the second in the odd
   alignas(64) uint32_t radius[2][lanes], angle[2][lanes];
   alignas(64) float z[4][lanes];

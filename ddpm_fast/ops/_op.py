@@ -35,6 +35,9 @@ class Op:
         differentiable: positions of the arguments whose gradient the backward kernels give; of others the reference does.
         noise: position of the noise.
         saves: positions of the tensors that backward needs; all by default.
+        keeps: positions of the results that backward needs too, which have no gradient. Its kernels are then called with a list
+            of them as last argument.
+        keeps_layout: gradients are strided as the tensors they belong to, channels_last too; else they are contiguous.
         gradients: backward in plain PyTorch, differentiable again: called as gradients(arguments, needs, grads), it gives
             one gradient an argument, None where not needed. By default autograd's of the reference.
         backward: backend to its backward kernel, called as ``gradients`` is.
@@ -56,6 +59,8 @@ class Op:
         differentiable: Sequence[int],
         noise: int | None = None,
         saves: Sequence[int] | None = None,
+        keeps: Sequence[int] = (),
+        keeps_layout: bool = False,
         gradients: Callable | None = None,
         backward: dict[str, Callable],
         ahead: dict[str, Callable] | None = None,
@@ -71,6 +76,8 @@ class Op:
         self.others = [i for i in self.tensors if i not in self.differentiable]
         self.noise = noise
         self.saves = saves
+        self.keeps = tuple(keeps)
+        self.layout = memory_format if keeps_layout else lambda _: torch.contiguous_format
         self.own_gradients = gradients
         self.backward = {backends[backend]: kernel for backend, kernel in backward.items()}
         self.ahead = {backends[backend]: kernel for backend, kernel in (ahead or {}).items()}
@@ -119,13 +126,13 @@ class Op:
         copied = [result if target is None else target.copy_(result) for target, result in zip(into.values(), results if several else [results], strict=True)]
         return tuple(copied) if several else copied[0]
 
-    def gradients(self, implementation: Callable, arguments: Sequence, needs: Sequence[bool], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def gradients(self, implementation: Callable, arguments: Sequence, needs: Sequence[bool], grads: Sequence[Tensor | None], kept: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Backward: by the kernel that goes with an implementation, or where it cannot, by plain PyTorch with a graph of its own."""
         if grads[0] is None and all(grad is None for grad in grads):  # what followed gave none
             return [None] * len(needs)
         kernel = self.backward.get(implementation)
         if kernel and not torch.is_grad_enabled() and not _in_batches(grads) and not any([needs[i] for i in self.others]):
-            return kernel(arguments, needs, grads)
+            return kernel(arguments, needs, grads, *([kept] if self.keeps else []))
         if self.own_gradients is not None:
             return self.own_gradients(arguments, needs, grads)
         with torch.enable_grad():
@@ -159,7 +166,7 @@ class Op:
     def _register(self, schema: str, returns: str) -> None:
         tags = (torch.Tag.pt2_compliant_tag,)
         library.define(f"{self.name}({schema}) -> {returns}", tags=tags)
-        library.define(f"{self.name}_backward(Tensor?[] grads, {schema}, bool[] needs) -> Tensor[]", tags=tags)
+        library.define(f"{self.name}_backward(Tensor?[] grads, Tensor[] kept, {schema}, bool[] needs) -> Tensor[]", tags=tags)
 
         def forward(*flat):
             arguments = self._restore(flat)
@@ -169,25 +176,26 @@ class Op:
                 return tuple(flat[0].new_empty(0) if result is None else result for result in results)
             return results.contiguous()
 
-        def backward(grads, *flat):
+        def backward(grads, kept, *flat):
             arguments, needs = self._restore(flat[:-1]), flat[-1]
             grads = [grad if grad is not None and grad.numel() else None for grad in grads]  # a result that was not wanted is empty
             arguments = [x.detach().requires_grad_() if needed else x for x, needed in zip(arguments, needs, strict=True)]
             with torch.no_grad():
-                found = self.gradients(self._choose(arguments), arguments, needs, grads)
-            return [(torch.zeros_like(x) if grad is None else grad.detach()).contiguous() for x, grad, needed in zip(arguments, found, needs, strict=True) if needed]
+                found = self.gradients(self._choose(arguments), arguments, needs, grads, kept)
+            return [(torch.zeros_like(x) if grad is None else grad.detach()).contiguous(memory_format=self.layout(x)) for x, grad, needed in zip(arguments, found, needs, strict=True) if needed]
 
-        def backward_fake(grads, *flat):
+        def backward_fake(grads, kept, *flat):
             arguments, needs = self._restore(flat[:-1]), flat[-1]
-            return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, needed in zip(arguments, needs, strict=True) if needed]
+            return [torch.empty_like(x, memory_format=self.layout(x)) for x, needed in zip(arguments, needs, strict=True) if needed]
 
         def setup_context(ctx, inputs, output):
-            keep_for_backward(ctx, inputs, None if self.saves is None else self._flat_positions(self.saves))
+            keep_for_backward(ctx, inputs, None if self.saves is None else self._flat_positions(self.saves), [output[i] for i in self.keeps])
+            ctx.mark_non_differentiable(*[output[i] for i in self.keeps])
             # The graph of a compiler knows the outputs that nobody asked a gradient of; None comes for them.
             ctx.set_materialize_grads(False)
 
         def differentiate(ctx, *grads):
-            flat = kept_for_backward(ctx)
+            flat, kept = kept_for_backward(ctx)
             needs = ctx.needs_input_grad
             arguments, needs = self._restore(flat), [bool(needed) for needed in self._unflatten_needs(needs)]
             if all(grad is None for grad in grads):
@@ -195,7 +203,7 @@ class Op:
             elif self.own_gradients is not None:
                 found = self.own_gradients(arguments, needs, grads)
             else:
-                computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), *flat, needs))
+                computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), kept, *flat, needs))
                 found = [next(computed) if needed else None for needed in needs]
             i = self.noise
             return tuple(found) if i is None else (*found[:i], found[i], None, None, None, *found[i + 1 :])
@@ -219,12 +227,16 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, implementation, *arguments):
         ctx.op, ctx.implementation, ctx.ahead, ctx.prepared = op, implementation, op.ahead.get(implementation), None
-        keep_for_backward(ctx, arguments, op.saves)
         ctx.set_materialize_grads(False)
         made = None if ctx.ahead is None else ctx.ahead(arguments, ctx.needs_input_grad[2:])
         if made is None:
             ctx.ahead = None
-            return implementation(*arguments)
+            results = implementation(*arguments)
+            kept = [results[i] for i in op.keeps]
+            ctx.mark_non_differentiable(*kept)
+            keep_for_backward(ctx, arguments, op.saves, kept)
+            return results
+        keep_for_backward(ctx, arguments, op.saves)
         result, *ctx.prepared = made
         return result
 
@@ -232,24 +244,36 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[2:]
         if ctx.ahead is None or grads[0] is None or torch.is_grad_enabled() or _in_batches(grads):
-            return None, None, *ctx.op.gradients(ctx.implementation, kept_for_backward(ctx), needs, grads)
+            arguments, kept = kept_for_backward(ctx)
+            return None, None, *ctx.op.gradients(ctx.implementation, arguments, needs, grads, kept)
         # They are given away: a second backward prepares them anew, in the same way for the same bits.
-        gradients, parts = ctx.prepared or ctx.ahead(kept_for_backward(ctx), needs)[1:]
+        gradients, parts = ctx.prepared or ctx.ahead(kept_for_backward(ctx)[0], needs)[1:]
         ctx.prepared, upstream = None, grads[0].contiguous()
         for part in parts:
             scale_samples(part, upstream)
         return None, None, *gradients
 
 
-def keep_for_backward(ctx: Any, arguments: Sequence, saves: Sequence[int] | None) -> None:
-    """Saves the tensors among the arguments (those at ``saves``, or all) where autograd watches over them, the rest beside."""
+def keep_for_backward(ctx: Any, arguments: Sequence, saves: Sequence[int] | None, results: Sequence[Tensor] = ()) -> None:
+    """Saves the tensors among the arguments (those at ``saves``, or all) and results where autograd watches over them, the rest beside."""
     tensors = [x if isinstance(x, Tensor) else None for x in arguments]
     ctx.others = [x if tensor is None else None for x, tensor in zip(arguments, tensors, strict=True)]
-    ctx.save_for_backward(*(tensors if saves is None else [x if i in saves else None for i, x in enumerate(tensors)]))
+    ctx.save_for_backward(*(tensors if saves is None else [x if i in saves else None for i, x in enumerate(tensors)]), *results)
 
 
-def kept_for_backward(ctx: Any) -> list:
-    return [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+def kept_for_backward(ctx: Any) -> tuple[list, list[Tensor]]:
+    """Arguments and results as `keep_for_backward` got them; None for a tensor that was not saved."""
+    saved, count = ctx.saved_tensors, len(ctx.others)
+    return [other if x is None else x for x, other in zip(saved[:count], ctx.others, strict=True)], list(saved[count:])
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where x is dense in it, else contiguous; contiguous where it is both."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.ndim == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
 
 
 def goes_through_dispatcher() -> bool:

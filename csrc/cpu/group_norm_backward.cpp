@@ -1,0 +1,207 @@
+// group_norm, backward. With d = x + pre_bias - mean, z = d rstd A + B and dz = dL/dz, which follows from grad_y and from z computed
+// again, two passes: the sums of dz, dz d and d over each channel of a sample, of which all gradients of parameters are made; then
+// grad_x = rstd (A dz - (Σ A dz + d rstd² Σ A dz d) / count), the sums over a group. The second pass finds x and grad_y in the
+// cache where a slab fits it.
+#include "group_norm.h"
+
+namespace ddpm_fast::cpu::DDPM_ISA {
+namespace {
+
+// Over the pixels of one channel.
+struct Sums {
+  double dz, products, distances;
+};
+
+template <typename T, bool channels_last> class Backward {
+ public:
+  Backward(const GroupNormArguments& a, const Cut& cut)
+      : a_(a), cut_(cut), dz_(cut.channels), products_(cut.channels), distances_(cut.channels), affine_(cut.channels),
+        linear_(cut.channels), constant_(cut.channels), mask_(a, cut) {}
+
+  DDPM_METHOD void prepare(int64_t slab) { affine_.prepare(a_, cut_, slab); }
+
+  // Of each channel over one segment.
+  DDPM_METHOD void sums(int64_t slab, int64_t segment, Sums* channels) {
+    const T* const x = static_cast<const T*>(a_.x.data) + slab * cut_.elements();
+    const T* const grad_y = static_cast<const T*>(a_.grad_y.data) + slab * cut_.elements();
+    for (int64_t c = 0; c < cut_.channels; ++c) channels[c] = {};
+    cut_.each_piece(segment, [&](int64_t first, int64_t range) {
+      const float* const mask = mask_.piece(slab, first, range);
+      dz_.clear(cut_.channels), products_.clear(cut_.channels), distances_.clear(cut_.channels);
+      walk<channels_last>(cut_, first, range, [&, silu = a_.silu](const auto& strand) {
+        using Strand = std::decay_t<decltype(strand)>;
+        const Slope<Strand> slope(strand, affine_);
+        Vec dz_sum[Strand::registers] = {}, products[Strand::registers] = {}, distances[Strand::registers] = {};
+        for (int64_t s = 0; s < strand.steps; ++s)
+          for (int k = 0; k < Strand::registers; ++k) {
+            const int64_t i = s * strand.stride + k * lanes;
+            const Vec distance = slope.distance(strand, x + strand.offset + i, k);
+            const Vec dz = slope.dz(strand, grad_y + strand.offset + i, mask ? mask + strand.place + i : nullptr, distance, silu, k);
+            dz_sum[k] += dz;
+            products[k] += dz * distance;
+            distances[k] += distance;
+          }
+        strand.add(dz_sum, dz_.data);
+        strand.add(products, products_.data);
+        strand.add(distances, distances_.data);
+      });
+      for (int64_t c = 0; c < cut_.channels; ++c)
+        channels[c].dz += double(dz_[c]), channels[c].products += double(products_[c]), channels[c].distances += double(distances_[c]);
+    });
+  }
+
+  // From the sums over a slab: what `apply` needs, and the gradients of the parameters that each sample has of its own. With `all`,
+  // of (samples, channels), leaves there what those of weight and bias are summed from.
+  DDPM_METHOD void finish(int64_t slab, const Sums* channels, Sums* all) {
+    const int64_t n = cut_.sample(slab), g0 = cut_.first_group(slab), per_group = cut_.channels_a_group;
+    const double share = 1.0 / (double(per_group) * double(cut_.pixels));
+    for (int64_t g = 0, c = 0; g < cut_.groups; ++g, c += per_group) {
+      const double rstd = double(a_.rstd[n * a_.groups + g0 + g]);
+      double constant = 0, linear = 0;  // Σ rstd A dz / count and Σ rstd A dz d rstd² / count, over the group
+      for (int64_t i = c; i < c + per_group; ++i) {
+        constant += double(affine_.slope[i]) * channels[i].dz * share;
+        linear += double(affine_.slope[i]) * channels[i].products * (rstd * rstd) * share;
+      }
+      for (int64_t i = c; i < c + per_group; ++i) {
+        const int64_t channel = g0 * per_group + i;
+        const Sums& sums = channels[i];
+        const double products = sums.products * rstd;
+        constant_[i] = float(constant);
+        linear_[i] = float(linear);
+        if (all) all[n * a_.channels + channel] = {sums.dz, products, 0};
+        put(a_.grad_shift, n, channel, sums.dz);
+        if (a_.grad_scale.view.data)
+          put(a_.grad_scale, n, channel, double(value(a_.weight, channel, 1.0f)) * products + double(value(a_.bias, channel, 0.0f)) * sums.dz);
+        put(a_.grad_pre_bias, n, channel, double(affine_.slope[i]) * sums.dz - double(cut_.pixels) * constant - linear * sums.distances);
+      }
+    }
+  }
+
+  DDPM_METHOD void apply(int64_t slab, int64_t segment) {
+    const T* const x = static_cast<const T*>(a_.x.data) + slab * cut_.elements();
+    const T* const grad_y = static_cast<const T*>(a_.grad_y.data) + slab * cut_.elements();
+    T* const grad_x = static_cast<T*>(a_.grad_x.data) + slab * cut_.elements();
+    cut_.each_piece(segment, [&](int64_t first, int64_t range) {
+      const float* const mask = mask_.piece(slab, first, range);
+      walk<channels_last>(cut_, first, range, [&, silu = a_.silu](const auto& strand) {
+        using Strand = std::decay_t<decltype(strand)>;
+        const Slope<Strand> slope(strand, affine_);
+        Vec constant[Strand::registers], linear[Strand::registers];
+        strand.coefficients(constant_.data, constant);
+        strand.coefficients(linear_.data, linear);
+        for (int64_t s = 0; s < strand.steps; ++s)
+          for (int k = 0; k < Strand::registers; ++k) {
+            const int64_t i = s * strand.stride + k * lanes;
+            const Vec distance = slope.distance(strand, x + strand.offset + i, k);
+            const Vec dz = slope.dz(strand, grad_y + strand.offset + i, mask ? mask + strand.place + i : nullptr, distance, silu, k);
+            strand.set(grad_x + strand.offset + i, dz * slope.slope[k] - (distance * linear[k] + constant[k]));
+          }
+      });
+    });
+  }
+
+ private:
+  // z and dL/dz along a strand.
+  template <typename Strand> struct Slope {
+    DDPM_METHOD Slope(const Strand& strand, const Affine& affine) {
+      strand.coefficients(affine.center.data, center);
+      strand.coefficients(affine.slope.data, slope);
+      strand.coefficients(affine.offset.data, offset);
+    }
+    DDPM_METHOD Vec distance(const Strand& strand, const T* x, int k) const { return strand.get(x, center[k]) - center[k]; }
+    DDPM_METHOD Vec dz(const Strand& strand, const T* grad_y, const float* mask, Vec distance, bool silu, int k) const {
+      Vec grad = strand.get(grad_y, Vec{});
+      if (mask) grad *= strand.get(mask, Vec{});
+      if (!silu) return grad;
+      const Vec z = distance * slope[k] + offset[k];
+      return grad * silu_slope(z, sigmoid(z));
+    }
+    Vec center[Strand::registers], slope[Strand::registers], offset[Strand::registers];
+  };
+
+  DDPM_METHOD static void put(const Rows& rows, int64_t n, int64_t c, double x) {
+    if (rows.view.data) DDPM_ISA::put(rows.view, n * rows.stride + c, float(x));
+  }
+
+  const GroupNormArguments& a_;
+  const Cut& cut_;
+  const Array<float> dz_, products_, distances_;
+  Affine affine_;
+  const Array<float> linear_, constant_;
+  Mask mask_;
+};
+
+// Gradients of weight and bias: over the samples, in their order.
+void finish_weights(const GroupNormArguments& a, const Sums* all) {
+  for (int64_t c = 0; all && c < a.channels; ++c) {
+    double weight = 0, bias = 0;
+    for (int64_t n = 0; n < a.samples; ++n) {
+      const double film = 1.0 + double(value(a.scale, n, c));
+      weight += film * all[n * a.channels + c].products;
+      bias += film * all[n * a.channels + c].dz;
+    }
+    if (a.grad_weight.data) put(a.grad_weight, c, float(weight));
+    if (a.grad_bias.data) put(a.grad_bias, c, float(bias));
+  }
+}
+
+template <typename T, bool channels_last> void backward(const GroupNormArguments& a) {
+  const Cut cut(a, channels_last);
+  const int64_t elements = a.samples * a.channels * a.pixels;
+  const bool weights = a.grad_weight.data || a.grad_bias.data;
+  const Array<Sums> everything(weights ? a.samples * a.channels : 0);
+  Sums* const all = weights ? everything.data : nullptr;
+  using State = Backward<T, channels_last>;
+  const auto add = [&](Sums* total, const Sums* part) {
+    for (int64_t c = 0; c < cut.channels; ++c)
+      total[c] = {total[c].dz + part[c].dz, total[c].products + part[c].products, total[c].distances + part[c].distances};
+  };
+  if (cut.whole_slabs(a.threads)) {
+    parallel_ranges(cut.slabs, elements, a.threads, [&](int64_t slab, int64_t last) {
+      State state(a, cut);
+      const Array<Sums> total(cut.channels), part(cut.channels);
+      for (; slab < last; ++slab) {
+        state.prepare(slab);
+        state.sums(slab, 0, total.data);
+        for (int64_t segment = 1; segment < cut.segments; ++segment) {
+          state.sums(slab, segment, part.data);
+          add(total.data, part.data);
+        }
+        state.finish(slab, total.data, all);
+        for (int64_t segment = 0; a.grad_x.data && segment < cut.segments; ++segment) state.apply(slab, segment);
+      }
+    });
+    return finish_weights(a, all);
+  }
+  const int64_t tasks = cut.slabs * cut.segments;
+  const Array<Sums> parts(tasks * cut.channels);
+  const auto total = [&](int64_t slab) { return parts.data + slab * cut.segments * cut.channels; };
+  parallel_ranges(tasks, elements, a.threads, [&](int64_t task, int64_t last) {
+    State state(a, cut);
+    for (int64_t slab = -1; task < last; ++task) {
+      if (slab != task / cut.segments) state.prepare(slab = task / cut.segments);
+      state.sums(slab, task % cut.segments, parts.data + task * cut.channels);
+    }
+  });
+  for (int64_t slab = 0; slab < cut.slabs; ++slab)
+    for (int64_t segment = 1; segment < cut.segments; ++segment) add(total(slab), total(slab) + segment * cut.channels);
+  parallel_ranges(tasks, elements, a.threads, [&](int64_t task, int64_t last) {
+    State state(a, cut);
+    for (int64_t slab = -1; task < last; ++task) {
+      if (slab != task / cut.segments) {
+        state.prepare(slab = task / cut.segments);
+        state.finish(slab, total(slab), task % cut.segments ? nullptr : all);
+      }
+      if (a.grad_x.data) state.apply(slab, task % cut.segments);
+    }
+  });
+  finish_weights(a, all);
+}
+
+}  // namespace
+
+void group_norm_backward(const GroupNormArguments& a) {
+  for_type_and_layout(a, [&](auto t, auto layout) { backward<decltype(t), decltype(layout)::value>(a); });
+}
+
+}  // namespace ddpm_fast::cpu::DDPM_ISA

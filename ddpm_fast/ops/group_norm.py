@@ -1,0 +1,222 @@
+"""group_norm: GroupNorm and what stands around it in a UNet, in one op.
+
+With x̂ the values of x + pre_bias, normalised over each group of channels of a sample (Wu & He 2018)::
+
+    z = (x̂ · weight + bias) · (1 + scale) + shift
+    y = dropout(silu(z))
+
+Everything but the norm is optional. scale and shift, one value for each channel of a sample, are FiLM (Perez et al. 2018).
+Backward needs x and the mean and 1 / deviation of each group, and computes the rest again, the dropout's mask too. The reference
+twin is here; the kernels are csrc/cpu/group_norm*.cpp and csrc/cuda/group_norm*.cu.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_fast.backends import native
+from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
+from ddpm_fast.ops._common import check_data, check_device, table_dtype
+from ddpm_fast.ops._native import address, dtype_tag, native_noise
+from ddpm_fast.ops._op import NOISE, Op, memory_format
+
+
+def group_norm_reference(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pre_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    silu: bool,
+    dropout: float,
+    noise: Noise | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in plain PyTorch; returns y, and the mean and 1 / deviation of each group, (N, groups)."""
+    dtype, channels = table_dtype(x.dtype), x.shape[1]
+
+    def over_pixels(values: Tensor) -> Tensor:  # (C,) or (N, C)
+        return values.to(dtype).reshape(-1, channels, *[1] * (x.ndim - 2))
+
+    h = x.to(dtype)
+    if pre_bias is not None:
+        h = h + over_pixels(pre_bias)
+    grouped = h.reshape(x.shape[0], groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    z = ((grouped - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+    if weight is not None:
+        z = z * over_pixels(weight)
+    if bias is not None:
+        z = z + over_pixels(bias)
+    if scale is not None:
+        z = z * (1.0 + over_pixels(scale))
+    if shift is not None:
+        z = z + over_pixels(shift)
+    if silu:
+        z = F.silu(z)
+    if dropout > 0.0:
+        kept = dropout_mask_reference(x.shape, dropout, noise.seed, noise.stream, noise.first_sample, x.device)
+        z = torch.where(kept, z * (1.0 / (1.0 - dropout)), 0.0)
+    return z.to(x.dtype).contiguous(memory_format=memory_format(x)), mean.detach(), rstd.detach()
+
+
+_PARAMETERS = {2: "weight", 3: "bias"}
+_ROWS = {4: "pre_bias", 5: "scale", 6: "shift"}
+
+
+def _same_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The kernels take the parameters in one dtype, the rows in one: fp32 where they differ."""
+    dtypes = {y.dtype for y in tensors if y is not None}
+    return list(tensors) if len(dtypes) <= 1 else [None if y is None else y.float() for y in tensors]
+
+
+def _operands(arguments: tuple) -> tuple[list, tuple]:
+    """The tensors as the kernels take them, which must outlive the call, and what all kernels are called with first."""
+    x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise = arguments
+    layout = memory_format(x)
+    x = x.contiguous(memory_format=layout)
+    weight, bias = (None if y is None else y.contiguous() for y in _same_dtype(x, weight, bias))
+    rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in _same_dtype(x, pre_bias, scale, shift)]
+    samples, channels = x.shape[:2]
+    tag = dtype_tag(x)
+    return [x, weight, bias, *rows], (
+        x.data_ptr(), tag, layout != torch.contiguous_format, samples, channels, x.numel() // (samples * channels), groups, eps, silu,
+        address(weight), address(bias), next((dtype_tag(y) for y in (weight, bias) if y is not None), tag),
+        *((address(y), 0 if y is None else y.stride(0)) for y in rows), next((dtype_tag(y) for y in rows if y is not None), tag),
+        dropout, native_noise(noise),
+    )  # fmt: skip
+
+
+def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = (x.shape[0], groups)
+    dtype = table_dtype(x.dtype)
+    return torch.empty_like(x, memory_format=memory_format(x)), x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
+
+
+def _new_gradients(kept: list, arguments: tuple, needs: tuple) -> tuple[dict[int, Tensor], list[int]]:
+    """By position, in the dtype that the kernel takes the tensor in; and the addresses of all, in the kernel's order."""
+    taken = dict(zip(_op.differentiable, kept, strict=True))
+    made = {i: torch.empty_like(x, memory_format=memory_format(x)) for i, x in taken.items() if needs[i]}
+    return made, [made[i].data_ptr() if i in made else 0 for i in taken]
+
+
+def _gradients(made: dict[int, Tensor], arguments: tuple) -> list[Tensor | None]:
+    return [made[i].to(x.dtype) if i in made else None for i, x in enumerate(arguments)]
+
+
+def _forward_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    kept, common = _operands(arguments)
+    y, mean, rstd = _results(kept[0], arguments[1])
+    native.cpu_group_norm(*common, mean.data_ptr(), rstd.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    return y, mean, rstd
+
+
+def _backward_cpu(arguments, needs, grads, results):
+    kept, common = _operands(arguments)
+    grad_y = grads[0].contiguous(memory_format=memory_format(kept[0]))
+    made, addresses = _new_gradients(kept, arguments, needs)
+    native.cpu_group_norm_backward(*common, *map(address, results), grad_y.data_ptr(), *addresses, torch.get_num_threads())
+    return _gradients(made, arguments)
+
+
+def _check(x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise) -> None:
+    check_data("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (N, C, ...), got {tuple(x.shape)}")
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
+    samples, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups must divide the channels of x, {channels}, got {groups}")
+    for name, values, shape in (
+        ("weight", weight, (channels,)), ("bias", bias, (channels,)),
+        ("pre_bias", pre_bias, (samples, channels)), ("scale", scale, (samples, channels)), ("shift", shift, (samples, channels)),
+    ):  # fmt: skip
+        if values is None:
+            continue
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+        if values.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(values.shape)}")
+        if values.dtype != x.dtype and values.dtype != torch.float32:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, or float32, got {values.dtype}")
+        check_device(name, values, "x", x)
+    if not (eps >= 0.0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"the probability of dropout must lie in [0, 1), got {dropout}")
+    if dropout > 0.0:
+        if not isinstance(noise, Noise):
+            raise TypeError(f"dropout takes its mask from a Noise, got {type(noise).__name__}")
+        if x.numel() // samples > MAX_ELEMENTS_PER_SAMPLE:
+            raise ValueError(f"a sample may have at most 2^34 elements with dropout, got {x.numel() // samples}")
+
+
+def _fake(x, groups, *_):
+    return _results(x, groups)
+
+
+_op = Op(
+    "group_norm",
+    f"Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, float eps, bool silu, float dropout, {NOISE}",
+    "(Tensor, Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    reference=group_norm_reference,
+    differentiable=(0, *_PARAMETERS, *_ROWS),
+    noise=10,
+    keeps=(1, 2),
+    keeps_layout=True,
+    cpu=_forward_cpu,
+    backward=dict(cpu=_backward_cpu),
+)
+backends = _op.backends
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    pre_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    dropout: tuple[float, Noise] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """GroupNorm of x + pre_bias, then ·(1 + scale) + shift, then SiLU, then dropout, in one op; all but the norm are optional.
+
+    Args:
+        x: (N, C, ...), contiguous or channels_last; others are made contiguous.
+        groups: number of groups, which divides C.
+        weight, bias: (C,), in the dtype of x or float32.
+        eps: added to the variance.
+        activation: "silu" or None.
+        pre_bias: (N, C), added to x before the norm: a time embedding's projection, for instance.
+        scale, shift: (N, C), after weight and bias. Halves of one (N, 2C) tensor are read where they lie.
+        dropout: (probability in [0, 1), Noise that the mask is made from): the mask depends on the noise and the element's place
+            alone, not on device, layout or batch size. None, or 0, for none.
+        backend: force "reference" or "cpu" or "cuda".
+
+    Returns:
+        Like x, in its layout. Differentiable in all tensors. Statistics and arithmetic are in float32 (float64 for float64 data).
+
+    Raises:
+        TypeError, ValueError: what was expected and what came.
+        RuntimeError: for a forced backend that is not available here.
+    """
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    probability, noise = (0.0, None) if dropout is None else dropout
+    arguments = (x, groups, weight, bias, pre_bias, scale, shift, eps, activation == "silu", probability, noise if probability else None)
+    _check(*arguments)
+    return _op(arguments, x, x.dtype, backend)[0]

@@ -1,5 +1,5 @@
-// What group_norm's passes on the CPU share. The work is cut into slabs, which are normalised independently: one group of one
-// sample in NCHW, where its values lie together; a whole sample in channels_last, where those of all groups are mixed. A slab
+// What group_norm's passes on the CPU share. The work is cut into slabs, which are normalised independently: groups of one sample
+// in NCHW, one unless they are small; a whole sample in channels_last, where the values of all groups are mixed. A slab
 // is cut into pieces, runs of pixels that stay in the first-level cache from one pass to the next.
 //
 // A piece is walked in strands: as many registers side by side as hide the latency of their arithmetic, which step through the
@@ -15,6 +15,7 @@ namespace ddpm_fast::cpu::DDPM_ISA {
 namespace {
 
 constexpr int64_t piece_elements = 4096;     // 16 KiB in fp32: x and a gradient fit the first-level cache
+constexpr int64_t pieces_a_segment = 8;      // at least: enough work for a thread
 constexpr int64_t segments_a_slab = 64;      // at most: what one slab can be shared out in
 constexpr int64_t slabs_a_thread = 4;        // with fewer, slabs are shared out: otherwise the last one is waited for
 
@@ -47,18 +48,18 @@ DDPM_INLINE void put(const View& view, int64_t i, float x) {
 // How one call is cut up. It depends on sizes and layout alone, so that any number of threads gives the same bits.
 struct Cut {
   Cut(const GroupNormArguments& a, bool channels_last)
-      : channels_last(channels_last), slabs(channels_last ? a.samples : a.samples * a.groups), groups(channels_last ? a.groups : 1),
-        channels_a_group(a.channels / a.groups), channels(groups * channels_a_group), pixels(a.pixels), all_channels(a.channels) {
+      : channels_last(channels_last), channels_a_group(a.channels / a.groups), groups(channels_last ? a.groups : groups_together(a)),
+        channels(groups * channels_a_group), pixels(a.pixels), all_channels(a.channels), slabs(a.samples * (a.groups / groups)) {
     const int64_t step = channels_last ? 1 : 4 * lanes, fitting = piece_elements / channels / step * step;
     range = fitting < step ? step : fitting;
     range = range < pixels ? range : pixels;
-    const int64_t pieces = (pixels + range - 1) / range, pieces_a_segment = (pieces + segments_a_slab - 1) / segments_a_slab;
-    segment_pixels = pieces_a_segment * range;
+    const int64_t pieces = (pixels + range - 1) / range, together = (pieces + segments_a_slab - 1) / segments_a_slab;
+    segment_pixels = (together > pieces_a_segment ? together : pieces_a_segment) * range;
     segments = (pixels + segment_pixels - 1) / segment_pixels;
   }
   int64_t elements() const { return channels * pixels; }  // of a slab
-  int64_t sample(int64_t slab) const { return channels_last ? slab : slab / (all_channels / channels_a_group); }
-  int64_t first_group(int64_t slab) const { return channels_last ? 0 : slab % (all_channels / channels_a_group); }
+  int64_t sample(int64_t slab) const { return slab / (all_channels / channels); }
+  int64_t first_group(int64_t slab) const { return slab % (all_channels / channels) * groups; }
 
   // Calls body(first pixel, pixels) for each piece of a segment.
   template <typename Body> DDPM_METHOD void each_piece(int64_t segment, const Body& body) const {
@@ -71,8 +72,17 @@ struct Cut {
   }
 
   const bool channels_last;
-  const int64_t slabs, groups, channels_a_group, channels, pixels, all_channels;  // groups and channels of a slab
+  const int64_t channels_a_group, groups, channels, pixels, all_channels, slabs;  // groups and channels: of a slab
   int64_t range, segment_pixels, segments;
+
+ private:
+  // Small groups of NCHW share what a slab costs.
+  static int64_t groups_together(const GroupNormArguments& a) {
+    int64_t count = piece_elements / (a.channels / a.groups * a.pixels);
+    count = count < 1 ? 1 : count < a.groups ? count : a.groups;
+    while (a.groups % count) --count;
+    return count;
+  }
 };
 
 // One strand: `registers` side by side, the first at element `offset` of the slab and `place` of the piece, taking `steps`
@@ -204,6 +214,15 @@ class Mask {
 
 // z = (x - center) slope + offset, for each channel of a slab.
 struct Affine {
+  // What of it a strand needs, in registers.
+  template <typename Strand> struct Along {
+    DDPM_METHOD Along(const Strand& strand, const Affine& affine) {
+      strand.coefficients(affine.center.data, center);
+      strand.coefficients(affine.slope.data, slope);
+      strand.coefficients(affine.offset.data, offset);
+    }
+    Vec center[Strand::registers], slope[Strand::registers], offset[Strand::registers];
+  };
   explicit Affine(int64_t channels) : center(channels), slope(channels), offset(channels) {}
   // From the statistics of the slab's groups, and the parameters.
   DDPM_METHOD void prepare(const GroupNormArguments& a, const Cut& cut, int64_t slab) {

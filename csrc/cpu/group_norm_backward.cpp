@@ -7,6 +7,8 @@
 namespace ddpm_fast::cpu::DDPM_ISA {
 namespace {
 
+constexpr int64_t kept_elements = 1 << 17;  // 512 KiB, which the second-level cache has room for
+
 // Over the pixels of one channel.
 struct Sums {
   double dz, products, distances;
@@ -14,9 +16,10 @@ struct Sums {
 
 template <typename T, bool channels_last> class Backward {
  public:
-  Backward(const GroupNormArguments& a, const Cut& cut)
+  // With `keep`, what `sums` computes of a slab is kept for `apply`, which otherwise computes it again.
+  Backward(const GroupNormArguments& a, const Cut& cut, bool keep)
       : a_(a), cut_(cut), dz_(cut.channels), products_(cut.channels), distances_(cut.channels), affine_(cut.channels),
-        linear_(cut.channels), constant_(cut.channels), mask_(a, cut) {}
+        linear_(cut.channels), constant_(cut.channels), mask_(a, cut), kept_(keep ? cut.elements() : 0), keeps_(keep) {}
 
   DDPM_METHOD void prepare(int64_t slab) { affine_.prepare(a_, cut_, slab); }
 
@@ -24,23 +27,26 @@ template <typename T, bool channels_last> class Backward {
   DDPM_METHOD void sums(int64_t slab, int64_t segment, Sums* channels) {
     const T* const x = static_cast<const T*>(a_.x.data) + slab * cut_.elements();
     const T* const grad_y = static_cast<const T*>(a_.grad_y.data) + slab * cut_.elements();
+    float* const kept = keeps_ ? kept_.data : nullptr;
     for (int64_t c = 0; c < cut_.channels; ++c) channels[c] = {};
     cut_.each_piece(segment, [&](int64_t first, int64_t range) {
       const float* const mask = mask_.piece(slab, first, range);
       dz_.clear(cut_.channels), products_.clear(cut_.channels), distances_.clear(cut_.channels);
-      walk<channels_last>(cut_, first, range, [&, silu = a_.silu](const auto& strand) {
-        using Strand = std::decay_t<decltype(strand)>;
-        const Slope<Strand> slope(strand, affine_);
-        Vec dz_sum[Strand::registers] = {}, products[Strand::registers] = {}, distances[Strand::registers] = {};
-        for (int64_t s = 0; s < strand.steps; ++s)
-          for (int k = 0; k < Strand::registers; ++k) {
-            const int64_t i = s * strand.stride + k * lanes;
-            const Vec distance = slope.distance(strand, x + strand.offset + i, k);
-            const Vec dz = slope.dz(strand, grad_y + strand.offset + i, mask ? mask + strand.place + i : nullptr, distance, silu, k);
-            dz_sum[k] += dz;
-            products[k] += dz * distance;
-            distances[k] += distance;
+      walk<channels_last>(cut_, first, range, [&, x, grad_y, mask, kept, silu = a_.silu](auto strand) {
+        constexpr int registers = decltype(strand)::registers;
+        const Affine::Along<decltype(strand)> affine(strand, affine_);
+        Vec dz_sum[registers] = {}, products[registers] = {}, distances[registers] = {};
+        for (int64_t s = 0; s < strand.steps; ++s) {
+          Vec distance[registers], dz[registers];
+          slopes(strand, affine, x, grad_y, mask, s * strand.stride, silu, distance, dz);
+          if (kept)
+            for (int k = 0; k < registers; ++k) strand.set(kept + strand.offset + s * strand.stride + k * lanes, dz[k]);
+          for (int k = 0; k < registers; ++k) {
+            dz_sum[k] += dz[k];
+            products[k] += dz[k] * distance[k];
+            distances[k] += distance[k];
           }
+        }
         strand.add(dz_sum, dz_.data);
         strand.add(products, products_.data);
         strand.add(distances, distances_.data);
@@ -81,43 +87,49 @@ template <typename T, bool channels_last> class Backward {
     const T* const x = static_cast<const T*>(a_.x.data) + slab * cut_.elements();
     const T* const grad_y = static_cast<const T*>(a_.grad_y.data) + slab * cut_.elements();
     T* const grad_x = static_cast<T*>(a_.grad_x.data) + slab * cut_.elements();
+    const float* const kept = keeps_ ? kept_.data : nullptr;
     cut_.each_piece(segment, [&](int64_t first, int64_t range) {
-      const float* const mask = mask_.piece(slab, first, range);
-      walk<channels_last>(cut_, first, range, [&, silu = a_.silu](const auto& strand) {
-        using Strand = std::decay_t<decltype(strand)>;
-        const Slope<Strand> slope(strand, affine_);
-        Vec constant[Strand::registers], linear[Strand::registers];
+      const float* const mask = kept ? nullptr : mask_.piece(slab, first, range);
+      walk<channels_last>(cut_, first, range, [&, x, grad_y, grad_x, mask, kept, silu = a_.silu](auto strand) {
+        constexpr int registers = decltype(strand)::registers;
+        const Affine::Along<decltype(strand)> affine(strand, affine_);
+        Vec constant[registers], linear[registers];
         strand.coefficients(constant_.data, constant);
         strand.coefficients(linear_.data, linear);
-        for (int64_t s = 0; s < strand.steps; ++s)
-          for (int k = 0; k < Strand::registers; ++k) {
-            const int64_t i = s * strand.stride + k * lanes;
-            const Vec distance = slope.distance(strand, x + strand.offset + i, k);
-            const Vec dz = slope.dz(strand, grad_y + strand.offset + i, mask ? mask + strand.place + i : nullptr, distance, silu, k);
-            strand.set(grad_x + strand.offset + i, dz * slope.slope[k] - (distance * linear[k] + constant[k]));
+        for (int64_t s = 0; s < strand.steps; ++s) {
+          Vec distance[registers], dz[registers];
+          if (kept) {
+            for (int k = 0; k < registers; ++k) {
+              distance[k] = strand.get(x + strand.offset + s * strand.stride + k * lanes, affine.center[k]) - affine.center[k];
+              dz[k] = strand.get(kept + strand.offset + s * strand.stride + k * lanes, Vec{});
+            }
+          } else {
+            slopes(strand, affine, x, grad_y, mask, s * strand.stride, silu, distance, dz);
           }
+          for (int k = 0; k < registers; ++k)
+            strand.set(grad_x + strand.offset + s * strand.stride + k * lanes, dz[k] * affine.slope[k] - (distance[k] * linear[k] + constant[k]));
+        }
       });
     });
   }
 
  private:
-  // z and dL/dz along a strand.
-  template <typename Strand> struct Slope {
-    DDPM_METHOD Slope(const Strand& strand, const Affine& affine) {
-      strand.coefficients(affine.center.data, center);
-      strand.coefficients(affine.slope.data, slope);
-      strand.coefficients(affine.offset.data, offset);
+  // d and dz at one step of a strand.
+  template <typename Strand>
+  DDPM_METHOD static void slopes(const Strand& strand, const Affine::Along<Strand>& affine, const T* x, const T* grad_y, const float* mask,
+                                 int64_t at, bool silu, Vec (&distance)[Strand::registers], Vec (&dz)[Strand::registers]) {
+    for (int k = 0; k < Strand::registers; ++k) {
+      distance[k] = strand.get(x + strand.offset + at + k * lanes, affine.center[k]) - affine.center[k];
+      dz[k] = strand.get(grad_y + strand.offset + at + k * lanes, Vec{});
     }
-    DDPM_METHOD Vec distance(const Strand& strand, const T* x, int k) const { return strand.get(x, center[k]) - center[k]; }
-    DDPM_METHOD Vec dz(const Strand& strand, const T* grad_y, const float* mask, Vec distance, bool silu, int k) const {
-      Vec grad = strand.get(grad_y, Vec{});
-      if (mask) grad *= strand.get(mask, Vec{});
-      if (!silu) return grad;
-      const Vec z = distance * slope[k] + offset[k];
-      return grad * silu_slope(z, sigmoid(z));
-    }
-    Vec center[Strand::registers], slope[Strand::registers], offset[Strand::registers];
-  };
+    if (mask)
+      for (int k = 0; k < Strand::registers; ++k) dz[k] *= strand.get(mask + strand.place + at + k * lanes, Vec{});
+    if (!silu) return;
+    Vec z[Strand::registers], sigmoid[Strand::registers];
+    for (int k = 0; k < Strand::registers; ++k) z[k] = distance[k] * affine.slope[k] + affine.offset[k];
+    sigmoids(z, sigmoid);
+    for (int k = 0; k < Strand::registers; ++k) dz[k] *= silu_slope(z[k], sigmoid[k]);
+  }
 
   DDPM_METHOD static void put(const Rows& rows, int64_t n, int64_t c, double x) {
     if (rows.view.data) DDPM_ISA::put(rows.view, n * rows.stride + c, float(x));
@@ -129,6 +141,8 @@ template <typename T, bool channels_last> class Backward {
   Affine affine_;
   const Array<float> linear_, constant_;
   Mask mask_;
+  const Array<float> kept_;
+  const bool keeps_;
 };
 
 // Gradients of weight and bias: over the samples, in their order.
@@ -158,7 +172,7 @@ template <typename T, bool channels_last> void backward(const GroupNormArguments
   };
   if (cut.whole_slabs(a.threads)) {
     parallel_ranges(cut.slabs, elements, a.threads, [&](int64_t slab, int64_t last) {
-      State state(a, cut);
+      State state(a, cut, cut.elements() <= kept_elements);
       const Array<Sums> total(cut.channels), part(cut.channels);
       for (; slab < last; ++slab) {
         state.prepare(slab);
@@ -177,7 +191,7 @@ template <typename T, bool channels_last> void backward(const GroupNormArguments
   const Array<Sums> parts(tasks * cut.channels);
   const auto total = [&](int64_t slab) { return parts.data + slab * cut.segments * cut.channels; };
   parallel_ranges(tasks, elements, a.threads, [&](int64_t task, int64_t last) {
-    State state(a, cut);
+    State state(a, cut, false);
     for (int64_t slab = -1; task < last; ++task) {
       if (slab != task / cut.segments) state.prepare(slab = task / cut.segments);
       state.sums(slab, task % cut.segments, parts.data + task * cut.channels);
@@ -186,7 +200,7 @@ template <typename T, bool channels_last> void backward(const GroupNormArguments
   for (int64_t slab = 0; slab < cut.slabs; ++slab)
     for (int64_t segment = 1; segment < cut.segments; ++segment) add(total(slab), total(slab) + segment * cut.channels);
   parallel_ranges(tasks, elements, a.threads, [&](int64_t task, int64_t last) {
-    State state(a, cut);
+    State state(a, cut, false);
     for (int64_t slab = -1; task < last; ++task) {
       if (slab != task / cut.segments) {
         state.prepare(slab = task / cut.segments);

@@ -146,11 +146,11 @@ using Row = std::pair<uintptr_t, int64_t>;
 Rows rows(const Row& row, int dtype) { return {view(row.first, dtype), row.second}; }
 
 // For every backend. Addresses of optional tensors may be 0; dropout (probability, seed, stream, first sample).
-using Dropout = std::tuple<double, uint64_t, uint32_t, uint64_t>;
+using DropoutOf = std::tuple<double, uint64_t, uint32_t, uint64_t>;
 GroupNormArguments group_norm_arguments(uintptr_t x, uintptr_t y, int dtype, bool channels_last, int64_t samples, int64_t channels,
                                         int64_t pixels, int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias,
                                         int parameter_dtype, const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype,
-                                        const Dropout& dropout, uintptr_t mean, uintptr_t rstd, uintptr_t workspace, int threads) {
+                                        const DropoutOf& dropout, uintptr_t mean, uintptr_t rstd, uintptr_t workspace, int threads) {
   GroupNormArguments a{};
   a.x = view(x, dtype);
   a.y = view(y, dtype);
@@ -164,8 +164,7 @@ GroupNormArguments group_norm_arguments(uintptr_t x, uintptr_t y, int dtype, boo
   a.scale = rows(scale, rows_dtype);
   a.shift = rows(shift, rows_dtype);
   const auto [probability, seed, stream, first_sample] = dropout;
-  a.dropout = probability;
-  a.key = {seed, stream, first_sample};
+  a.dropout = {uint32_t(probability * 0x1p32), float(1.0 / (1.0 - probability)), {seed, stream, first_sample}};
   a.mean = pointer<float>(mean);
   a.rstd = pointer<float>(rstd);
   a.workspace = pointer<float>(workspace);
@@ -186,7 +185,7 @@ void add_group_norm_gradients(GroupNormArguments& a, uintptr_t grad_y, uintptr_t
 
 void cpu_group_norm(uintptr_t x, uintptr_t y, int dtype, bool channels_last, int64_t samples, int64_t channels, int64_t pixels,
                     int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias, int parameter_dtype, const Row& pre_bias,
-                    const Row& scale, const Row& shift, int rows_dtype, const Dropout& dropout, uintptr_t mean, uintptr_t rstd,
+                    const Row& scale, const Row& shift, int rows_dtype, const DropoutOf& dropout, uintptr_t mean, uintptr_t rstd,
                     int threads) {
   cpu::kernels().group_norm(group_norm_arguments(x, y, dtype, channels_last, samples, channels, pixels, groups, eps, silu, weight, bias,
                                                  parameter_dtype, pre_bias, scale, shift, rows_dtype, dropout, mean, rstd, 0, threads));
@@ -195,7 +194,7 @@ void cpu_group_norm(uintptr_t x, uintptr_t y, int dtype, bool channels_last, int
 // Any of the gradients may be 0, which leaves it out.
 void cpu_group_norm_backward(uintptr_t x, int dtype, bool channels_last, int64_t samples, int64_t channels, int64_t pixels,
                              int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias, int parameter_dtype,
-                             const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype, const Dropout& dropout,
+                             const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype, const DropoutOf& dropout,
                              uintptr_t mean, uintptr_t rstd, uintptr_t grad_y, uintptr_t grad_x, uintptr_t grad_weight,
                              uintptr_t grad_bias, const Row& grad_pre_bias, const Row& grad_scale, const Row& grad_shift, int threads) {
   GroupNormArguments a =
@@ -232,7 +231,7 @@ void require_launched(const char* op, const GroupNormArguments& a, const char* e
 
 void cuda_group_norm(uintptr_t x, uintptr_t y, int dtype, bool channels_last, int64_t samples, int64_t channels, int64_t pixels,
                      int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias, int parameter_dtype, const Row& pre_bias,
-                     const Row& scale, const Row& shift, int rows_dtype, const Dropout& dropout, uintptr_t mean, uintptr_t rstd,
+                     const Row& scale, const Row& shift, int rows_dtype, const DropoutOf& dropout, uintptr_t mean, uintptr_t rstd,
                      uintptr_t workspace, int device, uintptr_t cuda_stream) {
   const GroupNormArguments a =
       group_norm_arguments(x, y, dtype, channels_last, samples, channels, pixels, groups, eps, silu, weight, bias, parameter_dtype,
@@ -242,7 +241,7 @@ void cuda_group_norm(uintptr_t x, uintptr_t y, int dtype, bool channels_last, in
 
 void cuda_group_norm_backward(uintptr_t x, int dtype, bool channels_last, int64_t samples, int64_t channels, int64_t pixels,
                               int64_t groups, float eps, bool silu, uintptr_t weight, uintptr_t bias, int parameter_dtype,
-                              const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype, const Dropout& dropout,
+                              const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype, const DropoutOf& dropout,
                               uintptr_t mean, uintptr_t rstd, uintptr_t workspace, uintptr_t grad_y, uintptr_t grad_x,
                               uintptr_t grad_weight, uintptr_t grad_bias, const Row& grad_pre_bias, const Row& grad_scale,
                               const Row& grad_shift, int device, uintptr_t cuda_stream) {

@@ -22,12 +22,13 @@ ROWS = ("pre_bias", "scale", "shift")
 _VIEW = np.dtype([("data", "u8"), ("dtype", "i4")], align=True)
 _ROWS = np.dtype([("view", _VIEW), ("stride", "i8")], align=True)
 _KEY = np.dtype([("seed", "u8"), ("stream", "u4"), ("first_sample", "u8")], align=True)
+_DROPOUT = np.dtype([("threshold", "u4"), ("scale", "f4"), ("key", _KEY)], align=True)
 # GroupNormArguments of csrc/common/arguments.h.
 ARGUMENTS = np.dtype(
     [
         ("x", _VIEW), ("y", _VIEW), ("channels_last", "?"), ("samples", "i8"), ("channels", "i8"), ("pixels", "i8"), ("groups", "i8"),
         ("eps", "f4"), ("silu", "?"), ("weight", _VIEW), ("bias", _VIEW), ("pre_bias", _ROWS), ("scale", _ROWS), ("shift", _ROWS),
-        ("dropout", "f4"), ("key", _KEY), ("mean", "u8"), ("rstd", "u8"), ("grad_y", _VIEW), ("grad_x", _VIEW), ("grad_weight", _VIEW),
+        ("dropout", _DROPOUT), ("mean", "u8"), ("rstd", "u8"), ("grad_y", _VIEW), ("grad_x", _VIEW), ("grad_weight", _VIEW),
         ("grad_bias", _VIEW), ("grad_pre_bias", _ROWS), ("grad_scale", _ROWS), ("grad_shift", _ROWS), ("workspace", "u8"), ("threads", "i4"),
     ],
     align=True,
@@ -87,8 +88,7 @@ class Case:
         sample = (torch.arange(n) + KEY.first_sample)[:, None]
         block = torch.arange(-(-c * p // 4))[None, :].expand(n, -1)
         words = torch.stack(philox4x32_10(block, KEY.stream, sample & MASK32, sample >> 32, KEY.seed & MASK32, KEY.seed >> 32), -1)
-        threshold = int(float(np.float32(self.dropout)) * 2**32)
-        return (words.flatten(1)[:, : c * p] >= threshold).reshape(n, p, c).transpose(1, 2)
+        return (words.flatten(1)[:, : c * p] >= int(self.dropout * 2**32)).reshape(n, p, c).transpose(1, 2)
 
     def formula(self, x: Tensor, *, weight=None, bias=None, pre_bias=None, scale=None, shift=None) -> Tensor:
         """The op in plain PyTorch, in the dtype of x."""
@@ -106,8 +106,7 @@ class Case:
         if self.silu:
             y = y * torch.sigmoid(y)
         if self.dropout:
-            p = float(np.float32(self.dropout))
-            y = torch.where(self.keep(), y / (1 - p), 0.0)
+            y = torch.where(self.keep(), y / (1 - self.dropout), 0.0)
         return y
 
     def expected(self, tensors: dict[str, Tensor], arithmetic: torch.dtype, *, gradients: bool = False) -> dict[str, Tensor]:
@@ -137,10 +136,11 @@ class Memory:
     def __init__(self, case: Case) -> None:
         self.case, self.device, self.arrays = case, Device(), {}
         self.record = np.zeros((), ARGUMENTS)
-        for name in ("channels_last", "silu", "eps", "dropout", "samples", "channels", "pixels", "groups"):
+        for name in ("channels_last", "silu", "eps", "samples", "channels", "pixels", "groups"):
             self.record[name] = getattr(case, name)
         for name in ("seed", "stream", "first_sample"):
-            self.record["key"][name] = getattr(KEY, name)
+            self.record["dropout"]["key"][name] = getattr(KEY, name)
+        self.record["dropout"]["threshold"], self.record["dropout"]["scale"] = int(case.dropout * 2**32), 1 / (1 - case.dropout)
 
     def _view(self, name: str, array, dtype: torch.dtype, stride: int | None) -> None:
         self.arrays[name] = (array, dtype)

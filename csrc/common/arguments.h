@@ -105,6 +105,14 @@ struct Rows {
   int64_t stride;
 };
 
+// An element whose word of the mask (see group_norm_math.h) is below the threshold, 2^32 times the probability, becomes 0, the
+// others are multiplied with the scale, 1 / (1 - probability). There is no dropout where the threshold is 0.
+struct Dropout {
+  uint32_t threshold;
+  float scale;
+  NoiseKey key;
+};
+
 // y = dropout(silu(((x + pre_bias) normalised · weight + bias) · (1 + scale) + shift)), each but the norm optional.
 struct GroupNormArguments {
   View x, y;                      // (samples, channels, pixels), or with channels_last (samples, pixels, channels); one dtype
@@ -114,8 +122,7 @@ struct GroupNormArguments {
   bool silu;
   View weight, bias;              // (channels,) of one dtype, each null where absent
   Rows pre_bias, scale, shift;    // of one dtype
-  double dropout;                 // probability that an element is zeroed; 0: there is no dropout
-  NoiseKey key;                   // of its mask
+  Dropout dropout;
   float *mean, *rstd;             // (samples, groups), of x + pre_bias: written by forward, read by backward
   View grad_y, grad_x;            // backward: like x
   View grad_weight, grad_bias;    // backward: (channels,), null where not wanted

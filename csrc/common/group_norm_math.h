@@ -5,9 +5,8 @@
 namespace ddpm_fast {
 
 // The mask of a dropout: element (c, pixel) of a sample has word i % 4 of counter block i / 4 of its noise, where
-// i = pixel * channels + c: channels run fastest, in either layout of the data. It is kept where the word reaches the threshold.
-DDPM_INLINE uint32_t dropout_threshold(double probability) { return uint32_t(probability * 4294967296.0); }
-DDPM_INLINE float dropout_scale(double probability) { return float(1.0 / (1.0 - probability)); }
+// i = pixel * channels + c: channels run fastest, in either layout of the data.
+DDPM_INLINE bool dropout_keeps(uint32_t word, uint32_t threshold) { return word >= threshold; }
 
 // d/dz of z sigmoid(z), given the sigmoid; of floats or vectors of them.
 template <typename Float> DDPM_INLINE Float silu_slope(Float z, Float sigmoid) { return sigmoid * (1.0f + z * (1.0f - sigmoid)); }

@@ -105,7 +105,7 @@ template <typename T, bool channels_last> class Forward {
             for (int k = 0; k < registers; ++k) z[k] *= sigmoid[k];
           }
           if (mask)
-            for (int k = 0; k < registers; ++k) z[k] *= strand.get(mask + strand.place + i + k * lanes, Vec{});
+            for (int k = 0; k < registers; ++k) z[k] = strand.masked(z[k], mask + strand.place + i + k * lanes);
           for (int k = 0; k < registers; ++k) strand.set(y + strand.offset + i + k * lanes, z[k]);
         }
       });

@@ -113,6 +113,11 @@ template <int registers_, bool partial_, bool channels_last_> struct Strand {
       }
     }
   }
+  // What dropout leaves of x: nothing where the mask is 0, of NaN too.
+  DDPM_METHOD Vec masked(Vec x, const float* mask) const {
+    const Vec factor = get(mask, Vec{});
+    return select(factor != Vec{}, x * factor, Vec{});
+  }
   template <typename T> DDPM_METHOD Vec get(const T* p, Vec rest) const { return partial ? load(p, count, rest) : load(p); }
   template <typename T> DDPM_METHOD void set(T* p, Vec x) const {
     if (partial) store(x, p, count);
@@ -147,8 +152,8 @@ DDPM_INLINE void walk(const Cut& cut, int64_t first, int64_t range, const Body& 
 class Mask {
  public:
   Mask(const GroupNormArguments& a, const Cut& cut)
-      : key_(a.key), rounds_(a.key.seed), threshold_(dropout_threshold(a.dropout)), factor_(dropout_scale(a.dropout)), cut_(cut),
-        values_(a.dropout > 0 ? cut.channels * cut.range + 2 * normals_at_once : 0), present_(a.dropout > 0) {}
+      : key_(a.dropout.key), rounds_(key_.seed), threshold_(a.dropout.threshold), factor_(a.dropout.scale), cut_(cut),
+        values_(threshold_ ? cut.channels * cut.range + 2 * normals_at_once : 0), present_(threshold_) {}
 
   // In the piece's order; null where there is no dropout. Good until the next call.
   DDPM_METHOD const float* piece(int64_t slab, int64_t first, int64_t range) {
@@ -171,7 +176,7 @@ class Mask {
       for (int k = 0; k < counters_at_once; ++k) blocks[k] = uint64_t(first / 4 + i / 4 + k);
       uint32_t drawn[normals_at_once];
       words_of(blocks, sample, drawn);
-      for (int k = 0; k < normals_at_once; ++k) values_[i + k] = drawn[k] >= threshold_ ? factor_ : 0.0f;
+      for (int k = 0; k < normals_at_once; ++k) values_[i + k] = dropout_keeps(drawn[k], threshold_) ? factor_ : 0.0f;
     }
     return values_.data + skipped;
   }
@@ -183,7 +188,7 @@ class Mask {
       uint32_t drawn[normals_at_once];
       words_of(blocks, sample, drawn);
       for (int k = 0; k < counters_at_once && i + k < count; ++k)
-        out[i + k] = drawn[4 * k + (first + (i + k) * stride) % 4] >= threshold_ ? factor_ : 0.0f;
+        out[i + k] = dropout_keeps(drawn[4 * k + (first + (i + k) * stride) % 4], threshold_) ? factor_ : 0.0f;
     }
   }
   DDPM_METHOD void words_of(const uint64_t (&blocks)[counters_at_once], uint64_t sample, uint32_t* out) {

@@ -123,7 +123,7 @@ template <typename T, bool channels_last> class Backward {
       dz[k] = strand.get(grad_y + strand.offset + at + k * lanes, Vec{});
     }
     if (mask)
-      for (int k = 0; k < Strand::registers; ++k) dz[k] *= strand.get(mask + strand.place + at + k * lanes, Vec{});
+      for (int k = 0; k < Strand::registers; ++k) dz[k] = strand.masked(dz[k], mask + strand.place + at + k * lanes);
     if (!silu) return;
     Vec z[Strand::registers], sigmoid[Strand::registers];
     for (int k = 0; k < Strand::registers; ++k) z[k] = distance[k] * affine.slope[k] + affine.offset[k];

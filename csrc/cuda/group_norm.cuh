@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(group_norm_most_threads, 1) group_norm_kernel(
   const auto finish = [&](auto dropout) {  // compiled for either: testing the mask's bits costs an element four instructions
     constexpr bool drops = decltype(dropout)::value;
     constexpr int words = drops ? group_norm_mask_words<vector, items> : 1;
-    const float kept_scale = dropout_scale(a.dropout);
+    const float kept_scale = a.dropout.scale;
     uint64_t keep[words] = {};
     if constexpr (drops) {
 #pragma unroll
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(group_norm_most_threads, 1) group_norm_kernel(
           to += thread.stride;
         });
   };
-  if (a.dropout > 0.0f) finish(std::true_type());
+  if (a.dropout.threshold) finish(std::true_type());
   else finish(std::false_type());
 }
 

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 &
   }
   __syncthreads();
 
-  if (a.dropout > 0.0f) {  // what was dropped has no gradient; the scale of the rest is applied in fp32, below
+  if (a.dropout.threshold) {  // what was dropped has no gradient; the scale of the rest is applied in fp32, below
     uint64_t keep = 0;
 #pragma unroll
     for (int k = 0; k < items; ++k) {
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 &
       }
     }
   }
-  const float kept_scale = dropout_scale(a.dropout);
+  const float kept_scale = a.dropout.scale;
 
   // Calls use(channel of the unit, xh, dz) for the elements of unit u of all items, and done(item, what use gave) for each item. What
   // belongs to the unit's channels is read once for all items.

@@ -86,8 +86,8 @@ template <int vector, bool channels_last>
 __device__ __forceinline__ uint64_t group_norm_mask(
     const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormThread<channels_last, vector>& thread, int32_t first) {
   constexpr int words = channels_last && vector >= 4 ? 4 : 1;  // that one counter block gives: channels run fastest
-  const uint32_t threshold = dropout_threshold(a.dropout);
-  const uint64_t sample = a.key.first_sample + uint64_t(place.sample);
+  const uint32_t threshold = a.dropout.threshold;
+  const uint64_t sample = a.dropout.key.first_sample + uint64_t(place.sample);
   const int32_t items = min(thread.items - first, group_norm_masked<vector>);
   uint64_t keep = 0;
 #pragma unroll 1
@@ -96,8 +96,8 @@ __device__ __forceinline__ uint64_t group_norm_mask(
 #pragma unroll 1
     for (int e = 0; e < vector; e += words) {
       const int64_t i = (channels_last ? position : position * vector + e) * a.channels + place.channel + thread.entry(e);
-      uint32_t c0 = uint32_t(i / 4), c1 = a.key.stream, c2 = uint32_t(sample), c3 = uint32_t(sample >> 32);
-      philox4x32_10(c0, c1, c2, c3, uint32_t(a.key.seed), uint32_t(a.key.seed >> 32));
+      uint32_t c0 = uint32_t(i / 4), c1 = a.dropout.key.stream, c2 = uint32_t(sample), c3 = uint32_t(sample >> 32);
+      philox4x32_10(c0, c1, c2, c3, uint32_t(a.dropout.key.seed), uint32_t(a.dropout.key.seed >> 32));
       uint32_t bits;
       if (words == 4) {
         bits = uint32_t(c0 >= threshold) | uint32_t(c1 >= threshold) << 1 | uint32_t(c2 >= threshold) << 2 | uint32_t(c3 >= threshold) << 3;

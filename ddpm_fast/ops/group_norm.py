@@ -12,6 +12,7 @@ twin is here; the kernels are csrc/cpu/group_norm*.cpp and csrc/cuda/group_norm*
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor
 from ddpm_fast.backends import native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import address, dtype_tag, native_noise
+from ddpm_fast.ops._native import address, dtype_tag
 from ddpm_fast.ops._op import NOISE, Op, memory_format
 
 
@@ -66,63 +67,105 @@ def group_norm_reference(
     return z.to(x.dtype).contiguous(memory_format=memory_format(x)), mean.detach(), rstd.detach()
 
 
-_PARAMETERS = {2: "weight", 3: "bias"}
-_ROWS = {4: "pre_bias", 5: "scale", 6: "shift"}
-
-
 def _same_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """The kernels take the parameters in one dtype, the rows in one: fp32 where they differ."""
     dtypes = {y.dtype for y in tensors if y is not None}
     return list(tensors) if len(dtypes) <= 1 else [None if y is None else y.float() for y in tensors]
 
 
-def _operands(arguments: tuple) -> tuple[list, tuple]:
-    """The tensors as the kernels take them, which must outlive the call, and what all kernels are called with first."""
-    x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise = arguments
-    layout = memory_format(x)
-    x = x.contiguous(memory_format=layout)
-    weight, bias = (None if y is None else y.contiguous() for y in _same_dtype(x, weight, bias))
-    rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in _same_dtype(x, pre_bias, scale, shift)]
-    samples, channels = x.shape[:2]
-    tag = dtype_tag(x)
-    return [x, weight, bias, *rows], (
-        x.data_ptr(), tag, layout != torch.contiguous_format, samples, channels, x.numel() // (samples * channels), groups, eps, silu,
-        address(weight), address(bias), next((dtype_tag(y) for y in (weight, bias) if y is not None), tag),
-        *((address(y), 0 if y is None else y.stride(0)) for y in rows), next((dtype_tag(y) for y in rows if y is not None), tag),
-        dropout, native_noise(noise),
-    )  # fmt: skip
+class _Call:
+    """One call as both backends are given it; the tensors that the kernels read or write live as long as it does."""
+
+    def __init__(self, arguments: tuple) -> None:
+        x, self.groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise = self.arguments = arguments
+        self.layout = memory_format(x)
+        x = x.contiguous(memory_format=self.layout)
+        weight, bias = (None if y is None else y.contiguous() for y in _in_one_dtype(weight, bias))
+        rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in _in_one_dtype(pre_bias, scale, shift)]
+        self.taken = (x, weight, bias, *rows)
+        samples, channels = x.shape[:2]
+        self.x, self.tag = x, dtype_tag(x)
+        self.sizes = (samples, channels, x.numel() // (samples * channels), self.groups)
+        self.first = (self.tag, self.layout != torch.contiguous_format, *self.sizes, eps, silu)
+        self.parameters = (address(weight), address(bias), _tag_of(self.tag, weight, bias))
+        self.rows = (*[(address(y), 0 if y is None else y.stride(0)) for y in rows], _tag_of(self.tag, *rows))
+        self.dropout = (dropout, 0, 0, 0) if noise is None else (dropout, noise.seed, noise.stream, noise.first_sample)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        return _results(self.x, self.groups)
+
+    def gradients(self, needs: tuple) -> tuple[dict[int, Tensor], tuple]:
+        """By position, in the dtype that the kernels take the tensor in; and their addresses in the kernels' order."""
+        made = {i: torch.empty_like(y, memory_format=memory_format(y)) for i, y in zip(_op.differentiable, self.taken, strict=True) if needs[i]}
+        x, weight, bias, *rows = (made[i].data_ptr() if i in made else 0 for i in _op.differentiable)
+        return made, (x, weight, bias, *[(y, self.sizes[1]) for y in rows])
+
+    def returned(self, made: dict[int, Tensor]) -> list[Tensor | None]:
+        return [made[i].to(y.dtype) if i in made else None for i, y in enumerate(self.arguments)]
+
+    def workspace(self, plan) -> Tensor:
+        sms = torch.cuda.get_device_properties(self.x.device).multi_processor_count
+        floats = plan(*self.sizes, self.layout != torch.contiguous_format, self.tag, sms=sms)["workspace"]
+        return self.x.new_empty((floats,), dtype=torch.float32)
+
+
+def _in_one_dtype(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """The kernels take the parameters in one dtype, and the rows: fp32 where they differ."""
+    dtypes = {y.dtype for y in tensors if y is not None}
+    return tensors if len(dtypes) <= 1 else [None if y is None else y.float() for y in tensors]
+
+
+def _tag_of(default: int, *tensors: Tensor | None) -> int:
+    return next((dtype_tag(y) for y in tensors if y is not None), default)
 
 
 def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = (x.shape[0], groups)
-    dtype = table_dtype(x.dtype)
-    return torch.empty_like(x, memory_format=memory_format(x)), x.new_empty(statistics, dtype=dtype), x.new_empty(statistics, dtype=dtype)
-
-
-def _new_gradients(kept: list, arguments: tuple, needs: tuple) -> tuple[dict[int, Tensor], list[int]]:
-    """By position, in the dtype that the kernel takes the tensor in; and the addresses of all, in the kernel's order."""
-    taken = dict(zip(_op.differentiable, kept, strict=True))
-    made = {i: torch.empty_like(x, memory_format=memory_format(x)) for i, x in taken.items() if needs[i]}
-    return made, [made[i].data_ptr() if i in made else 0 for i in taken]
-
-
-def _gradients(made: dict[int, Tensor], arguments: tuple) -> list[Tensor | None]:
-    return [made[i].to(x.dtype) if i in made else None for i, x in enumerate(arguments)]
+    shape, dtype = (x.shape[0], groups), table_dtype(x.dtype)
+    return torch.empty_like(x, memory_format=memory_format(x)), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
 def _forward_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    kept, common = _operands(arguments)
-    y, mean, rstd = _results(kept[0], arguments[1])
-    native.cpu_group_norm(*common, mean.data_ptr(), rstd.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    call = _Call(arguments)
+    y, mean, rstd = call.results()
+    native.cpu_group_norm(
+        call.x.data_ptr(), y.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, mean.data_ptr(), rstd.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y, mean, rstd
 
 
 def _backward_cpu(arguments, needs, grads, results):
-    kept, common = _operands(arguments)
-    grad_y = grads[0].contiguous(memory_format=memory_format(kept[0]))
-    made, addresses = _new_gradients(kept, arguments, needs)
-    native.cpu_group_norm_backward(*common, *map(address, results), grad_y.data_ptr(), *addresses, torch.get_num_threads())
-    return _gradients(made, arguments)
+    call = _Call(arguments)
+    grad_y = grads[0].contiguous(memory_format=call.layout)
+    made, addresses = call.gradients(needs)
+    native.cpu_group_norm_backward(
+        call.x.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, *map(address, results), grad_y.data_ptr(), *addresses,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return call.returned(made)
+
+
+def _forward_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(arguments)
+    y, mean, rstd = call.results()
+    workspace, device = call.workspace(native.cuda_group_norm_plan), call.x.device
+    native.cuda_group_norm(
+        call.x.data_ptr(), y.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, mean.data_ptr(), rstd.data_ptr(),
+        workspace.data_ptr(), device.index, torch.cuda.current_stream(device).cuda_stream,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _backward_cuda(arguments, needs, grads, results):
+    call = _Call(arguments)
+    grad_y = grads[0].contiguous(memory_format=call.layout)
+    made, addresses = call.gradients(needs)
+    workspace, device = call.workspace(native.cuda_group_norm_backward_plan), call.x.device
+    native.cuda_group_norm_backward(
+        call.x.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, *map(address, results), workspace.data_ptr(),
+        grad_y.data_ptr(), *addresses, device.index, torch.cuda.current_stream(device).cuda_stream,
+    )  # fmt: skip
+    return call.returned(made)
 
 
 def _check(x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise) -> None:
@@ -169,12 +212,13 @@ _op = Op(
     check=_check,
     fake=_fake,
     reference=group_norm_reference,
-    differentiable=(0, *_PARAMETERS, *_ROWS),
+    differentiable=(0, 2, 3, 4, 5, 6),
     noise=10,
     keeps=(1, 2),
     keeps_layout=True,
     cpu=_forward_cpu,
-    backward=dict(cpu=_backward_cpu),
+    cuda=_forward_cuda,
+    backward=dict(cpu=_backward_cpu, cuda=_backward_cuda),
 )
 backends = _op.backends
 

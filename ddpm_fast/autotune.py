@@ -253,8 +253,6 @@ def _try(candidates: dict[str, Callable], device: torch.device, tolerance: float
                     baseline = (result, name)
                 elif reason := difference(result, *baseline, tolerance):
                     failures[name] = _Failure(reason, differs=True)
-            except _NothingToTimeError:
-                raise
             except Exception as error:
                 first_error = first_error or error
                 failures[name] = _Failure(_reason(error), lasting=result is None and not isinstance(error, OUT_OF_MEMORY))

@@ -1,7 +1,7 @@
 """ddpm_fast: denoising diffusion probabilistic models that are fast to train, to sample and to evaluate."""
 from importlib.metadata import PackageNotFoundError, version
 
-from ddpm_fast import ops
+from ddpm_fast import autotune, ops
 from ddpm_fast.diffusion import BoundTerms, GaussianDiffusion, PMeanVariance
 from ddpm_fast.models import EMA, UNet
 from ddpm_fast.noise import Noise
@@ -22,6 +22,7 @@ __all__ = [
     "NoiseSchedule",
     "PMeanVariance",
     "UNet",
+    "autotune",
     "gaussian_kl",
     "ops",
     "sample",

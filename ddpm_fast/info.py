@@ -1,18 +1,23 @@
-"""What this installation can do: versions, the native build, and the backend of each op with the reason where one is missing.
+"""What this installation can do: versions, the native build, the backend of each op with the reason where one is missing, and what
+the autotuner has chosen.
 
 ``python -m ddpm_fast.info`` or ``ddpm-fast info``.
 """
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def report() -> dict[str, Any]:
     """The same as a JSON-able dictionary."""
     import ddpm_fast
+    from ddpm_fast import autotune
     from ddpm_fast.backends import BACKENDS, missing, native, native_missing, tables
 
     build = dict(native.build_info(), isa=native.isa()) if native else {"missing": native_missing}
@@ -33,6 +38,8 @@ def report() -> dict[str, Any]:
         "cuda devices": devices,
         "native build": build,
         "ops": ops,
+        "autotuning": f"off: {autotune.why_off()}" if autotune.why_off() else "on",
+        "autotuned": autotune.choices(),
     }
 
 
@@ -64,6 +71,23 @@ def print_report() -> None:
     console.print(table)
     for backend, reason in reasons.items():
         console.print(f"({backend}) is not available: {reason}", highlight=False, markup=False, soft_wrap=True)
+    _print_choices(console, facts["autotuning"], facts["autotuned"])
+
+
+def _print_choices(console: Console, state: str, choices: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if choices:
+        table = Table("op", "key", "device", "autotuned", "median µs of a call", title_justify="left")
+        for choice in choices:
+            times = [f"{name} {1e6 * seconds:.1f}" for name, seconds in choice["seconds"].items()]
+            failures = [f"({name}: {reason})" for name, reason in choice["ruled_out"].items()]
+            row = (choice["op"], choice["key"], choice["device"], choice["chosen"], "\n".join(times + failures))
+            table.add_row(*map(escape, row))
+        console.print(table)
+    if state != "on":
+        console.print(f"autotuning is {state}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from ddpm_fast import autotune, ops
 from ddpm_fast.diffusion import BoundTerms, GaussianDiffusion, PMeanVariance
 from ddpm_fast.models import EMA, UNet
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops import gaussian_kl
+from ddpm_fast.ops import attention, gaussian_kl, group_norm
 from ddpm_fast.sampling import sample
 from ddpm_fast.schedules import NoiseSchedule
 
@@ -22,8 +22,10 @@ __all__ = [
     "NoiseSchedule",
     "PMeanVariance",
     "UNet",
+    "attention",
     "autotune",
     "gaussian_kl",
+    "group_norm",
     "ops",
     "sample",
 ]

@@ -1,7 +1,7 @@
 """Building blocks of the UNet: norm + activation, attention, residual block, resampling, time embedding.
 
-`GroupNormAct` and `SelfAttention` are the only places that compute a normalisation or an attention, so that a
-faster operator is put in once. All layers take NCHW tensors in channels_last memory format and keep it.
+`GroupNormAct` and `SelfAttention` are the only places that compute a normalisation or an attention; they call the operators of
+ddpm_fast.ops. All layers take NCHW tensors in channels_last memory format and keep it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ddpm_fast.noise import Noise
+from ddpm_fast.ops import attention, group_norm
 
 
 def init_fan_avg_uniform_(weight: Tensor, scale: float = 1.0) -> Tensor:
@@ -119,14 +122,17 @@ class GroupNormAct(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, pre_bias: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W); pre_bias: (N, C) or None. Returns (N, C, H, W) in the layout of x."""
-        if pre_bias is not None:
-            x = x + pre_bias[:, :, None, None]
-        x = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-        if self.activation == "silu":
-            x = F.silu(x)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+    def forward(self, x: Tensor, pre_bias: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """x: (N, C, H, W); pre_bias: (N, C) or None. Returns (N, C, H, W) in the layout of x.
+
+        noise: what the dropout's mask is made from; without it the mask comes from PyTorch's generator.
+        """
+        drops = self.dropout > 0.0 and self.training
+        x = group_norm(
+            x, self.groups, self.weight, self.bias, eps=self.eps, activation=self.activation, pre_bias=pre_bias,
+            dropout=None if noise is None or not drops else (self.dropout, noise),
+        )  # fmt: skip
+        return F.dropout(x, self.dropout) if drops and noise is None else x
 
     def extra_repr(self) -> str:
         return (f"groups={self.groups}, channels={self.weight.numel()}, eps={self.eps}, "
@@ -155,17 +161,15 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, h * w, 3, self.heads, c // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(query, key, value)
-        out = out.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)
-        return x + self.proj_out(out)
+        out = attention(qkv).view(n, h, w, c).permute(0, 3, 1, 2)
+        return self.proj_out(out).add_(x)  # nothing else has the convolution's result: the sum needs no memory of its own
 
 
 class ResidualBlock(nn.Module):
     """shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time_projection(embedding))))).
 
     `embedding` (N, E) comes with its SiLU already applied: it is the same for all blocks, so the UNet applies it once.
-    conv2 starts at zero and the shortcut is a 1x1 convolution where the number of channels changes.
+    conv2 starts at zero and the shortcut is a 1x1 convolution where the number of channels changes. `noise` is the dropout's.
     """
 
     def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, *, dropout: float,
@@ -178,10 +182,10 @@ class ResidualBlock(nn.Module):
         self.conv2 = conv(out_channels, out_channels, 3, padding=1, init_scale=0.0)
         self.shortcut = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, noise: Noise | None = None) -> Tensor:
         h = self.conv1(self.norm1(x))
-        h = self.norm2(h, pre_bias=self.time_projection(embedding))
-        return self.shortcut(x) + self.conv2(h)
+        h = self.norm2(h, self.time_projection(embedding), noise)
+        return self.conv2(h).add_(self.shortcut(x))
 
 
 class Downsample(nn.Module):

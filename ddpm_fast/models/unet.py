@@ -15,6 +15,24 @@ from torch import Tensor, nn
 
 from ddpm_fast.models.layers import Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, conv
 from ddpm_fast.models.presets import PRESETS
+from ddpm_fast.noise import Noise
+
+
+SAMPLES_A_BLOCK = 2**48  # how far apart the dropouts of two blocks take their masks from
+
+
+class _Masks:
+    """The noise of each residual block's dropout, in order of execution: block k has the samples from first_sample + 2^48 k on."""
+
+    def __init__(self, noise: Noise | None) -> None:
+        self.noise = noise
+        self.used = 0
+
+    def next(self) -> Noise | None:
+        if self.noise is None:
+            return None
+        self.used += 1
+        return self.noise.at(first_sample=self.noise.first_sample + (self.used - 1) * SAMPLES_A_BLOCK)
 
 
 class _Level(nn.Module):
@@ -27,17 +45,17 @@ class _Level(nn.Module):
         for name, module in resample.items():
             self.add_module(name, module)
 
-    def step(self, index: int, x: Tensor, embedding: Tensor) -> Tensor:
+    def step(self, index: int, x: Tensor, embedding: Tensor, masks: _Masks) -> Tensor:
         """One residual block and, where this level has attention, the attention after it."""
-        x = self.blocks[index](x, embedding)
+        x = self.blocks[index](x, embedding, masks.next())
         return self.attentions[index](x) if len(self.attentions) else x
 
 
 class _DownLevel(_Level):
-    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, masks: _Masks, skips: list[Tensor]) -> Tensor:
         """Appends each output, the downsampled one too, to `skips`."""
         for index in range(len(self.blocks)):
-            x = self.step(index, x, embedding)
+            x = self.step(index, x, embedding, masks)
             skips.append(x)
         if hasattr(self, "downsample"):
             x = self.downsample(x)
@@ -46,10 +64,10 @@ class _DownLevel(_Level):
 
 
 class _UpLevel(_Level):
-    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, masks: _Masks, skips: list[Tensor]) -> Tensor:
         """Takes one entry from the end of `skips` for each block."""
         for index in range(len(self.blocks)):
-            x = self.step(index, torch.cat([x, skips.pop()], dim=1), embedding)
+            x = self.step(index, torch.cat([x, skips.pop()], dim=1), embedding, masks)
         return self.upsample(x) if hasattr(self, "upsample") else x
 
 
@@ -60,8 +78,9 @@ class _Middle(nn.Module):
         self.attention = attention
         self.block2 = block2
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.block2(self.attention(self.block1(x, embedding)), embedding)
+    def forward(self, x: Tensor, embedding: Tensor, masks: _Masks) -> Tensor:
+        x = self.attention(self.block1(x, embedding, masks.next()))
+        return self.block2(x, embedding, masks.next())
 
 
 class UNet(nn.Module):
@@ -201,7 +220,7 @@ class UNet(nn.Module):
         """The arguments of this network, JSON-able: `UNet(**model.config)` has the same architecture."""
         return copy.deepcopy(self._config)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, dropout: Noise | None = None) -> Tensor:
         """Predict from x_t and t (the noise, or whatever the network was trained for).
 
         Args:
@@ -210,6 +229,8 @@ class UNet(nn.Module):
             t: (N,), int64 in {0, ..., T-1} or floating point, on the device of x_t.
             y: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
                 The values are not checked here: that would synchronise the device. (On CPU the lookup raises.)
+            dropout: what the masks are made from while training: the same ones on any device and for any batch size, its
+                first_sample, below 2^48, telling where the batch begins. Without it they come from PyTorch's generator.
 
         Returns:
             (N, out_channels, H, W), twice the channels with `learned_variance`, contiguous (NCHW) because the diffusion
@@ -220,6 +241,9 @@ class UNet(nn.Module):
             ValueError: for a wrong shape, or y given to an unconditional model.
         """
         self._check_inputs(x_t, t, y)
+        if dropout is not None and not (isinstance(dropout, Noise) and dropout.first_sample < SAMPLES_A_BLOCK):
+            raise ValueError(f"dropout must be a Noise with first_sample below 2^48, got {dropout}")
+        masks = _Masks(dropout)
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:
             labels = self.label_embedding.weight[self.num_classes] if y is None else self.label_embedding(y)
@@ -231,10 +255,10 @@ class UNet(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         skips = [x]
         for level in self.down:
-            x = level(x, embedding, skips)
-        x = self.mid(x, embedding)
+            x = level(x, embedding, masks, skips)
+        x = self.mid(x, embedding, masks)
         for level in self.up:
-            x = level(x, embedding, skips)
+            x = level(x, embedding, masks, skips)
         return self.conv_out(self.norm_out(x)).contiguous()
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:

@@ -35,8 +35,8 @@ class Op:
         differentiable: positions of the arguments whose gradient the backward kernels give; of others the reference does.
         noise: position of the noise.
         saves: positions of the tensors that backward needs; all by default.
-        keeps: positions of the results that backward needs too, which have no gradient. Its kernels are then called with a list
-            of them as last argument.
+        keeps: positions of the results that backward needs too: its kernels are then called with a list of them as last argument.
+            Of such an op the first result alone has a gradient.
         keeps_layout: gradients are strided as the tensors they belong to, channels_last too; else they are contiguous.
         gradients: backward in plain PyTorch, differentiable again: called as gradients(arguments, needs, grads), it gives
             one gradient an argument, None where not needed. By default autograd's of the reference.
@@ -190,7 +190,7 @@ class Op:
 
         def setup_context(ctx, inputs, output):
             keep_for_backward(ctx, inputs, None if self.saves is None else self._flat_positions(self.saves), [output[i] for i in self.keeps])
-            ctx.mark_non_differentiable(*[output[i] for i in self.keeps])
+            ctx.mark_non_differentiable(*[output[i] for i in self.keeps if i > 0])
             # The graph of a compiler knows the outputs that nobody asked a gradient of; None comes for them.
             ctx.set_materialize_grads(False)
 
@@ -233,7 +233,7 @@ class _Differentiable(torch.autograd.Function):
             ctx.ahead = None
             results = implementation(*arguments)
             kept = [results[i] for i in op.keeps]
-            ctx.mark_non_differentiable(*kept)
+            ctx.mark_non_differentiable(*[results[i] for i in op.keeps if i > 0])
             keep_for_backward(ctx, arguments, op.saves, kept)
             return results
         keep_for_backward(ctx, arguments, op.saves)

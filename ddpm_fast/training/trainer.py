@@ -99,8 +99,8 @@ class Trainer:
         x_start, labels = self.batch(step)
         t, noise = self.timesteps(step), self._noise.at(stream=step)
         x_t = self.diffusion.q_sample(x_start, t, noise)
-        with seeded(self._dropout.fold_in(step).seed, self.device), self._autocast():
-            out = self.model(x_t, t) if labels is None else self.model(x_t, t, labels)
+        with self._autocast():
+            out = self.model(x_t, t, labels, dropout=self._dropout.at(stream=step))
         loss = self.diffusion.loss(out.float(), x_start, x_t, t, noise, kind=config.loss, weight=config.weight).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -227,9 +227,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """PyTorch's own generators (initial weights, dropout) seeded within the block, and as they were after it."""
-    with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's generator of the CPU (initial weights) seeded within the block, and as it was after it."""
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         yield
 

@@ -1,0 +1,197 @@
+"""attention: softmax(q kᵀ / √d) v over all tokens, from queries, keys and values packed in one tensor.
+
+``qkv`` is what a 1x1 convolution leaves in channels_last, (N, tokens, 3, heads, d), read where it lies; the result is what the next
+convolution takes. Vaswani et al. 2017; Ho et al. 2020 use one head over all channels. The reference twin is here. On CPU PyTorch's
+flash attention runs on views; csrc/cuda/attention*.cu are the kernels for CUDA, memory linear in the tokens, backward deterministic.
+Where PyTorch's own is faster on the device at hand, a plain call there takes that one: see ddpm_fast/autotune.py.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_fast import autotune
+from ddpm_fast.backends import NATIVE_DTYPES, missing, native
+from ddpm_fast.ops._common import check_data, table_dtype
+from ddpm_fast.ops._native import dtype_tag
+from ddpm_fast.ops._op import Op, goes_through_dispatcher, in_functorch
+
+LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
+
+
+def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The formula in plain PyTorch; returns the result, (N, tokens, heads d), and the log of each sum, (N, heads, tokens), in nats."""
+    query, key, value = _heads(qkv.to(table_dtype(qkv.dtype)))
+    logits = query @ key.transpose(-1, -2) * scale
+    out = torch.softmax(logits, -1) @ value
+    return _joined(out).to(qkv.dtype), torch.logsumexp(logits, -1).detach()
+
+
+def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as views, (N, heads, tokens, d)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _joined(out: Tensor) -> Tensor:
+    return out.transpose(1, 2).flatten(2)
+
+
+def _sdpa(qkv: Tensor, scale: float) -> Tensor:
+    return _joined(F.scaled_dot_product_attention(*_heads(qkv), scale=scale))
+
+
+def _with_whole_heads(qkv: Tensor) -> Tensor:
+    """As PyTorch's kernel for the CPU takes it: any strides, but a head's channels side by side."""
+    return qkv if qkv.stride(4) == 1 else qkv.contiguous()
+
+
+def _forward_cpu(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    qkv = _with_whole_heads(qkv)
+    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads(qkv), 0.0, False, scale=scale)
+    return _joined(out).contiguous(), logsumexp.contiguous()
+
+
+def _backward_cpu(arguments, needs, grads, results):
+    qkv, scale = _with_whole_heads(arguments[0]), arguments[1]
+    out, logsumexp = results
+    as_heads = lambda x: x.unflatten(2, qkv.shape[3:]).transpose(1, 2)  # noqa: E731
+    parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        as_heads(grads[0].contiguous()), *_heads(qkv), as_heads(out), logsumexp, 0.0, False, scale=scale
+    )
+    grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    for target, part in zip(_heads(grad), parts, strict=True):
+        target.copy_(part)
+    return grad, None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """As the CUDA kernels take it: contiguous, from a multiple of 16 bytes on."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _launch(kernel, plan, x: Tensor, scale: float, *tensors: Tensor | None) -> None:
+    """Calls a launcher; the plan's workspace lives until then, and on the stream it is reused in order."""
+    samples, tokens, _, heads, channels = x.shape
+    sizes = (samples, tokens, heads, channels)
+    floats = plan(*sizes, dtype_tag(x))["workspace"]
+    workspace = [x.new_empty((floats,), dtype=torch.float32)] if floats else []
+    *data, logsumexp = (y.data_ptr() for y in tensors)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel(x.data_ptr(), *data, dtype_tag(x), logsumexp, *sizes, scale, *(y.data_ptr() for y in workspace), x.device.index, stream)
+
+
+def _forward_cuda(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    qkv = _aligned(qkv)
+    out, logsumexp = _fake(qkv, scale)
+    _launch(native.cuda_attention, native.cuda_attention_plan, qkv, scale, out, logsumexp)
+    return out, logsumexp
+
+
+def _backward_cuda(arguments, needs, grads, results):
+    qkv, scale = arguments
+    qkv, grad_out, out = _aligned(qkv), _aligned(grads[0]), _aligned(results[0])
+    grad_qkv = torch.empty_like(qkv)
+    _launch(native.cuda_attention_backward, native.cuda_attention_backward_plan, qkv, scale, out, grad_out, grad_qkv, results[1])
+    return grad_qkv, None
+
+
+def _check(qkv, scale) -> None:
+    check_data("qkv", qkv)
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must have shape (N, tokens, 3, heads, d), got {tuple(qkv.shape)}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _fake(qkv, scale):
+    samples, tokens, _, heads, channels = qkv.shape
+    return qkv.new_empty((samples, tokens, heads * channels)), qkv.new_empty((samples, heads, tokens), dtype=table_dtype(qkv.dtype))
+
+
+_op = Op(
+    "attention",
+    "Tensor qkv, float scale",
+    "(Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    reference=attention_reference,
+    differentiable=(0,),
+    keeps=(0, 1),
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    backward=dict(cpu=_backward_cpu, cuda=_backward_cuda),
+)
+backends = _op.backends
+
+
+def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+    """softmax(scale · q kᵀ) v, each token of a sample attending to all of its tokens, for each head.
+
+    Args:
+        qkv: (N, tokens, 3, heads, d), queries, keys and values; or (N, tokens, 3 heads d) with ``heads`` given. A channels_last
+            (N, 3C, H, W) tensor becomes that as ``x.permute(0, 2, 3, 1).flatten(1, 2)``, without a copy. Any other strides are read
+            as they are on CPU and made contiguous on CUDA.
+        heads: number of heads; of a packed tensor of three dimensions 1 by default.
+        scale: of the logits, 1/√d by default.
+        backend: force "reference", "cpu" or "cuda". "cuda" takes d in multiples of 8 up to 256. Without it CUDA tensors go to the
+            kernel or to PyTorch's scaled_dot_product_attention, whichever a measurement found faster (ddpm_fast.autotune); in a
+            compiled graph to the kernel.
+
+    Returns:
+        (N, tokens, heads d), contiguous. Differentiable. float32 data are multiplied with float32's precision.
+
+    Raises:
+        TypeError, ValueError: what was expected and what came.
+        RuntimeError: for a forced backend that is not available here.
+    """
+    if isinstance(qkv, Tensor) and qkv.ndim == 3:
+        heads = 1 if heads is None else heads
+        if heads < 1 or qkv.shape[2] % (3 * heads):
+            raise ValueError(f"the last size of qkv must be a multiple of 3 heads = {3 * heads}, got {qkv.shape[2]}")
+        qkv = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads)))
+    _check(qkv, 1.0 if scale is None else scale)
+    if heads is not None and heads != qkv.shape[3]:
+        raise ValueError(f"qkv must have {heads} heads, got shape {tuple(qkv.shape)}")
+    scale = qkv.shape[4] ** -0.5 if scale is None else float(scale)
+    if backend == "cuda" and not _kernel_takes(qkv):
+        raise ValueError(f"backend 'cuda' of attention takes heads of a multiple of 8 channels, at most {LARGEST_HEAD}, got {qkv.shape[4]}")
+    if backend is None and not qkv.is_cpu and _choice(qkv, scale) == "pytorch":
+        return _sdpa(qkv, scale)
+    return _op((qkv, scale), qkv, qkv.dtype, backend)[0]
+
+
+def _kernel_takes(qkv: Tensor) -> bool:
+    return qkv.shape[4] % 8 == 0 and qkv.shape[4] <= LARGEST_HEAD
+
+
+def _choice(qkv: Tensor, scale: float) -> str:
+    """"ddpm_fast" or "pytorch", for a tensor that is not on the CPU."""
+    if qkv.dtype not in NATIVE_DTYPES or in_functorch():
+        return "ddpm_fast"  # which goes to the reference
+    if qkv.device.type != "cuda" or missing("cuda") or not _kernel_takes(qkv):
+        return "pytorch"
+    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
+    if goes_through_dispatcher() or type(qkv) is not Tensor:
+        return "ddpm_fast"
+    return autotune.choose("attention", (*qkv.shape, str(qkv.dtype), needs_grad), candidates(qkv, scale, needs_grad), "ddpm_fast", device=qkv.device)
+
+
+def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict:
+    """What the autotuner times: a call, with its gradient where one is needed."""
+
+    def timed(call):
+        def run():
+            if not needs_grad:
+                return call(qkv)
+            with torch.enable_grad():
+                leaf = qkv.detach().requires_grad_()
+                out = call(leaf)
+                return out.detach(), torch.autograd.grad(out, leaf, torch.ones_like(out))[0]
+
+        return run
+
+    return {"ddpm_fast": timed(lambda x: _op((x, scale), x, x.dtype, "cuda")[0]), "pytorch": timed(lambda x: _sdpa(x, scale))}

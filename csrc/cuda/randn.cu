@@ -2,10 +2,10 @@
 // instruction where the sample's length keeps them aligned. Writes samples * elements * sizeof(T) bytes, reads nothing.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <type_traits>
 
+#include "launch.h"
 #include "randn.h"
 
 namespace ddpm_fast::cuda {
@@ -68,10 +68,8 @@ RandnPlan randn_plan(int64_t samples, int64_t elements) {
 
 const char* randn(const RandnArguments& a, int device, void* stream) {
   if (a.sizes.samples == 0 || a.sizes.elements == 0) return nullptr;
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   const RandnPlan plan = randn_plan(a.sizes.samples, a.sizes.elements);
   const auto on = static_cast<cudaStream_t>(stream);
   switch (a.out.dtype) {
@@ -79,8 +77,7 @@ const char* randn(const RandnArguments& a, int device, void* stream) {
     case DType::bfloat16: launch<__nv_bfloat16>(a, plan, on); break;
     case DType::float16: launch<__half>(a, plan, on); break;
   }
-  error = cudaGetLastError();
-  if (before != device) cudaSetDevice(before);
+  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -21,7 +21,9 @@ __host__ __device__ constexpr int keys_of_tile(int element_size, int D) {
   if (element_size == 2) return D == 256 ? 32 : 64;
   return D == 32 ? 64 : D == 256 ? 16 : 32;
 }
-constexpr uint32_t shared_bytes(int element_size, int D) { return uint32_t((queries + 2 * keys_of_tile(element_size, D)) * D * element_size); }
+constexpr uint32_t shared_bytes(int element_size, int D) {
+  return uint32_t((queries + 2 * keys_of_tile(element_size, D)) * D * element_size);
+}
 
 template <typename T, int D>
 __global__ void __launch_bounds__(threads_per_block) attention_kernel(
@@ -40,9 +42,11 @@ __global__ void __launch_bounds__(threads_per_block) attention_kernel(
   const HeadRows<const T> q = packed_rows(qkv, 0, share, tokens, heads, channels);
   const HeadRows<const T> k = packed_rows(qkv, 1, share, tokens, heads, channels);
   const HeadRows<const T> v = packed_rows(qkv, 2, share, tokens, heads, channels);
-  const float factor = scale * log2_e;  // logits in units of ln 2
+  // 16-bit types take logits in units of ln 2, which saves a multiplication a weight; fp32 would lose accuracy by it.
+  constexpr float unit = is_fp32<T> ? log2_e : 1.0f;
+  const float factor = is_fp32<T> ? scale : scale * log2_e;
 
-  float sums[D / 8][4] = {};                    // of weights times values, relative to 2^highest
+  float sums[D / 8][4] = {};                    // of weights times values, relative to e^highest
   float highest[2] = {-INFINITY, -INFINITY};    // logit so far, of rows g and g + 8
   float total[2] = {};                          // of the weights, this thread's columns only
 
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(threads_per_block) attention_kernel(
     for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        weights[n][i] *= factor;
+        weights[n][i] = __fmul_rn(weights[n][i], factor);  // rounded as backward rounds it
         if (!whole && first + 8 * n + 2 * t + i % 2 >= tokens) weights[n][i] = -INFINITY;
         top[i / 2] = fmaxf(top[i / 2], weights[n][i]);
       }
@@ -70,7 +74,7 @@ __global__ void __launch_bounds__(threads_per_block) attention_kernel(
       top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], 1));
       top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], 2));
       const float origin = top[half] == -INFINITY ? 0.0f : top[half];  // -inf - -inf would be NaN
-      const float shrink = exp2_fast(highest[half] - origin);
+      const float shrink = exp2_fast((highest[half] - origin) * unit);
       highest[half] = top[half];
       total[half] *= shrink;
 #pragma unroll
@@ -82,7 +86,7 @@ __global__ void __launch_bounds__(threads_per_block) attention_kernel(
       for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          weights[n][i] = exp2_fast(weights[n][i] - origin);
+          weights[n][i] = exp2_fast((weights[n][i] - origin) * unit);
           total[half] += weights[n][i];
         }
     }
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(threads_per_block) attention_kernel(
     inverse[half] = 1.0f / total[half];
     const int64_t token = share.first + warp_row + g + 8 * half;
     if (logsumexp && t == 0 && token < tokens)
-      logsumexp[(share.sample * heads + share.head) * tokens + token] = (highest[half] + log2f(total[half])) * ln_2;
+      logsumexp[(share.sample * heads + share.head) * tokens + token] = highest[half] * (is_fp32<T> ? 1.0f : ln_2) + logf(total[half]);
   }
   store_rows(out_rows(out, share, tokens, heads, channels), share.first + warp_row, sums, inverse, q_tile.from(warp_row));
 }

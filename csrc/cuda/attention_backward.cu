@@ -4,6 +4,8 @@
 // queries for grad_k and grad_v, one keeps a block of queries and goes over the keys for grad_q: every value is summed by one
 // thread in one order, so that results are the same from run to run. Two products more than with atomics is the price.
 // Head sizes of 256 take grad_k and grad_v in two launches, for want of registers.
+// logsumexp is rounded to fp32, so that P has a relative error of up to half an ulp of it: of consequence for fp32 where logits
+// are in the hundreds.
 // Reads qkv, out, grad_out and logsumexp and writes grad_qkv once, and δ; what a block goes over is read again from L2.
 //
 // The two tiles that a block goes over are copied while those before are multiplied: two buffers of a pair, one barrier a pair.
@@ -14,6 +16,8 @@ namespace {
 
 constexpr int delta_threads = 256;   // a whole number of blocks fills an SM of any architecture
 constexpr int lanes_of_row = 8;      // 128 bytes of a row at a time: the length of a cache line
+
+constexpr int blocks_by_registers = 2;  // left to itself ptxas spills to fit four of the smallest
 
 // What a block keeps and what it goes over at a time: as much as 99 KB hold (sm_86), and registers.
 struct BackwardTile {
@@ -57,10 +61,15 @@ __global__ void __launch_bounds__(delta_threads) attention_delta_kernel(
   delta[(sample * heads + head) * tokens + token] = sum;
 }
 
+// P. The logit is rounded as in forward before the difference is taken: what it lost is in logsumexp too.
+__device__ __forceinline__ float weight_of(float product, float scale, float logsumexp) {
+  return exp2_fast((__fmul_rn(product, scale) - logsumexp) * log2_e);
+}
+
 // Rows of the products are keys and columns are queries: Sᵀ = k qᵀ. Queries that do not exist are zero, like their δ and
 // logsumexp, and add nothing; keys that do not exist have rows of their own, which are not stored.
 template <typename T, int D, int gradient>
-__global__ void __launch_bounds__(backward_threads(sizeof(T), D)) attention_backward_keys_kernel(
+__global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_registers) attention_backward_keys_kernel(
     const T* __restrict__ qkv,            // (samples, tokens, 3, heads, channels)
     const T* __restrict__ grad_out,       // (samples, tokens, heads, channels)
     const float* __restrict__ logsumexp,  // (samples, heads, tokens)
@@ -110,7 +119,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D)) attention_back
     for (int n = 0; n < queries / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        weights[n][i] = exp2_fast(weights[n][i] * (scale * log2_e) - numbers_of_tile[8 * n + 2 * t + i % 2] * log2_e);
+        weights[n][i] = weight_of(weights[n][i], scale, numbers_of_tile[8 * n + 2 * t + i % 2]);
     if constexpr (with_values) multiply<T, D, queries>(grad_v, weights, grad_tile);
     if constexpr (with_keys) {
       float grad_logits[queries / 8][4];
@@ -132,7 +141,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D)) attention_back
 
 // Rows of the products are queries and columns are keys, as in forward.
 template <typename T, int D>
-__global__ void __launch_bounds__(backward_threads(sizeof(T), D)) attention_backward_queries_kernel(
+__global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_registers) attention_backward_queries_kernel(
     const T* __restrict__ qkv,            // (samples, tokens, 3, heads, channels)
     const T* __restrict__ grad_out,       // (samples, tokens, heads, channels)
     const float* __restrict__ logsumexp,  // (samples, heads, tokens)
@@ -151,11 +160,11 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D)) attention_back
   const HeadRows<const T> k = packed_rows(qkv, 1, share, tokens, heads, channels);
   const HeadRows<const T> v = packed_rows(qkv, 2, share, tokens, heads, channels);
 
-  float row_logsumexp[2] = {}, row_delta[2] = {};  // of rows g and g + 8; the first in units of ln 2
+  float row_logsumexp[2] = {}, row_delta[2] = {};  // of rows g and g + 8
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t token = share.first + warp_row + g + 8 * half, i = (share.sample * heads + share.head) * tokens + token;
-    if (token < tokens) row_logsumexp[half] = logsumexp[i] * log2_e;
+    if (token < tokens) row_logsumexp[half] = logsumexp[i];
     if (token < tokens) row_delta[half] = delta[i];
   }
 
@@ -182,7 +191,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D)) attention_back
     for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float weight = exp2_fast(weights[n][i] * (scale * log2_e) - row_logsumexp[i / 2]);
+        const float weight = weight_of(weights[n][i], scale, row_logsumexp[i / 2]);
         grad_logits[n][i] = weight * (grad_logits[n][i] - row_delta[i / 2]);
         // A key that does not exist has the logit 0, which may be far above the others.
         if (!whole && first + 8 * n + 2 * t + i % 2 >= tokens) grad_logits[n][i] = 0;
@@ -263,8 +272,9 @@ AttentionBackwardPlan attention_backward_plan(int64_t samples, int64_t tokens, i
 const char* attention_backward(const AttentionArguments& a, int device, void* stream) {
   if (a.samples == 0 || a.tokens == 0 || a.heads == 0) return nullptr;
   const AttentionBackwardPlan plan = attention_backward_plan(a.samples, a.tokens, a.heads, a.head_channels, a.qkv.dtype);
-  if (const char* refusal = why_not(a, {plan.launches[0].blocks, plan.launches[1].blocks}, {a.qkv.data, a.out.data, a.grad_out.data, a.grad_qkv.data}))
-    return refusal;
+  const char* const refusal = why_not(a, {plan.launches[0].blocks, plan.launches[1].blocks},
+                                      {a.qkv.data, a.out.data, a.grad_out.data, a.grad_qkv.data});
+  if (refusal) return refusal;
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   cudaError_t error = cudaErrorInvalidValue;

@@ -13,8 +13,7 @@ namespace ddpm_fast::cuda {
 constexpr float log2_e = 1.4426950408889634f;
 constexpr float ln_2 = 0.6931471805599453f;
 
-constexpr int rows_of_warp = 16;         // of an mma
-constexpr uint32_t shared_limit = 99 * 1024;  // of a block on sm_86 and sm_89, the least since sm_80
+constexpr int rows_of_warp = 16;                // of an mma
 constexpr int64_t largest_grid_x = 0x7fffffff;  // the hardware's limit
 
 // Head sizes that there are kernels for. Channels up to the next one are read as zero and never stored.

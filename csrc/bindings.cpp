@@ -14,6 +14,7 @@
 #if defined(DDPM_FAST_CUDA)
 #include <cuda_runtime_api.h>
 #include "cuda/group_norm.h"
+#include "cuda/attention.h"
 #include "cuda/randn.h"
 #endif
 
@@ -293,6 +294,60 @@ py::dict cuda_group_norm_backward_plan(int64_t samples, int64_t channels, int64_
   const cuda::GroupNormSizes sizes{samples, channels, pixels, groups, channels_last, DType(dtype)};
   return group_norm_plan_dict(cuda::group_norm_backward_plan(sizes, sms, aligned), "group_norm_backward", channels_last, DType(dtype));
 }
+
+[[noreturn]] void attention_failed(const char* op, const AttentionArguments& a, const char* error) {
+  throw std::runtime_error(std::string(op) + ": CUDA launch failed for " + std::to_string(a.samples) + " samples of " +
+                           std::to_string(a.tokens) + " tokens, " + std::to_string(a.heads) + " heads of " +
+                           std::to_string(a.head_channels) + " channels: " + error);
+}
+
+// logsumexp may be 0, which leaves it out.
+void cuda_attention(uintptr_t qkv, uintptr_t out, int dtype, uintptr_t logsumexp, int64_t samples, int64_t tokens, int64_t heads,
+                    int64_t head_channels, float scale, int device, uintptr_t cuda_stream) {
+  const AttentionArguments a{view(qkv, dtype), view(out, dtype), pointer<float>(logsumexp), samples, tokens, heads, head_channels, scale,
+                             {}, {}, nullptr};
+  if (const char* error = cuda::attention(a, device, pointer<void>(cuda_stream))) attention_failed("attention", a, error);
+}
+
+void cuda_attention_backward(uintptr_t qkv, uintptr_t out, uintptr_t grad_out, uintptr_t grad_qkv, int dtype, uintptr_t logsumexp,
+                             int64_t samples, int64_t tokens, int64_t heads, int64_t head_channels, float scale,
+                             uintptr_t workspace, int device, uintptr_t cuda_stream) {
+  const AttentionArguments a{view(qkv, dtype), view(out, dtype), pointer<float>(logsumexp), samples, tokens, heads, head_channels, scale,
+                             view(grad_out, dtype), view(grad_qkv, dtype), pointer<float>(workspace)};
+  if (const char* error = cuda::attention_backward(a, device, pointer<void>(cuda_stream))) attention_failed("attention_backward", a, error);
+}
+
+// One launch: the kernel's name with its template arguments, as a demangler writes it, and its configuration.
+py::dict attention_launch(const cuda::AttentionLaunch& launch, int dtype) {
+  static const char* const names[] = {"float", "__nv_bfloat16", "__half"};
+  std::string kernel = std::string(launch.kernel) + "<" + names[dtype];
+  if (launch.padded_channels) kernel += ", " + std::to_string(launch.padded_channels);
+  if (launch.gradient) kernel += ", " + std::to_string(launch.gradient);
+  py::dict d;
+  d["kernel"] = kernel + ">";
+  d["grid"] = py::make_tuple(launch.blocks, 1, 1);
+  d["block"] = launch.threads;
+  d["shared_bytes"] = launch.shared_bytes;
+  return d;
+}
+
+py::dict cuda_attention_plan(int64_t samples, int64_t tokens, int64_t heads, int64_t head_channels, int dtype) {
+  py::dict d;
+  const cuda::AttentionLaunch launch = cuda::attention_plan(samples, tokens, heads, head_channels, DType(dtype));
+  d["launches"] = std::vector<py::dict>{attention_launch(launch, dtype)};
+  d["workspace"] = 0;
+  return d;
+}
+
+py::dict cuda_attention_backward_plan(int64_t samples, int64_t tokens, int64_t heads, int64_t head_channels, int dtype) {
+  const cuda::AttentionBackwardPlan plan = cuda::attention_backward_plan(samples, tokens, heads, head_channels, DType(dtype));
+  std::vector<py::dict> launches;
+  for (int i = 0; i < plan.count; ++i) launches.push_back(attention_launch(plan.launches[size_t(i)], dtype));
+  py::dict d;
+  d["launches"] = launches;
+  d["workspace"] = plan.workspace;
+  return d;
+}
 #endif
 
 py::dict build_info() {
@@ -354,5 +409,11 @@ PYBIND11_MODULE(_C, m) {
   };
   group_norm_plan("cuda_group_norm_plan", &cuda_group_norm_plan);
   group_norm_plan("cuda_group_norm_backward_plan", &cuda_group_norm_backward_plan);
+  m.def("cuda_attention", &cuda_attention, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_attention_backward", &cuda_attention_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_attention_plan", &cuda_attention_plan, py::arg("samples"), py::arg("tokens"), py::arg("heads"), py::arg("head_channels"),
+        py::arg("dtype"));
+  m.def("cuda_attention_backward_plan", &cuda_attention_backward_plan, py::arg("samples"), py::arg("tokens"), py::arg("heads"),
+        py::arg("head_channels"), py::arg("dtype"));
 #endif
 }

@@ -2,7 +2,6 @@
 // instruction where the sample's length keeps them aligned. Writes samples * elements * sizeof(T) bytes, reads nothing.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <type_traits>
 

@@ -166,7 +166,7 @@ class Op:
     def _register(self, schema: str, returns: str) -> None:
         tags = (torch.Tag.pt2_compliant_tag,)
         library.define(f"{self.name}({schema}) -> {returns}", tags=tags)
-        library.define(f"{self.name}_backward(Tensor?[] grads, Tensor[] kept, {schema}, bool[] needs) -> Tensor[]", tags=tags)
+        library.define(f"{self.name}_backward(Tensor?[] grads, {schema}, bool[] needs{', Tensor[] kept' if self.keeps else ''}) -> Tensor[]", tags=tags)
 
         def forward(*flat):
             arguments = self._restore(flat)
@@ -176,16 +176,20 @@ class Op:
                 return tuple(flat[0].new_empty(0) if result is None else result for result in results)
             return results.contiguous()
 
-        def backward(grads, kept, *flat):
-            arguments, needs = self._restore(flat[:-1]), flat[-1]
+        def split(flat):  # after the gradients of the results, what backward is called with: arguments, needs, results kept
+            flat, kept = (flat[:-1], flat[-1]) if self.keeps else (flat, [])
+            return self._restore(flat[:-1]), flat[-1], kept
+
+        def backward(grads, *flat):
+            arguments, needs, kept = split(flat)
             grads = [grad if grad is not None and grad.numel() else None for grad in grads]  # a result that was not wanted is empty
             arguments = [x.detach().requires_grad_() if needed else x for x, needed in zip(arguments, needs, strict=True)]
             with torch.no_grad():
                 found = self.gradients(self._choose(arguments), arguments, needs, grads, kept)
             return [(torch.zeros_like(x) if grad is None else grad.detach()).contiguous(memory_format=self.layout(x)) for x, grad, needed in zip(arguments, found, needs, strict=True) if needed]
 
-        def backward_fake(grads, kept, *flat):
-            arguments, needs = self._restore(flat[:-1]), flat[-1]
+        def backward_fake(grads, *flat):
+            arguments, needs, _ = split(flat)
             return [torch.empty_like(x, memory_format=self.layout(x)) for x, needed in zip(arguments, needs, strict=True) if needed]
 
         def setup_context(ctx, inputs, output):
@@ -203,7 +207,7 @@ class Op:
             elif self.own_gradients is not None:
                 found = self.own_gradients(arguments, needs, grads)
             else:
-                computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), kept, *flat, needs))
+                computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), *flat, needs, *([kept] if self.keeps else [])))
                 found = [next(computed) if needed else None for needed in needs]
             i = self.noise
             return tuple(found) if i is None else (*found[:i], found[i], None, None, None, *found[i + 1 :])

@@ -30,7 +30,7 @@ from measure import Side, alternate, environment, threads_set
 from numerics import assert_as_accurate
 from torch import Tensor, nn
 
-from ddpm_fast import UNet
+from ddpm_fast import Noise, UNet
 from ddpm_fast.files import atomic_write
 from ddpm_fast.models.presets import PRESETS
 
@@ -49,13 +49,21 @@ class Network:
         layout = torch.channels_last if name == CHANNELS_LAST else torch.contiguous_format
         self.x_t, self.t, self.noise = x_t.contiguous(memory_format=layout), t, noise.contiguous(memory_format=layout)
         self.call: Callable = model
+        self.steps = 0
 
     def compile(self) -> None:
         self.call = torch.compile(self.model, dynamic=False, fullgraph=True)
 
     def out(self) -> Tensor:
         with self.autocast():
-            return self.call(self.x_t, self.t) if self.name == OURS else self.call(self.x_t, self.t, return_dict=False)[0]
+            if self.name == OURS:
+                return self.call(self.x_t, self.t, dropout=self.noise_of_dropout())
+            return self.call(self.x_t, self.t, return_dict=False)[0]
+
+    def noise_of_dropout(self) -> Noise | None:
+        """As the trainer gives it: a stream for each step."""
+        self.steps += self.model.training
+        return Noise(seed=0, stream=self.steps) if self.model.training else None
 
     def forward(self) -> Tensor:
         with torch.no_grad():

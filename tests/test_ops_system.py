@@ -220,4 +220,5 @@ def test_table_has_every_differentiable_op():
     """An op that is added must come under these tests."""
     registered = {op.partition("::")[2].partition(".")[0] for op in torch._C._dispatch_get_all_op_names() if op.startswith("ddpm_fast::")}
     differentiable = {op for op in registered if f"{op}_backward" in registered}
-    assert differentiable == {make(name, given, (2, 2, 3)).op for name, given in NAMES}
+    of_networks = {"group_norm", "attention"}  # other shapes and other promises: test_group_norm.py and test_attention.py ask them
+    assert differentiable - of_networks == {make(name, given, (2, 2, 3)).op for name, given in NAMES}

@@ -17,7 +17,6 @@ from ddpm_fast.models.layers import Downsample, GroupNormAct, ResidualBlock, Sel
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.noise import Noise
 
-
 SAMPLES_A_BLOCK = 2**48  # how far apart the dropouts of two blocks take their masks from
 
 

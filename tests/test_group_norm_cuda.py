@@ -1,7 +1,7 @@
 """csrc/cuda/group_norm.cu, proved without a GPU: its compiled PTX runs in the simulator, under the plan that the launcher uses.
 
 The simulator stops at accesses out of bounds or misaligned, at reads of what was never written (the workspace and shared memory
-begin so) and at races in shared memory. Backward and wrong kernels: test_group_norm_backward_cuda.py, test_group_norm_wrong_kernels.py.
+begin so) and at races in shared memory. Backward and wrong kernels: test_group_norm_backward_cuda.py, test_group_norm_wrong_cuda.py.
 """
 import re
 import shutil

@@ -101,7 +101,7 @@ template <typename T, bool channels_last> class Forward {
             z[k] = (strand.get(x + strand.offset + i + k * lanes, Vec{}) - affine.center[k]) * affine.slope[k] + affine.offset[k];
           if (silu) {
             Vec sigmoid[registers];
-            sigmoids(z, sigmoid);
+            sigmoids<std::is_same<T, bfloat16_t>::value>(z, sigmoid);
             for (int k = 0; k < registers; ++k) z[k] *= sigmoid[k];
           }
           if (mask)

@@ -127,7 +127,7 @@ template <typename T, bool channels_last> class Backward {
     if (!silu) return;
     Vec z[Strand::registers], sigmoid[Strand::registers];
     for (int k = 0; k < Strand::registers; ++k) z[k] = distance[k] * affine.slope[k] + affine.offset[k];
-    sigmoids(z, sigmoid);
+    sigmoids<false>(z, sigmoid);
     for (int k = 0; k < Strand::registers; ++k) dz[k] *= silu_slope(z[k], sigmoid[k]);
   }
 

@@ -96,12 +96,13 @@ class _Call:
 
     def gradients(self, needs: tuple) -> tuple[dict[int, Tensor], tuple]:
         """By position, in the dtype that the kernels take the tensor in; and their addresses in the kernels' order."""
-        made = {i: torch.empty_like(y, memory_format=memory_format(y)) for i, y in zip(_op.differentiable, self.taken, strict=True) if needs[i]}
+        made = {i: torch.empty_like(y) for i, y in zip(_op.differentiable, self.taken, strict=True) if needs[i]}
         x, weight, bias, *rows = (made[i].data_ptr() if i in made else 0 for i in _op.differentiable)
         return made, (x, weight, bias, *[(y, self.sizes[1]) for y in rows])
 
     def returned(self, made: dict[int, Tensor]) -> list[Tensor | None]:
-        return [made[i].to(y.dtype) if i in made else None for i, y in enumerate(self.arguments)]
+        found = [made.get(i) for i in range(len(self.arguments))]
+        return [x if x is None or x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(found, self.arguments, strict=True)]
 
     def workspace(self, plan) -> Tensor:
         sms = torch.cuda.get_device_properties(self.x.device).multi_processor_count

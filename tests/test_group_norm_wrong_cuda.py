@@ -72,7 +72,7 @@ FORWARD = {
         LAST,
         AssertionError,
     ),
-    "mask of the batch's index": ("a.key.first_sample + uint64_t(place.sample)", "uint64_t(place.sample)", LAST, AssertionError),
+    "mask of the batch's index": ("a.dropout.key.first_sample + uint64_t(place.sample)", "uint64_t(place.sample)", LAST, AssertionError),
     "kept elements not scaled": ("? z * kept_scale : 0.0f", "? z : 0.0f", LAST, AssertionError),
     "stride of rows": ("place.sample * a.shift.stride", "place.sample * a.channels", SMALL, AssertionError),
 }

@@ -12,16 +12,15 @@ twin is here; the kernels are csrc/cpu/group_norm*.cpp and csrc/cuda/group_norm*
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.backends import native
+from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import address, dtype_tag
+from ddpm_fast.ops._native import address, contiguous, dtype_tag
 from ddpm_fast.ops._op import NOISE, Op, memory_format
 
 
@@ -73,6 +72,9 @@ def _same_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return list(tensors) if len(dtypes) <= 1 else [None if y is None else y.float() for y in tensors]
 
 
+_NO_ROWS = ((0, 0), (0, 0), (0, 0), 0)
+
+
 class _Call:
     """One call as both backends are given it; the tensors that the kernels read or write live as long as it does."""
 
@@ -80,15 +82,20 @@ class _Call:
         x, self.groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise = self.arguments = arguments
         self.layout = memory_format(x)
         x = x.contiguous(memory_format=self.layout)
-        weight, bias = (None if y is None else y.contiguous() for y in _in_one_dtype(weight, bias))
-        rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in _in_one_dtype(pre_bias, scale, shift)]
-        self.taken = (x, weight, bias, *rows)
-        samples, channels = x.shape[:2]
         self.x, self.tag = x, dtype_tag(x)
+        samples, channels = x.shape[:2]
         self.sizes = (samples, channels, x.numel() // (samples * channels), self.groups)
         self.first = (self.tag, self.layout != torch.contiguous_format, *self.sizes, eps, silu)
-        self.parameters = (address(weight), address(bias), _tag_of(self.tag, weight, bias))
-        self.rows = (*[(address(y), 0 if y is None else y.stride(0)) for y in rows], _tag_of(self.tag, *rows))
+        self.parameters, self.rows, rows = (0, 0, self.tag), _NO_ROWS, (None, None, None)
+        if weight is not None or bias is not None:
+            weight, bias, tag = _in_one_dtype(weight, bias)
+            weight, bias = contiguous(weight), contiguous(bias)
+            self.parameters = (address(weight), address(bias), tag)
+        if pre_bias is not None or scale is not None or shift is not None:
+            *rows, tag = _in_one_dtype(pre_bias, scale, shift)
+            rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in rows]
+            self.rows = (*[(address(y), 0 if y is None else y.stride(0)) for y in rows], tag)
+        self.taken = (x, weight, bias, *rows)
         self.dropout = (dropout, 0, 0, 0) if noise is None else (dropout, noise.seed, noise.stream, noise.first_sample)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,14 +117,12 @@ class _Call:
         return self.x.new_empty((floats,), dtype=torch.float32)
 
 
-def _in_one_dtype(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """The kernels take the parameters in one dtype, and the rows: fp32 where they differ."""
-    dtypes = {y.dtype for y in tensors if y is not None}
-    return tensors if len(dtypes) <= 1 else [None if y is None else y.float() for y in tensors]
-
-
-def _tag_of(default: int, *tensors: Tensor | None) -> int:
-    return next((dtype_tag(y) for y in tensors if y is not None), default)
+def _in_one_dtype(*tensors: Tensor | None) -> list:
+    """The kernels take the parameters in one dtype, and the rows: fp32 where they differ. And its tag."""
+    first = next(y for y in tensors if y is not None)
+    if all([y is None or y.dtype == first.dtype for y in tensors]):
+        return [*tensors, dtype_tag(first)]
+    return [*[None if y is None else y.float() for y in tensors], NATIVE_DTYPES[torch.float32]]
 
 
 def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,19 +183,13 @@ def _check(x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, 
     samples, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the channels of x, {channels}, got {groups}")
-    for name, values, shape in (
-        ("weight", weight, (channels,)), ("bias", bias, (channels,)),
-        ("pre_bias", pre_bias, (samples, channels)), ("scale", scale, (samples, channels)), ("shift", shift, (samples, channels)),
-    ):  # fmt: skip
-        if values is None:
-            continue
-        if not isinstance(values, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
-        if values.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(values.shape)}")
-        if values.dtype != x.dtype and values.dtype != torch.float32:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, or float32, got {values.dtype}")
-        check_device(name, values, "x", x)
+    if weight is not None:
+        _check_small("weight", weight, (channels,), x)
+    if bias is not None:
+        _check_small("bias", bias, (channels,), x)
+    for name, rows in (("pre_bias", pre_bias), ("scale", scale), ("shift", shift)):
+        if rows is not None:
+            _check_small(name, rows, (samples, channels), x)
     if not (eps >= 0.0 and math.isfinite(eps)):
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
     if not 0.0 <= dropout < 1.0:
@@ -200,6 +199,16 @@ def _check(x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, 
             raise TypeError(f"dropout takes its mask from a Noise, got {type(noise).__name__}")
         if x.numel() // samples > MAX_ELEMENTS_PER_SAMPLE:
             raise ValueError(f"a sample may have at most 2^34 elements with dropout, got {x.numel() // samples}")
+
+
+def _check_small(name: str, values: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+    if values.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}")
+    if values.dtype != x.dtype and values.dtype != torch.float32:
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, or float32, got {values.dtype}")
+    check_device(name, values, "x", x)
 
 
 def _fake(x, groups, *_):

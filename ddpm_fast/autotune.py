@@ -200,7 +200,8 @@ class Autotuner:
     ) -> tuple[Choice, bool]:
         """Tries and times the candidates: the choice, and whether it is fit for the file."""
         order = {default: candidates[default]} | candidates
-        with torch.no_grad():
+        # The caller's hooks on saved tensors are not for candidates: a checkpoint counts what it sees.
+        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             failures = _try(order, device, tolerance)
             left = {n: function for n, function in order.items() if n not in failures}
             try:

@@ -151,11 +151,26 @@ def test_second_derivative_of_the_kernels(layout):
 @every_layout
 @pytest.mark.parametrize("shape", [(2, 8, 12, 12), (1, 32, 64, 64)], ids=str)
 def test_mean_ten_thousand_deviations_away(shape, layout, backend):
-    """Within twice the error of PyTorch's own float32 norm, which subtracts after it has multiplied."""
+    """Within twice the error of PyTorch's own float32 norm, which subtracts after it has multiplied; with a bias before it too."""
     x = stored(torch.randn(shape) + 1e4, layout).to(backend.device)
-    exact = F.group_norm(x.double(), 4)
-    assert_as_accurate(group_norm(x, 4, backend=backend.name), F.group_norm(x, 4), exact)
-    assert float((group_norm(x, 4, backend=backend.name).double() - exact).abs().max()) < 2e-3
+    pre_bias = torch.randn(shape[:2], device=backend.device)
+    for bias in (None, pre_bias):
+        wide = x.double() if bias is None else x.double() + bias.double()[:, :, None, None]
+        plain = x if bias is None else x + bias[:, :, None, None]
+        y, exact = group_norm(x, 4, pre_bias=bias, backend=backend.name), F.group_norm(wide, 4)
+        assert_as_accurate(y, F.group_norm(plain, 4), exact)
+        assert float((y.double() - exact).abs().max()) < 2e-3
+
+
+@pytest.mark.backends("group_norm", without=("reference",))
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("shape", [(2, 8192), (1, 2**20), (1, 2**16, 2, 2)], ids=str)
+def test_very_wide_groups(shape, mean, backend):
+    """Sums over a million channels lose nothing."""
+    tensors = {"x": (torch.randn(shape) + mean).to(backend.device)}
+    got, baseline, exact = (run({"x": x}, 1, b) for x, b in ((tensors["x"], backend.name), (tensors["x"], "reference"), (tensors["x"].double(), "reference")))
+    for name, x in got.items():
+        assert_as_accurate(x, baseline[name], exact[name], factor=3.0, floor=8.0, what=name)
 
 
 @pytest.mark.backends("group_norm", without=("reference",))
@@ -182,14 +197,20 @@ def test_large_arguments_of_silu(dtype, backend):
         y = group_norm(x, 1, weight, activation="silu", eps=0.0, backend=backend.name)
         exact = F.silu(x.double() * slope)
         assert_close_to_exact(y, exact, ulps=4, atol=1e-30)
+    for offset in (-1e30, -3e38, 3e4):
+        bias = torch.full((1,), offset, device=backend.device)
+        y = group_norm(x, 1, torch.zeros_like(bias), bias, activation="silu", backend=backend.name)
+        assert_close_to_exact(y, torch.full_like(y, max(offset, 0.0)).double(), ulps=1, atol=1e-30)
 
 
 @pytest.mark.backends("group_norm", without=("reference",))
 @every_layout
 def test_constant_groups(layout, backend):
-    """No variance: what is left is eps, and nothing is NaN."""
+    """No variance: what is left is eps, and nothing is NaN; a bias alike for all changes nothing."""
     x = stored(torch.full((2, 8, 3, 3), 7.0), layout).to(backend.device)
-    assert_bits_equal(group_norm(x, 2, backend=backend.name).abs(), torch.zeros_like(x))
+    for bias in (None, 1.3, 1e4):
+        pre_bias = None if bias is None else torch.full((2, 8), bias, device=backend.device)
+        assert_bits_equal(group_norm(x, 2, pre_bias=pre_bias, backend=backend.name).abs(), torch.zeros_like(x))
 
 
 @pytest.mark.backends("group_norm")
@@ -368,6 +389,24 @@ def test_compiles_whole_for_any_key_and_batch(layout):
         assert_bits_equal(y, expected[0])
         assert_bits_equal(grad, expected[1])
         assert grad.stride() == x.stride()
+
+
+def test_compiles_with_sizes_and_numbers_that_vary():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, eps: group_norm(x, 2, eps=eps, activation="silu"), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, eps in ((2, 1e-5), (3, 1e-6), (4, 1e-3)):
+        x = torch.randn(n, 4, 6)
+        assert_bits_equal(compiled(x, eps), group_norm(x, 2, eps=eps, activation="silu"))
+
+
+def test_forward_mode():
+    """The tangent of a dual tensor is not lost, whichever tensor has it."""
+    x, weight, tangent = torch.randn(2, 4, 6, dtype=torch.float64), torch.rand(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(weight.to(dtype), tangent.to(dtype))
+            y = torch.autograd.forward_ad.unpack_dual(group_norm(x.to(dtype), 2, dual)).tangent
+        assert_close_to_exact(y, group_norm(x, 2, tangent), atol=1e-5)
 
 
 def test_in_functorch():

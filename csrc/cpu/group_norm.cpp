@@ -18,7 +18,7 @@ struct Moments {
 
 template <typename T, bool channels_last> class Forward {
  public:
-  Forward(const GroupNormArguments& a, const Cut& cut) : a_(a), cut_(cut), bias_(cut.channels), sums_(cut.channels), squares_(cut.channels), affine_(cut.channels), mask_(a, cut) {}
+  Forward(const GroupNormArguments& a, const Cut& cut) : a_(a), cut_(cut), sums_(cut.channels), squares_(cut.channels), affine_(a, cut.channels), mask_(a, cut) {}
 
   // Moments of each group over one segment. Distances are taken from a center near the mean, whose own distance from it is
   // then known: first from the mean of an eighth of the first piece, afterwards from the mean of what has been seen. That
@@ -27,7 +27,10 @@ template <typename T, bool channels_last> class Forward {
     const int64_t n = cut_.sample(slab), g0 = cut_.first_group(slab), per_group = cut_.channels_a_group;
     const T* const x = static_cast<const T*>(a_.x.data) + slab * cut_.elements();
     for (int64_t g = 0; g < cut_.groups; ++g) groups[g] = {};
-    for (int64_t c = 0; c < cut_.channels; ++c) bias_[c] = value(a_.pre_bias, n, g0 * per_group + c);
+    for (int64_t c = 0; c < cut_.channels; ++c) {
+      affine_.bias[c] = value(a_.pre_bias, n, g0 * per_group + c);
+      affine_.slope[c] = affine_.offset[c] = 0;  // not needed yet
+    }
     cut_.each_piece(segment, [&](int64_t first, int64_t range) {
       if (groups[0].count == 0) {
         const int64_t part = (range + 7) / 8;
@@ -40,37 +43,38 @@ template <typename T, bool channels_last> class Forward {
           strand.add(sums, sums_.data);
         });
         for (int64_t g = 0, c = 0; g < cut_.groups; ++g) {
-          float total = 0;
-          for (int64_t i = 0; i < per_group; ++i, ++c) total += sums_[c] + float(part) * bias_[c];
-          groups[g].mean = double(total / float(part * per_group));
+          double total = 0;
+          for (int64_t i = 0; i < per_group; ++i, ++c) total += double(sums_[c]) + double(part) * double(affine_.bias[c]);
+          groups[g].mean = total / double(part * per_group);
         }
       }
       for (int64_t g = 0, c = 0; g < cut_.groups; ++g) {
         const float mean = float(groups[g].mean);
-        for (int64_t i = 0; i < per_group; ++i, ++c) affine_.center[c] = mean - bias_[c];
+        for (int64_t i = 0; i < per_group; ++i, ++c) affine_.center[c] = mean;
       }
       sums_.clear(cut_.channels);
       squares_.clear(cut_.channels);
       walk<channels_last>(cut_, first, range, [&](auto strand) {
         constexpr int registers = decltype(strand)::registers;
-        Vec center[registers], sums[registers] = {}, squares[registers] = {};
-        strand.coefficients(affine_.center.data, center);
-        for (int64_t s = 0; s < strand.steps; ++s)
+        const Affine::Along<decltype(strand)> affine(strand, affine_);
+        Vec sums[registers] = {}, squares[registers] = {};
+        for (int64_t s = 0; s < strand.steps; ++s) {
+          Vec distance[registers];
+          affine.distances(strand, x + strand.offset + s * strand.stride, distance);
           for (int k = 0; k < registers; ++k) {
-            const Vec distance = strand.get(x + strand.offset + s * strand.stride + k * lanes, center[k]) - center[k];
-            sums[k] += distance;
-            squares[k] += distance * distance;
+            sums[k] += distance[k];
+            squares[k] += distance[k] * distance[k];
           }
+        }
         strand.add(sums, sums_.data);
         strand.add(squares, squares_.data);
       });
       const double count = double(range * per_group), share = 1.0 / count;
       for (int64_t g = 0, c = 0; g < cut_.groups; ++g, c += per_group) {
-        float total = 0, squares = 0;
-        for (int64_t i = 0; i < per_group; ++i) total += sums_[c + i], squares += squares_[c + i];
-        const double shift = double(total) * share;
-        // center + bias is the same for all channels of the group but for roundings that do not matter.
-        groups[g].merge({count, double(affine_.center[c]) + double(bias_[c]) + shift, double(squares) - double(total) * shift});
+        double total = 0, squares = 0;
+        for (int64_t i = 0; i < per_group; ++i) total += double(sums_[c + i]), squares += double(squares_[c + i]);
+        const double shift = total * share;
+        groups[g].merge({count, double(affine_.center[c]) + shift, squares - total * shift});
       }
     });
   }
@@ -97,8 +101,8 @@ template <typename T, bool channels_last> class Forward {
         for (int64_t s = 0; s < strand.steps; ++s) {
           const int64_t i = s * strand.stride;
           Vec z[registers];
-          for (int k = 0; k < registers; ++k)
-            z[k] = (strand.get(x + strand.offset + i + k * lanes, Vec{}) - affine.center[k]) * affine.slope[k] + affine.offset[k];
+          affine.distances(strand, x + strand.offset + i, z);
+          for (int k = 0; k < registers; ++k) z[k] = z[k] * affine.slope[k] + affine.offset[k];
           if (silu) {
             Vec sigmoid[registers];
             sigmoids<std::is_same<T, bfloat16_t>::value>(z, sigmoid);
@@ -115,7 +119,7 @@ template <typename T, bool channels_last> class Forward {
  private:
   const GroupNormArguments& a_;
   const Cut& cut_;
-  const Array<float> bias_, sums_, squares_;
+  const Array<float> sums_, squares_;
   Affine affine_;
   Mask mask_;
 };

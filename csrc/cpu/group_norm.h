@@ -119,6 +119,7 @@ template <int registers_, bool partial_, bool channels_last_> struct Strand {
     return select(factor != Vec{}, x * factor, Vec{});
   }
   template <typename T> DDPM_METHOD Vec get(const T* p, Vec rest) const { return partial ? load(p, count, rest) : load(p); }
+  DDPM_METHOD Vec used(Vec x) const { return partial ? select(first_lanes(count), x, Vec{}) : x; }
   template <typename T> DDPM_METHOD void set(T* p, Vec x) const {
     if (partial) store(x, p, count);
     else store(x, p);
@@ -217,18 +218,28 @@ class Mask {
   const bool present_;
 };
 
-// z = (x - center) slope + offset, for each channel of a slab.
+// z = (x + bias - center) slope + offset, for each channel of a slab.
 struct Affine {
   // What of it a strand needs, in registers.
   template <typename Strand> struct Along {
-    DDPM_METHOD Along(const Strand& strand, const Affine& affine) {
+    DDPM_METHOD Along(const Strand& strand, const Affine& affine) : biased(affine.biased) {
+      strand.coefficients(affine.bias.data, bias);
       strand.coefficients(affine.center.data, center);
       strand.coefficients(affine.slope.data, slope);
       strand.coefficients(affine.offset.data, offset);
     }
-    Vec center[Strand::registers], slope[Strand::registers], offset[Strand::registers];
+    // x + bias - center for the registers at x: the sum first, as the formula rounds it. 0 in lanes that are not used.
+    template <typename T> DDPM_METHOD void distances(const Strand& strand, const T* x, Vec (&distance)[Strand::registers]) const {
+      for (int k = 0; k < Strand::registers; ++k) distance[k] = strand.get(x + k * lanes, Vec{});
+      if (biased)
+        for (int k = 0; k < Strand::registers; ++k) distance[k] += bias[k];
+      for (int k = 0; k < Strand::registers; ++k) distance[k] = strand.used(distance[k] - center[k]);
+    }
+    Vec bias[Strand::registers], center[Strand::registers], slope[Strand::registers], offset[Strand::registers];
+    const bool biased;
   };
-  explicit Affine(int64_t channels) : center(channels), slope(channels), offset(channels) {}
+  explicit Affine(const GroupNormArguments& a, int64_t channels)
+      : bias(channels), center(channels), slope(channels), offset(channels), biased(a.pre_bias.view.data) {}
   // From the statistics of the slab's groups, and the parameters.
   DDPM_METHOD void prepare(const GroupNormArguments& a, const Cut& cut, int64_t slab) {
     const int64_t n = cut.sample(slab), g0 = cut.first_group(slab);
@@ -237,13 +248,15 @@ struct Affine {
       for (int64_t i = 0; i < cut.channels_a_group; ++i, ++c) {
         const int64_t channel = g0 * cut.channels_a_group + c;
         const float film = 1.0f + value(a.scale, n, channel);
-        center[c] = mean - value(a.pre_bias, n, channel);
+        bias[c] = value(a.pre_bias, n, channel);
+        center[c] = mean;
         slope[c] = rstd * (value(a.weight, channel, 1.0f) * film);
         offset[c] = value(a.bias, channel, 0.0f) * film + value(a.shift, n, channel);
       }
     }
   }
-  const Array<float> center, slope, offset;
+  const Array<float> bias, center, slope, offset;
+  const bool biased;
 };
 
 // Calls run(type of the data, layout as a type).

@@ -18,7 +18,7 @@ template <typename T, bool channels_last> class Backward {
  public:
   // With `keep`, what `sums` computes of a slab is kept for `apply`, which otherwise computes it again.
   Backward(const GroupNormArguments& a, const Cut& cut, bool keep)
-      : a_(a), cut_(cut), dz_(cut.channels), products_(cut.channels), distances_(cut.channels), affine_(cut.channels),
+      : a_(a), cut_(cut), dz_(cut.channels), products_(cut.channels), distances_(cut.channels), affine_(a, cut.channels),
         linear_(cut.channels), constant_(cut.channels), mask_(a, cut), kept_(keep ? cut.elements() : 0), keeps_(keep) {}
 
   DDPM_METHOD void prepare(int64_t slab) { affine_.prepare(a_, cut_, slab); }
@@ -57,8 +57,8 @@ template <typename T, bool channels_last> class Backward {
   }
 
   // From the sums over a slab: what `apply` needs, and the gradients of the parameters that each sample has of its own. With `all`,
-  // of (samples, channels), leaves there what those of weight and bias are summed from.
-  DDPM_METHOD void finish(int64_t slab, const Sums* channels, Sums* all) {
+  // of (samples, channels), leaves there what those of weight and bias are summed from. Writes nothing for others unless `first`.
+  DDPM_METHOD void finish(int64_t slab, const Sums* channels, Sums* all, bool first) {
     const int64_t n = cut_.sample(slab), g0 = cut_.first_group(slab), per_group = cut_.channels_a_group;
     const double share = 1.0 / (double(per_group) * double(cut_.pixels));
     for (int64_t g = 0, c = 0; g < cut_.groups; ++g, c += per_group) {
@@ -74,6 +74,7 @@ template <typename T, bool channels_last> class Backward {
         const double products = sums.products * rstd;
         constant_[i] = float(constant);
         linear_[i] = float(linear);
+        if (!first) continue;
         if (all) all[n * a_.channels + channel] = {sums.dz, products, 0};
         put(a_.grad_shift, n, channel, sums.dz);
         if (a_.grad_scale.view.data)
@@ -99,10 +100,8 @@ template <typename T, bool channels_last> class Backward {
         for (int64_t s = 0; s < strand.steps; ++s) {
           Vec distance[registers], dz[registers];
           if (kept) {
-            for (int k = 0; k < registers; ++k) {
-              distance[k] = strand.get(x + strand.offset + s * strand.stride + k * lanes, affine.center[k]) - affine.center[k];
-              dz[k] = strand.get(kept + strand.offset + s * strand.stride + k * lanes, Vec{});
-            }
+            affine.distances(strand, x + strand.offset + s * strand.stride, distance);
+            for (int k = 0; k < registers; ++k) dz[k] = strand.get(kept + strand.offset + s * strand.stride + k * lanes, Vec{});
           } else {
             slopes(strand, affine, x, grad_y, mask, s * strand.stride, silu, distance, dz);
           }
@@ -118,10 +117,8 @@ template <typename T, bool channels_last> class Backward {
   template <typename Strand>
   DDPM_METHOD static void slopes(const Strand& strand, const Affine::Along<Strand>& affine, const T* x, const T* grad_y, const float* mask,
                                  int64_t at, bool silu, Vec (&distance)[Strand::registers], Vec (&dz)[Strand::registers]) {
-    for (int k = 0; k < Strand::registers; ++k) {
-      distance[k] = strand.get(x + strand.offset + at + k * lanes, affine.center[k]) - affine.center[k];
-      dz[k] = strand.get(grad_y + strand.offset + at + k * lanes, Vec{});
-    }
+    affine.distances(strand, x + strand.offset + at, distance);
+    for (int k = 0; k < Strand::registers; ++k) dz[k] = strand.get(grad_y + strand.offset + at + k * lanes, Vec{});
     if (mask)
       for (int k = 0; k < Strand::registers; ++k) dz[k] = strand.masked(dz[k], mask + strand.place + at + k * lanes);
     if (!silu) return;
@@ -181,7 +178,7 @@ template <typename T, bool channels_last> void backward(const GroupNormArguments
           state.sums(slab, segment, part.data);
           add(total.data, part.data);
         }
-        state.finish(slab, total.data, all);
+        state.finish(slab, total.data, all, true);
         for (int64_t segment = 0; a.grad_x.data && segment < cut.segments; ++segment) state.apply(slab, segment);
       }
     });
@@ -204,7 +201,7 @@ template <typename T, bool channels_last> void backward(const GroupNormArguments
     for (int64_t slab = -1; task < last; ++task) {
       if (slab != task / cut.segments) {
         state.prepare(slab = task / cut.segments);
-        state.finish(slab, total(slab), task % cut.segments ? nullptr : all);
+        state.finish(slab, total(slab), all, task % cut.segments == 0);
       }
       if (a.grad_x.data) state.apply(slab, task % cut.segments);
     }

@@ -1,6 +1,8 @@
 // One way to split work over threads. How it is split never changes a result: every task is computed alone.
 #pragma once
 #include <pthread.h>
+
+#include <new>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -43,6 +45,7 @@ template <typename Body>
 DDPM_TEAM void parallel_ranges(int64_t tasks, int64_t elements, int threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1 && tasks > 1 && elements >= 2 * elements_a_thread && !forked_child) {
+    bool failed = false;  // for want of memory: an exception must not leave the team
     [[maybe_unused]] char start, end;
     releases(&start);
 #pragma omp parallel num_threads(threads)
@@ -51,10 +54,16 @@ DDPM_TEAM void parallel_ranges(int64_t tasks, int64_t elements, int threads, con
       // The whole team is woken, as PyTorch's own operators do: a team of another size would be built anew.
       int64_t team = omp_get_num_threads(), rank = omp_get_thread_num(), useful = elements / elements_a_thread;
       if (team > useful) team = useful;
-      if (rank < team) run(body, tasks * rank / team, tasks * (rank + 1) / team);
+      try {
+        if (rank < team) run(body, tasks * rank / team, tasks * (rank + 1) / team);
+      } catch (...) {
+#pragma omp atomic write
+        failed = true;
+      }
       releases(&end);
     }
     acquires(&end);
+    if (failed) throw std::bad_alloc();
     return;
   }
 #endif

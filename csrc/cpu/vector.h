@@ -126,22 +126,23 @@ DDPM_INLINE float sum_of(Vec x) {
 #endif
 }
 
-// 1 / (1 + e^-x) within 4 ulp for each of some registers side by side, whose chains of operations overlap. x times it is right to
-// 2e-36 where e^-x is beyond fp32. NaN stays NaN. 2^t = 2^k 2^r, |r| <= ½, by a polynomial whose largest relative error is least.
+// 1 / (1 + e^-x) within 4 ulp for each of some registers side by side, whose chains of operations overlap. x below -87, where e^-x
+// leaves fp32's range, becomes -87: their product is next to nothing either way. NaN stays NaN. 2^t = 2^k 2^r, |r| <= ½, by a polynomial whose largest relative error is least.
 // For a result that is rounded to bf16 at once, 1.4e-4, a thirtieth of its ulp, is close enough.
-template <bool for_bfloat16, int registers> DDPM_INLINE void sigmoids(const Vec (&x)[registers], Vec (&result)[registers]) {
-  constexpr float largest = 126.0f;
+template <bool for_bfloat16, int registers> DDPM_INLINE void sigmoids(Vec (&x)[registers], Vec (&result)[registers]) {
+  constexpr float least = -87.0f;
   Vec k[registers], r[registers], p[registers];
   for (int i = 0; i < registers; ++i) {
-    Vec t = x[i] * -1.44269504f;
 #if defined(__AVX512F__)
-    t = (Vec)_mm512_min_ps((__m512)all(largest), (__m512)t);  // of a number and NaN it gives the second
+    x[i] = (Vec)_mm512_max_ps((__m512)all(least), (__m512)x[i]);  // of a number and NaN it gives the second
+    const Vec t = x[i] * -1.44269504f;
     r[i] = (Vec)_mm512_reduce_ps((__m512)t, 0);
     k[i] = t - r[i];
 #else
     constexpr float shift = 12582912.0f;  // 1.5 2^23: adding it leaves the nearest integer in the low bits
-    t = t > largest ? all(largest) : t;
-    t = t < -largest ? all(-largest) : t;
+    x[i] = x[i] < least ? all(least) : x[i];
+    Vec t = x[i] * -1.44269504f;
+    t = t < -126.0f ? all(-126.0f) : t;
     k[i] = t + shift;
     r[i] = t - (k[i] - shift);
 #endif

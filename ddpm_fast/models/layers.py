@@ -162,7 +162,7 @@ class SelfAttention(nn.Module):
         n, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, h * w, 3, self.heads, c // self.heads)
         out = attention(qkv).view(n, h, w, c).permute(0, 3, 1, 2)
-        return self.proj_out(out).add_(x)  # nothing else has the convolution's result: the sum needs no memory of its own
+        return x + self.proj_out(out)
 
 
 class ResidualBlock(nn.Module):
@@ -185,7 +185,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, noise: Noise | None = None) -> Tensor:
         h = self.conv1(self.norm1(x))
         h = self.norm2(h, self.time_projection(embedding), noise)
-        return self.conv2(h).add_(self.shortcut(x))
+        return self.shortcut(x) + self.conv2(h)
 
 
 class Downsample(nn.Module):

@@ -229,7 +229,8 @@ class UNet(nn.Module):
             y: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
                 The values are not checked here: that would synchronise the device. (On CPU the lookup raises.)
             dropout: what the masks are made from while training: the same ones on any device and for any batch size, its
-                first_sample, below 2^48, telling where the batch begins. Without it they come from PyTorch's generator.
+                first_sample telling where the batch begins; below 2^48 for all samples. Replicas of the model that have a part
+                of the batch each need a Noise of their own. Without one the masks come from PyTorch's generator.
 
         Returns:
             (N, out_channels, H, W), twice the channels with `learned_variance`, contiguous (NCHW) because the diffusion
@@ -240,8 +241,8 @@ class UNet(nn.Module):
             ValueError: for a wrong shape, or y given to an unconditional model.
         """
         self._check_inputs(x_t, t, y)
-        if dropout is not None and not (isinstance(dropout, Noise) and dropout.first_sample < SAMPLES_A_BLOCK):
-            raise ValueError(f"dropout must be a Noise with first_sample below 2^48, got {dropout}")
+        if dropout is not None and not (isinstance(dropout, Noise) and dropout.first_sample + x_t.shape[0] <= SAMPLES_A_BLOCK):
+            raise ValueError(f"dropout must be a Noise whose samples are below 2^48, got {dropout} for {x_t.shape[0]} samples")
         masks = _Masks(dropout)
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:

@@ -41,6 +41,11 @@ def native_sizes(x: Tensor) -> tuple[int, int, int]:
     return samples, x.numel() // samples, torch.get_num_threads()
 
 
+def stream_of(x: Tensor) -> tuple[int, int]:
+    """(device, stream) that a launcher of CUDA is to use for x: its device, and the stream that is current there."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
 def new_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

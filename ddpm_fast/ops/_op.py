@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ddpm_fast.backends import BackendTable
 from ddpm_fast.noise import Noise
@@ -111,7 +112,7 @@ class Op:
             results = self.backends.choose(like.device, dtype, backend)(*arguments, **into)
             was_written(*into.values())
             return results
-        if transforms:
+        if transforms or forward_ad._current_level >= 0:  # no kernel has a rule for the tangent of a dual tensor
             return self.reference(*arguments)
         if dispatches and backend is None:
             return self.operator(*self._flatten(arguments))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddpm_fast import autotune
 from ddpm_fast.backends import NATIVE_DTYPES, missing, native
 from ddpm_fast.ops._common import check_data, table_dtype
-from ddpm_fast.ops._native import dtype_tag
+from ddpm_fast.ops._native import dtype_tag, stream_of
 from ddpm_fast.ops._op import Op, goes_through_dispatcher, in_functorch
 
 LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
@@ -25,8 +25,9 @@ LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiple
 def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch; returns the result, (N, tokens, heads d), and the log of each sum, (N, heads, tokens), in nats."""
     query, key, value = _heads(qkv.to(table_dtype(qkv.dtype)))
-    logits = query @ key.transpose(-1, -2) * scale
-    out = torch.softmax(logits, -1) @ value
+    with torch.autocast(qkv.device.type, enabled=False):
+        logits = query @ key.transpose(-1, -2) * scale
+        out = torch.softmax(logits, -1) @ value
     return _joined(out).to(qkv.dtype), torch.logsumexp(logits, -1).detach()
 
 
@@ -40,7 +41,8 @@ def _joined(out: Tensor) -> Tensor:
 
 
 def _sdpa(qkv: Tensor, scale: float) -> Tensor:
-    return _joined(F.scaled_dot_product_attention(*_heads(qkv), scale=scale))
+    with torch.autocast(qkv.device.type, enabled=False):  # the result has the data's dtype, whichever kernel is chosen
+        return _joined(F.scaled_dot_product_attention(*_heads(qkv), scale=scale))
 
 
 def _with_whole_heads(qkv: Tensor) -> Tensor:
@@ -51,7 +53,9 @@ def _with_whole_heads(qkv: Tensor) -> Tensor:
 def _forward_cpu(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     qkv = _with_whole_heads(qkv)
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads(qkv), 0.0, False, scale=scale)
-    return _joined(out).contiguous(), logsumexp.contiguous()
+    samples, _, tokens, _ = out.shape
+    joined = torch.ops.aten._unsafe_view(out.transpose(1, 2).contiguous(), (samples, tokens, -1))  # not a view: it may be changed in place
+    return joined, logsumexp.contiguous()
 
 
 def _backward_cpu(arguments, needs, grads, results):
@@ -80,8 +84,7 @@ def _launch(kernel, plan, x: Tensor, scale: float, *tensors: Tensor | None) -> N
     floats = plan(*sizes, dtype_tag(x))["workspace"]
     workspace = [x.new_empty((floats,), dtype=torch.float32)] if floats else []
     *data, logsumexp = (y.data_ptr() for y in tensors)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel(x.data_ptr(), *data, dtype_tag(x), logsumexp, *sizes, scale, *(y.data_ptr() for y in workspace), x.device.index, stream)
+    kernel(x.data_ptr(), *data, dtype_tag(x), logsumexp, *sizes, scale, *(y.data_ptr() for y in workspace), *stream_of(x))
 
 
 def _forward_cuda(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,7 @@ def _check(qkv, scale) -> None:
     check_data("qkv", qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must have shape (N, tokens, 3, heads, d), got {tuple(qkv.shape)}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
 
 

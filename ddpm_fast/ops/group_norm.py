@@ -20,7 +20,7 @@ from torch import Tensor
 from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import address, contiguous, dtype_tag
+from ddpm_fast.ops._native import address, contiguous, dtype_tag, stream_of
 from ddpm_fast.ops._op import NOISE, Op, memory_format
 
 
@@ -64,12 +64,6 @@ def group_norm_reference(
         kept = dropout_mask_reference(x.shape, dropout, noise.seed, noise.stream, noise.first_sample, x.device)
         z = torch.where(kept, z * (1.0 / (1.0 - dropout)), 0.0)
     return z.to(x.dtype).contiguous(memory_format=memory_format(x)), mean.detach(), rstd.detach()
-
-
-def _same_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The kernels take the parameters in one dtype, the rows in one: fp32 where they differ."""
-    dtypes = {y.dtype for y in tensors if y is not None}
-    return list(tensors) if len(dtypes) <= 1 else [None if y is None else y.float() for y in tensors]
 
 
 _NO_ROWS = ((0, 0), (0, 0), (0, 0), 0)
@@ -154,10 +148,10 @@ def _backward_cpu(arguments, needs, grads, results):
 def _forward_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(arguments)
     y, mean, rstd = call.results()
-    workspace, device = call.workspace(native.cuda_group_norm_plan), call.x.device
+    workspace = call.workspace(native.cuda_group_norm_plan)
     native.cuda_group_norm(
         call.x.data_ptr(), y.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, mean.data_ptr(), rstd.data_ptr(),
-        workspace.data_ptr(), device.index, torch.cuda.current_stream(device).cuda_stream,
+        workspace.data_ptr(), *stream_of(call.x),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -166,10 +160,10 @@ def _backward_cuda(arguments, needs, grads, results):
     call = _Call(arguments)
     grad_y = grads[0].contiguous(memory_format=call.layout)
     made, addresses = call.gradients(needs)
-    workspace, device = call.workspace(native.cuda_group_norm_backward_plan), call.x.device
+    workspace = call.workspace(native.cuda_group_norm_backward_plan)
     native.cuda_group_norm_backward(
         call.x.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, *map(address, results), workspace.data_ptr(),
-        grad_y.data_ptr(), *addresses, device.index, torch.cuda.current_stream(device).cuda_stream,
+        grad_y.data_ptr(), *addresses, *stream_of(call.x),
     )  # fmt: skip
     return call.returned(made)
 
@@ -190,7 +184,7 @@ def _check(x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, 
     for name, rows in (("pre_bias", pre_bias), ("scale", scale), ("shift", shift)):
         if rows is not None:
             _check_small(name, rows, (samples, channels), x)
-    if not (eps >= 0.0 and math.isfinite(eps)):
+    if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"the probability of dropout must lie in [0, 1), got {dropout}")

@@ -6,7 +6,8 @@
 //   B (8 columns):   word t and word 4 + t of column g
 //   C (16 x 8 fp32): columns 2t and 2t + 1 of row g, then of row g + 8
 // fp32 goes through tf32 three times: x = big + small, and a b is taken as big big + big small + small big. What is dropped is
-// about 2^-22 of a product, the size of fp32's own rounding in a sum.
+// at most 2^-21 of a product, about the size of fp32's own rounding in a sum. A tensor core also cuts off, where fp32 arithmetic
+// rounds, what does not fit when it adds to its accumulator (Ootomo & Yokota 2022): long sums may lose a few bits more.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -145,7 +145,8 @@ def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = No
             compiled graph to the kernel.
 
     Returns:
-        (N, tokens, heads d), contiguous. Differentiable. float32 data are multiplied with float32's precision.
+        (N, tokens, heads d), contiguous. Differentiable. float32 data are multiplied with about float32's precision (on CUDA as
+        three TF32 products of split operands).
 
     Raises:
         TypeError, ValueError: what was expected and what came.

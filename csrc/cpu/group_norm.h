@@ -195,7 +195,7 @@ class Mask {
   DDPM_METHOD void words_of(const uint64_t (&blocks)[counters_at_once], uint64_t sample, uint32_t* out) {
     Counters counters[2];
     for (int k = 0; k < 2; ++k) {
-      wide j;
+      wide j{};
       for (int i = 0; i < words; ++i) j[i] = blocks[k * words + place(i)];
       counters[k] = {j, everywhere(key_.stream), everywhere(uint32_t(sample)), everywhere(sample >> 32)};
     }

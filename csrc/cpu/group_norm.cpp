@@ -18,7 +18,8 @@ struct Moments {
 
 template <typename T, bool channels_last> class Forward {
  public:
-  Forward(const GroupNormArguments& a, const Cut& cut) : a_(a), cut_(cut), sums_(cut.channels), squares_(cut.channels), affine_(a, cut.channels), mask_(a, cut) {}
+  Forward(const GroupNormArguments& a, const Cut& cut)
+      : a_(a), cut_(cut), sums_(cut.channels), squares_(cut.channels), affine_(a, cut.channels), mask_(a, cut) {}
 
   // Moments of each group over one segment. Distances are taken from a center near the mean, whose own distance from it is
   // then known: first from the mean of an eighth of the first piece, afterwards from the mean of what has been seen. That

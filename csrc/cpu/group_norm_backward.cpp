@@ -52,7 +52,8 @@ template <typename T, bool channels_last> class Backward {
         strand.add(distances, distances_.data);
       });
       for (int64_t c = 0; c < cut_.channels; ++c)
-        channels[c].dz += double(dz_[c]), channels[c].products += double(products_[c]), channels[c].distances += double(distances_[c]);
+        channels[c] = {channels[c].dz + double(dz_[c]), channels[c].products + double(products_[c]),
+                       channels[c].distances + double(distances_[c])};
     });
   }
 
@@ -105,8 +106,10 @@ template <typename T, bool channels_last> class Backward {
           } else {
             slopes(strand, affine, x, grad_y, mask, s * strand.stride, silu, distance, dz);
           }
-          for (int k = 0; k < registers; ++k)
-            strand.set(grad_x + strand.offset + s * strand.stride + k * lanes, dz[k] * affine.slope[k] - (distance[k] * linear[k] + constant[k]));
+          for (int k = 0; k < registers; ++k) {
+            const Vec grad = dz[k] * affine.slope[k] - (distance[k] * linear[k] + constant[k]);
+            strand.set(grad_x + strand.offset + s * strand.stride + k * lanes, grad);
+          }
         }
       });
     });

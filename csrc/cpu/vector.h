@@ -127,7 +127,8 @@ DDPM_INLINE float sum_of(Vec x) {
 }
 
 // 1 / (1 + e^-x) within 4 ulp for each of some registers side by side, whose chains of operations overlap. x below -87, where e^-x
-// leaves fp32's range, becomes -87: their product is next to nothing either way. NaN stays NaN. 2^t = 2^k 2^r, |r| <= ½, by a polynomial whose largest relative error is least.
+// leaves fp32's range, becomes -87: their product is next to nothing either way. NaN stays NaN. 2^t = 2^k 2^r, |r| <= ½, by a
+// polynomial whose largest relative error is least.
 // For a result that is rounded to bf16 at once, 1.4e-4, a thirtieth of its ulp, is close enough.
 template <bool for_bfloat16, int registers> DDPM_INLINE void sigmoids(Vec (&x)[registers], Vec (&result)[registers]) {
   constexpr float least = -87.0f;

@@ -61,8 +61,8 @@ class Network:
             return self.call(self.x_t, self.t, return_dict=False)[0]
 
     def noise_of_dropout(self) -> Noise | None:
-        """As the trainer gives it: a stream for each step."""
-        self.steps += self.model.training
+        """As the trainer gives it: a stream for each step. One for all where numbers are compiled in (dynamic=False)."""
+        self.steps += self.model.training and self.call is self.model
         return Noise(seed=0, stream=self.steps) if self.model.training else None
 
     def forward(self) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -53,15 +54,22 @@ def missing(backend: str) -> str:
         if not torch.cuda.is_available():
             return "PyTorch sees no CUDA device"
     if backend == "triton":
-        return _triton_cannot_launch()
+        return _too_old("Triton needs", OLDEST_CAPABILITY) or _triton_cannot_launch()
+    if backend == "cuda":
+        built = [int(number) for number in re.findall(r"\d+", native.build_info()["cuda_architectures"])]
+        return _too_old("ddpm_fast._C was built for", divmod(min(built), 10)) if built else ""
     return ""
+
+
+def _too_old(who: str, needed: tuple[int, int]) -> str:
+    """Why no kernel would start on the oldest GPU here; empty where one would."""
+    oldest = min((torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())), default=needed)
+    numbers = ["{}.{}".format(*capability) for capability in (needed, oldest)]
+    return f"{who} a compute capability of {numbers[0]} or more, the oldest GPU here has {numbers[1]}" if oldest < needed else ""
 
 
 def _triton_cannot_launch() -> str:
     """What Triton's launcher would stop at in the middle of a program."""
-    oldest = min((torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())), default=OLDEST_CAPABILITY)
-    if oldest < OLDEST_CAPABILITY:
-        return f"Triton needs a compute capability of {'.'.join(map(str, OLDEST_CAPABILITY))} or more, the oldest GPU here has {'.'.join(map(str, oldest))}"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton builds its launcher with a C compiler, and there is no gcc or clang on PATH and no CC"
     return ""

@@ -143,6 +143,30 @@ def test_missing_where_triton_could_not_launch(monkeypatch, forgetful, capabilit
     assert missing("triton") == message
 
 
+@pytest.mark.parametrize(
+    "built, capability, message",
+    [
+        ("80-real 90", (8, 0), ""),
+        ("80-real 90", (12, 0), ""),  # by the PTX of the newest
+        ("native", (7, 0), ""),  # of the GPU that it was built beside
+        ("90 86-real", (8, 0), "ddpm_fast._C was built for a compute capability of 8.6 or more, the oldest GPU here has 8.0"),
+        ("100", (9, 0), "ddpm_fast._C was built for a compute capability of 10.0 or more, the oldest GPU here has 9.0"),
+    ],
+)
+def test_missing_where_no_kernel_of_the_build_could_start(monkeypatch, forgetful, built, capability, message):
+    class WithCuda:
+        def build_info():
+            return {"cuda": 13000, "cuda_architectures": built}
+
+    monkeypatch.setattr(backends, "native", WithCuda)
+    monkeypatch.setattr(backends, "native_missing", "")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert missing("cuda") == message
+
+
 @pytest.mark.parametrize("version, message", [("13.0", "PyTorch sees no CUDA device"), (None, "this PyTorch was built without CUDA")])
 def test_missing_without_a_device(monkeypatch, forgetful, version, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -63,7 +63,7 @@ def run(tensors, groups, backend=None, *, grad_y=None, **options):
     y = group_norm(x, groups, backend=backend, **dict(zip(list(leaves)[1:], others, strict=True)), **options)
     if grad_y is None:
         grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
-    grads = torch.autograd.grad(y, list(leaves.values()), grad_y.to(y.dtype))
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_y.to(y))
     return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
 
 

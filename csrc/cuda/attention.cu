@@ -141,16 +141,9 @@ const char* attention(const AttentionArguments& a, int device, void* stream) {
   if (a.samples == 0 || a.tokens == 0 || a.heads == 0) return nullptr;
   const AttentionLaunch plan = attention_plan(a.samples, a.tokens, a.heads, a.head_channels, a.qkv.dtype);
   if (const char* refusal = why_not(a, {plan.blocks}, {a.qkv.data, a.out.data})) return refusal;
-  const DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
-  cudaError_t error = cudaErrorInvalidValue;
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (a.qkv.dtype) {
-    case DType::float32: error = launch<float>(a, plan, on); break;
-    case DType::bfloat16: error = launch<__nv_bfloat16>(a, plan, on); break;
-    case DType::float16: error = launch<__half>(a, plan, on); break;
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_on(device, [&] {
+    return launch_for(a.qkv.dtype, [&](auto t) { return launch<decltype(t)>(a, plan, static_cast<cudaStream_t>(stream)); });
+  });
 }
 
 }  // namespace ddpm_fast::cuda

@@ -275,16 +275,9 @@ const char* attention_backward(const AttentionArguments& a, int device, void* st
   const char* const refusal = why_not(a, {plan.launches[0].blocks, plan.launches[1].blocks},
                                       {a.qkv.data, a.out.data, a.grad_out.data, a.grad_qkv.data});
   if (refusal) return refusal;
-  const DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
-  cudaError_t error = cudaErrorInvalidValue;
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (a.qkv.dtype) {
-    case DType::float32: error = launch<float>(a, plan, on); break;
-    case DType::bfloat16: error = launch<__nv_bfloat16>(a, plan, on); break;
-    case DType::float16: error = launch<__half>(a, plan, on); break;
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_on(device, [&] {
+    return launch_for(a.qkv.dtype, [&](auto t) { return launch<decltype(t)>(a, plan, static_cast<cudaStream_t>(stream)); });
+  });
 }
 
 }  // namespace ddpm_fast::cuda

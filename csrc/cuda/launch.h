@@ -1,6 +1,10 @@
 // What every launcher does around its launches.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
+
+#include "../common/dtype.h"
 
 namespace ddpm_fast::cuda {
 
@@ -24,5 +28,24 @@ class DeviceGuard {
   int before_ = 0;
   bool changed_ = false;
 };
+
+// launch(a value of the data's type), which returns an error.
+template <typename Launch>
+cudaError_t launch_for(DType dtype, const Launch& launch) {
+  switch (dtype) {
+    case DType::float32: return launch(float{});
+    case DType::bfloat16: return launch(__nv_bfloat16{});
+    case DType::float16: return launch(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Calls launches(), which returns an error, with `device` the current one. Null, or the error's text.
+template <typename Launches>
+const char* launch_on(int device, const Launches& launches) {
+  const DeviceGuard guard(device);
+  const cudaError_t error = guard.error == cudaSuccess ? launches() : guard.error;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 }  // namespace ddpm_fast::cuda

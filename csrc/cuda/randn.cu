@@ -1,12 +1,10 @@
 // randn: the noise contract on the GPU. A thread makes the four normals of one counter block and stores them with one
 // instruction where the sample's length keeps them aligned. Writes samples * elements * sizeof(T) bytes, reads nothing.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <type_traits>
 
 #include "launch.h"
 #include "randn.h"
+#include "storage.cuh"
 
 namespace ddpm_fast::cuda {
 namespace {
@@ -16,10 +14,6 @@ constexpr uint32_t largest_grid_y = 65535;   // the hardware's limit
 
 // Four values as one word.
 template <typename T> using Packed4 = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
-
-__device__ __forceinline__ void convert(float x, float& out) { out = x; }
-__device__ __forceinline__ void convert(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void convert(float x, __half& out) { out = __float2half_rn(x); }
 
 template <typename T>
 __global__ void __launch_bounds__(threads_per_block) randn_kernel(
@@ -38,7 +32,7 @@ __global__ void __launch_bounds__(threads_per_block) randn_kernel(
     normal4({seed, stream, first_sample}, first_sample + uint64_t(sample), uint32_t(j), z[0], z[1], z[2], z[3]);
     T values[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) convert(z[k], values[k]);
+    for (int k = 0; k < 4; ++k) values[k] = narrow<T>(z[k]);
     T* const target = out + sample * elements + i;
     if (whole) {
       Packed4<T> packed;
@@ -53,9 +47,11 @@ __global__ void __launch_bounds__(threads_per_block) randn_kernel(
 }
 
 template <typename T>
-void launch(const RandnArguments& a, const RandnPlan& plan, cudaStream_t stream) {
+cudaError_t launch(const RandnArguments& a, cudaStream_t stream) {
+  const RandnPlan plan = randn_plan(a.sizes.samples, a.sizes.elements);
   randn_kernel<T><<<dim3(plan.grid_x, plan.grid_y), plan.block, 0, stream>>>(
       static_cast<T*>(a.out.data), a.sizes.samples, a.sizes.elements, a.key.seed, a.key.stream, a.key.first_sample);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -68,17 +64,9 @@ RandnPlan randn_plan(int64_t samples, int64_t elements) {
 
 const char* randn(const RandnArguments& a, int device, void* stream) {
   if (a.sizes.samples == 0 || a.sizes.elements == 0) return nullptr;
-  const DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
-  const RandnPlan plan = randn_plan(a.sizes.samples, a.sizes.elements);
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (a.out.dtype) {
-    case DType::float32: launch<float>(a, plan, on); break;
-    case DType::bfloat16: launch<__nv_bfloat16>(a, plan, on); break;
-    case DType::float16: launch<__half>(a, plan, on); break;
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_on(device, [&] {
+    return launch_for(a.out.dtype, [&](auto t) { return launch<decltype(t)>(a, static_cast<cudaStream_t>(stream)); });
+  });
 }
 
 }  // namespace ddpm_fast::cuda

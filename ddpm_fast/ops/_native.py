@@ -1,6 +1,9 @@
 """How a tensor, a noise and sizes reach a native kernel: as addresses and tags. See csrc/bindings.cpp."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,12 @@ def native_sizes(x: Tensor) -> tuple[int, int, int]:
     """(samples, elements of each, threads)."""
     samples = x.shape[0]
     return samples, x.numel() // samples, torch.get_num_threads()
+
+
+@lru_cache(maxsize=4096)
+def workspace_floats(plan: Callable[..., dict], *sizes: int, **options: int) -> int:
+    """What a launch plan of csrc/cuda asks for; the rest of it is for its launcher and the tests."""
+    return plan(*sizes, **options)["workspace"]
 
 
 def stream_of(x: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddpm_fast import autotune
 from ddpm_fast.backends import NATIVE_DTYPES, missing, native
 from ddpm_fast.ops._common import check_data, table_dtype
-from ddpm_fast.ops._native import dtype_tag, stream_of
+from ddpm_fast.ops._native import dtype_tag, stream_of, workspace_floats
 from ddpm_fast.ops._op import Op, goes_through_dispatcher, in_functorch
 
 LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
@@ -81,7 +81,7 @@ def _launch(kernel, plan, x: Tensor, scale: float, *tensors: Tensor | None) -> N
     """Calls a launcher; the plan's workspace lives until then, and on the stream it is reused in order."""
     samples, tokens, _, heads, channels = x.shape
     sizes = (samples, tokens, heads, channels)
-    floats = plan(*sizes, dtype_tag(x))["workspace"]
+    floats = workspace_floats(plan, *sizes, dtype_tag(x))
     workspace = [x.new_empty((floats,), dtype=torch.float32)] if floats else []
     *data, logsumexp = (y.data_ptr() for y in tensors)
     kernel(x.data_ptr(), *data, dtype_tag(x), logsumexp, *sizes, scale, *(y.data_ptr() for y in workspace), *stream_of(x))

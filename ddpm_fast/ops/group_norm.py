@@ -20,7 +20,7 @@ from torch import Tensor
 from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import address, contiguous, dtype_tag, stream_of
+from ddpm_fast.ops._native import address, contiguous, dtype_tag, stream_of, workspace_floats
 from ddpm_fast.ops._op import NOISE, Op, memory_format
 
 
@@ -79,18 +79,19 @@ class _Call:
         self.x, self.tag = x, dtype_tag(x)
         samples, channels = x.shape[:2]
         self.sizes = (samples, channels, x.numel() // (samples * channels), self.groups)
-        self.first = (self.tag, self.layout != torch.contiguous_format, *self.sizes, eps, silu)
-        self.parameters, self.rows, rows = (0, 0, self.tag), _NO_ROWS, (None, None, None)
+        parameters, row_addresses, rows = (0, 0, self.tag), _NO_ROWS, (None, None, None)
         if weight is not None or bias is not None:
             weight, bias, tag = _in_one_dtype(weight, bias)
             weight, bias = contiguous(weight), contiguous(bias)
-            self.parameters = (address(weight), address(bias), tag)
+            parameters = (address(weight), address(bias), tag)
         if pre_bias is not None or scale is not None or shift is not None:
             *rows, tag = _in_one_dtype(pre_bias, scale, shift)
             rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in rows]
-            self.rows = (*[(address(y), 0 if y is None else y.stride(0)) for y in rows], tag)
+            row_addresses = (*[(address(y), 0 if y is None else y.stride(0)) for y in rows], tag)
         self.taken = (x, weight, bias, *rows)
-        self.dropout = (dropout, 0, 0, 0) if noise is None else (dropout, noise.seed, noise.stream, noise.first_sample)
+        key = (0, 0, 0) if noise is None else (noise.seed, noise.stream, noise.first_sample)
+        # What every kernel is called with between the addresses of x (and y) and those of the statistics.
+        self.common = (self.tag, self.layout != torch.contiguous_format, *self.sizes, eps, silu, *parameters, *row_addresses, (dropout, *key))
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         return _results(self.x, self.groups)
@@ -107,7 +108,7 @@ class _Call:
 
     def workspace(self, plan) -> Tensor:
         sms = torch.cuda.get_device_properties(self.x.device).multi_processor_count
-        floats = plan(*self.sizes, self.layout != torch.contiguous_format, self.tag, sms=sms)["workspace"]
+        floats = workspace_floats(plan, *self.sizes, self.layout != torch.contiguous_format, self.tag, sms=sms)
         return self.x.new_empty((floats,), dtype=torch.float32)
 
 
@@ -127,10 +128,16 @@ def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(arguments)
     y, mean, rstd = call.results()
-    native.cpu_group_norm(
-        call.x.data_ptr(), y.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, mean.data_ptr(), rstd.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    native.cpu_group_norm(call.x.data_ptr(), y.data_ptr(), *call.common, mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads())
+    return y, mean, rstd
+
+
+def _forward_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(arguments)
+    y, mean, rstd = call.results()
+    workspace = call.workspace(native.cuda_group_norm_plan)
+    addresses = (mean.data_ptr(), rstd.data_ptr(), workspace.data_ptr())
+    native.cuda_group_norm(call.x.data_ptr(), y.data_ptr(), *call.common, *addresses, *stream_of(call.x))
     return y, mean, rstd
 
 
@@ -138,22 +145,8 @@ def _backward_cpu(arguments, needs, grads, results):
     call = _Call(arguments)
     grad_y = grads[0].contiguous(memory_format=call.layout)
     made, addresses = call.gradients(needs)
-    native.cpu_group_norm_backward(
-        call.x.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, *map(address, results), grad_y.data_ptr(), *addresses,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    native.cpu_group_norm_backward(call.x.data_ptr(), *call.common, *map(address, results), grad_y.data_ptr(), *addresses, torch.get_num_threads())
     return call.returned(made)
-
-
-def _forward_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(arguments)
-    y, mean, rstd = call.results()
-    workspace = call.workspace(native.cuda_group_norm_plan)
-    native.cuda_group_norm(
-        call.x.data_ptr(), y.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, mean.data_ptr(), rstd.data_ptr(),
-        workspace.data_ptr(), *stream_of(call.x),
-    )  # fmt: skip
-    return y, mean, rstd
 
 
 def _backward_cuda(arguments, needs, grads, results):
@@ -161,10 +154,8 @@ def _backward_cuda(arguments, needs, grads, results):
     grad_y = grads[0].contiguous(memory_format=call.layout)
     made, addresses = call.gradients(needs)
     workspace = call.workspace(native.cuda_group_norm_backward_plan)
-    native.cuda_group_norm_backward(
-        call.x.data_ptr(), *call.first, *call.parameters, *call.rows, call.dropout, *map(address, results), workspace.data_ptr(),
-        grad_y.data_ptr(), *addresses, *stream_of(call.x),
-    )  # fmt: skip
+    statistics = (*map(address, results), workspace.data_ptr())
+    native.cuda_group_norm_backward(call.x.data_ptr(), *call.common, *statistics, grad_y.data_ptr(), *addresses, *stream_of(call.x))
     return call.returned(made)
 
 

@@ -181,7 +181,8 @@ def _choice(qkv: Tensor, scale: float) -> str:
     needs_grad = torch.is_grad_enabled() and qkv.requires_grad
     if goes_through_dispatcher() or type(qkv) is not Tensor:
         return "ddpm_fast"
-    return autotune.choose("attention", (*qkv.shape, str(qkv.dtype), needs_grad), candidates(qkv, scale, needs_grad), "ddpm_fast", device=qkv.device)
+    key = (qkv.shape, str(qkv.dtype), "with gradient" if needs_grad else "forward")
+    return autotune.choose("attention", key, candidates(qkv, scale, needs_grad), "ddpm_fast", device=qkv.device)
 
 
 def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict:

@@ -1,0 +1,31 @@
+"""The command line, ``ddpm-fast``: train, sample, eval, demo, info; each command is a file here."""
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Annotated
+
+import typer
+
+from ddpm_fast import __version__
+from ddpm_fast.cli._common import app
+
+# In the order in which --help lists them. Importing a command registers it.
+for _name in ("train", "sample", "evaluate", "demo", "info"):
+    importlib.import_module(f"{__name__}.{_name}")
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point. What the user can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"ddpm-fast: {error}", file=sys.stderr)
+        sys.exit(2)

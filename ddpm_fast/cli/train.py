@@ -1,0 +1,82 @@
+"""``ddpm-fast train``."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, console, print_table, set_threads
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Option(help="digits, photos, a folder of images, or a .npy or .npz file.")] = "digits",
+    out: Out = Path("runs/train"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already in --out.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in each step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="Adam's learning rate.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Network: digits, photos32 or cifar10.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of the network's residual blocks.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine, quadratic, constant, jsd or sigmoid.")] = None,
+    timesteps: Annotated[int | None, typer.Option("-T", "--timesteps", min=1, help="Length of the chain; a linear schedule's betas scale with its inverse.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="epsilon, x_start, v or mean.")] = None,
+    variance: Annotated[str | None, typer.Option(help="fixed_small, fixed_large, learned or learned_range.")] = None,
+    loss: Annotated[str | None, typer.Option(help="simple, vlb or hybrid.")] = None,
+    weight: Annotated[str | None, typer.Option(help="Of the simple loss: uniform, min_snr, p2 or vlb.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises.")] = None,
+    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images at random: on but for digits; wrong for text.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of the moving average of the weights.")] = None,
+    class_conditional: Annotated[bool | None, typer.Option("--class-conditional/--unconditional", help="Give the network the labels.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Crop and resize the images of a folder to this side.")] = None,
+    levels: Annotated[int | None, typer.Option(min=2, max=256, help="Grey levels of the data in a .npy or .npz file.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; the end always writes one.")] = None,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a model. Options that are not given come from the recipe for the data."""
+    from ddpm_fast.plots import write_loss_curve
+    from ddpm_fast.progress import Bar
+    from ddpm_fast.training import TrainConfig, Trainer, load_data
+    from ddpm_fast.training.data import BUILT_IN
+
+    set_threads(threads)
+    old = [out / name for name in ("checkpoint.safetensors", "checkpoint.json", "metrics.jsonl")]
+    if not overwrite and any(path.exists() and path.stat().st_size for path in old):
+        raise ValueError(f"{out} already holds a run; choose another folder with --out, or pass --overwrite")
+    if Path(data).exists() and data not in BUILT_IN:
+        data = str(Path(data).resolve())  # the run can then be evaluated from any folder
+    config = TrainConfig.for_data(
+        data, image_size=image_size, levels=levels, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup, preset=preset,
+        schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss or implied_loss(variance),
+        weight=weight, flip=flip, ema=ema, class_conditional=class_conditional, precision=precision, device=device, seed=seed,
+        network=None if dropout is None else {"dropout": dropout},
+    )  # fmt: skip
+    trainer = Trainer(config, load_data(data, image_size=image_size, levels=levels))
+    for path in old:
+        path.unlink(missing_ok=True)  # a run that fails early must not leave new metrics beside an old checkpoint
+    left = float(trainer.diffusion.schedule.alphas_bar[-1])
+    if left > 0.01:
+        console.print(f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it")
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    console.print(f"{trainer.data.name}: {len(trainer.data.train)} images, network {config.preset} with {parameters:,} parameters, on {trainer.device}")
+    try:
+        with Bar("training") as bar:
+            history = trainer.run(out, log_every=log_every, save_every=save_every, report=lambda p: bar.update(p.step, p.steps, p.loss))
+    except KeyboardInterrupt:
+        saved = f"; its checkpoint is in {out}" if trainer.step else ""
+        console.print(f"stopped after step {trainer.step} of {config.steps}{saved}")
+        raise typer.Exit(130) from None
+    write_loss_curve(out / "loss.png", [line["step"] for line in history], [line["loss"] for line in history], ylabel=f"{config.loss} loss")
+    print_table({"loss": f"{history[-1]['loss']:.4f}", "images/s": history[-1]["images_per_s"], "checkpoint": out / "checkpoint.safetensors", "metrics": out / "metrics.jsonl", "loss curve": out / "loss.png"})
+
+
+def implied_loss(variance: str | None) -> str | None:
+    """A variance given without a loss: a fixed one cannot train with a recipe's hybrid loss, nor a learned one with simple."""
+    if variance is None:
+        return None
+    return "hybrid" if variance.startswith("learned") else "simple"

@@ -348,9 +348,9 @@ def flow_errors(make, counts, m=0.2, v=0.3):
 
 @pytest.mark.parametrize(("make", "order"), [(ddim_table, 1), (dpm_solver_table, 2)], ids=["ddim", "dpmpp_2m"])
 def test_solvers_of_the_flow_converge_at_their_order(make, order):
-    errors = flow_errors(make, (25, 50, 100, 200, 400))
+    errors = flow_errors(make, (25, 50, 100))
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert orders[-1] == pytest.approx(order, abs=0.1)  # of the finest halving; before it the higher orders still show
+    assert orders[-1] == pytest.approx(order, abs=0.15)  # of the finer halving; the coarser one still shows higher orders
     assert all(abs(found - order) < 0.5 for found in orders)
 
 

@@ -3,13 +3,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed
 
 T = TypeVar("T")
+
+# Between two meetings lies a whole share of the work: the default of half an hour would end a long run. torchrun itself sees to dead ones.
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,32 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every process has come here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+        self.agree(True)
+
+    def agree(self, well: bool) -> bool:
+        """Until every process has come here; whether all of them are well."""
+        if self.size == 1:
+            return well
+        flag = torch.tensor(int(well))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return bool(flag)
+
+    def lead(self, action: Callable[[], object]) -> None:
+        """The first process acts while the others wait.
+
+        Raises:
+            SystemExit: in the others where the action fails, so that the first alone says why.
+        """
+        if not self.first:
+            if not self.agree(True):
+                raise SystemExit(2)
+            return
+        try:
+            action()
+        except Exception:
+            self.agree(False)
+            raise
+        self.agree(True)
 
 
 @contextlib.contextmanager
@@ -51,7 +79,7 @@ def launched_ranks() -> Iterator[Ranks]:
     if size == 1 or not torch.distributed.is_available():
         yield Ranks()
         return
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
     finally:

@@ -64,6 +64,17 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
         _publish(sorted(hidden.iterdir()), folder)
 
 
+@contextlib.contextmanager
+def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Gives an OSError that has none the name of the file that the block writes: the system names files when it opens them only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def make_folder(folder: str | os.PathLike) -> None:
     """Creates an output folder, and notices before any work that it cannot be written.
 
@@ -82,7 +93,8 @@ def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
     hidden = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
         hidden.mkdir()
-        yield hidden
+        with named_in_errors(path):
+            yield hidden
     except OSError as error:
         _rename_in_error(error, hidden, path, destination)
         raise
@@ -91,11 +103,11 @@ def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
 
 
 def _rename_in_error(error: OSError, hidden: Path, path: Path, destination: Path) -> None:
-    # A failed write has no name at all, and that of a temporary file would mean nothing to a reader.
-    if error.errno is None or not isinstance(error.filename, (str, os.PathLike, type(None))):
+    # The name of a temporary file would mean nothing to a reader.
+    if not isinstance(error.filename, (str, os.PathLike)):
         return
-    name = None if error.filename is None else Path(error.filename)
-    if name is None or name == hidden:
+    name = Path(error.filename)
+    if name == hidden:
         error.filename = str(path)
     elif hidden in name.parents:
         error.filename = str(destination / name.relative_to(hidden))
@@ -107,7 +119,8 @@ def _publish(files: Sequence[Path], folder: Path) -> None:
     for file in files:
         # Some writers make private files; the new folder shows what the umask allows.
         file.chmod(file.parent.stat().st_mode & 0o666)
-        _sync(file)
+        with named_in_errors(file):
+            _sync(file)
     for file in files:
         os.replace(file, folder / file.name)
     if os.name == "posix":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_fast.files import atomic_files, atomic_write, make_folder
+from ddpm_fast.files import atomic_files, atomic_write, make_folder, named_in_errors
 from ddpm_fast.parts import Parts, cover, differences, gaps, pieces
 from ddpm_fast.plots import write_grid
 from ddpm_fast.training.readers import to_unit
@@ -97,7 +97,9 @@ class ImageStore:
         pixels = self._to_png[images].transpose(0, 2, 3, 1)
         with atomic_files(self.images) as temporary:
             for index, image in zip(part, pixels):
-                Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(temporary / _png_name(index))
+                path = temporary / _png_name(index)
+                with named_in_errors(path):
+                    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
 
     def add_png(self, parts: list[range]) -> None:
         """Writes images that are elsewhere as PNG files too, a range at a time."""

@@ -12,7 +12,7 @@ import torch.distributed
 
 T = TypeVar("T")
 
-# Between two meetings lies a whole share of the work: the default of half an hour would end a long run. torchrun itself sees to dead ones.
+# Between two meetings lies a whole share of the work: the default of half an hour would end a long run. A fellow's death is noticed at once.
 _PATIENCE = timedelta(days=30)
 
 
@@ -24,11 +24,13 @@ class Ranks:
         rank: 0..size-1.
         size: number of processes.
         local: index of the process on its machine, which chooses its GPU.
+        group: through which they wait for each other; None for the default one of torch.distributed.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
+    group: torch.distributed.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -48,7 +50,7 @@ class Ranks:
         if self.size == 1:
             return well
         flag = torch.tensor(int(well))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=self.group)
         return bool(flag)
 
     def lead(self, action: Callable[[], object]) -> None:
@@ -79,8 +81,10 @@ def launched_ranks() -> Iterator[Ranks]:
     if size == 1 or not torch.distributed.is_available():
         yield Ranks()
         return
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    torch.distributed.init_process_group("gloo")
     try:
-        yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        # A group of its own, for the patience is not for finding each other: a process whose torchrun is gone must give up.
+        group = torch.distributed.new_group(timeout=_PATIENCE)
+        yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), group)
     finally:
         torch.distributed.destroy_process_group()

@@ -228,7 +228,7 @@ def test_disk_full_at_any_point(tmp_path, monkeypatch, formats):
         assert contents(out) == whole and len(again.drawn) == 11 - complete
     else:
         pytest.fail("never succeeded")
-    names = ["samples.json", "samples.png", "samples.npz", *(["images"] if "png" in formats else ["parts/settings.json", "parts/4-8.npz"])]
+    names = ["samples.json", "samples.png", "samples.npz", *(["images/00000005.png"] if "png" in formats else ["parts/settings.json", "parts/4-8.npz"])]
     for name in names:
         assert any(f"{Path(name)}" in message and "No space left on device" in message for message in failures), failures
     assert any("11 of 11 images are complete, run the same command again" in message for message in failures)
@@ -244,6 +244,9 @@ def test_errors_name_the_file_that_was_to_be_written(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, atomic_files(tmp_path / "b") as temporary:
         (temporary / "x" / "y").write_text("")
     assert caught.value.filename == str(tmp_path / "b" / "x" / "y")
+    with pytest.raises(OSError) as caught, atomic_files(tmp_path / "b"):
+        raise OSError(errno.ENOSPC, "full")
+    assert caught.value.filename == str(tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
@@ -268,7 +271,7 @@ def play(size, act):
 
     def run(rank):
         try:
-            act(Played(rank, size, rank, meeting, words))
+            act(Played(rank, size, rank, meeting=meeting, words=words))
         except BaseException as error:
             outcome[rank] = error
 

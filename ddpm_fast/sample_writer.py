@@ -38,7 +38,8 @@ def write_samples(
 
     Whatever stops it (Ctrl-C, a kill, a full disk), there are only complete files, and the same call goes on from there. It may then have
     another ``count``, ``batch``, number of ranks or other ``formats``: none of them changes an image. A larger ``count`` extends what is
-    there; a smaller one takes nothing away from PNG files and ``samples.npz``.
+    there; a smaller one takes nothing away from PNG files and ``samples.npz``. A kill may also leave a hidden folder ``.*.tmp`` with what was
+    being written, which runs an hour later remove.
 
     In memory: one batch, whatever ``count`` is. On disk: each image once as a PNG file, and uncompressed once in ``samples.npz`` and, until
     that is complete, once in the old ``samples.npz`` or in ``parts/``, where PNG files are not wanted.
@@ -51,7 +52,7 @@ def write_samples(
         batch: images that are drawn at a time, at most; fewer where ranks would else have nothing to do.
         formats: some of "png": ``images/00000000.png`` and so on, 8 bits, levels spread over 0..255, C in {1, 3}; "grid": ``samples.png``
             of at most the first 400; "npz": ``samples.npz`` with ``images`` (count, C, H, W) uint8 levels, ``settings`` (as JSON) and, with
-            ``labels``, ``labels`` (count,) int64. With "grid" alone no more images are drawn than it shows at most.
+            ``labels``, ``labels`` (count,) int64. With "grid" alone no more than 400 images are drawn, and ``parts/`` stays to keep them.
         levels: 2..256 grey levels, to which the images are rounded.
         settings: JSON values of all that the images depend on: checkpoint, sampler, steps, seed, ... Levels are added.
         labels: called as labels(first, count) for the (count,) integers, from 0, that ``draw`` conditions on.

@@ -38,7 +38,7 @@ class ImageStore:
     """The images in one folder.
 
     Args:
-        folder: for ``samples.json`` (the settings), ``images/``, ``samples.npz``, ``samples.png`` and, while a run is unfinished, ``parts/``.
+        folder: for ``samples.json`` (the settings), ``images/``, ``samples.npz``, ``samples.png`` and, of an unfinished run, ``parts/``.
         settings: JSON values of everything that the images depend on, ``levels`` included.
         levels: 2..256 grey levels. PNG files spread them over 0..255.
     """
@@ -124,7 +124,8 @@ class ImageStore:
                     for piece in pieces(items, size):
                         images = sources[source](piece)
                         if images.shape[1:] != shape:
-                            raise ValueError(f"{self.folder} must hold images of one shape, got {shape} and, at image {piece.start}, {images.shape[1:]}")
+                            found = f"{shape} and, at image {piece.start}, {images.shape[1:]}"
+                            raise ValueError(f"{self.folder} must hold images of one shape, got {found}")
                         member.write(np.ascontiguousarray(images).data)
             extra = {"settings": np.array(json.dumps(self.settings))}
             for name, array in (extra if labels is None else {**extra, "labels": labels}).items():
@@ -133,7 +134,7 @@ class ImageStore:
         self.__dict__.pop("_stored", None)
 
     def write_grid(self, count: int, levels: int) -> None:
-        """Writes ``samples.png`` of the first images, at most GRID_IMAGES and at most as many as _GRID_SIDE pixels squared have room for."""
+        """Writes ``samples.png`` of the first images: at most GRID_IMAGES, and what _GRID_SIDE pixels squared have room for."""
         height, width = self.read(range(1)).shape[2:]
         room = max(1, _GRID_SIDE // max(height, width)) ** 2
         images = self.read(range(min(count, GRID_IMAGES, room)))

@@ -75,7 +75,8 @@ class Parts:
             found = json.loads(path.read_text())
             other = differences(found, self.settings)
             if other:
-                raise ValueError(f"{self.folder} holds the unfinished parts of another run ({other}); finish that one, or remove the folder")
+                text = f"{self.folder} holds the unfinished parts of another run ({other})"
+                raise ValueError(f"{text}; finish that one, or remove the folder")
             return
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.settings, indent=1) + "\n")

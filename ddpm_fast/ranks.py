@@ -12,7 +12,7 @@ import torch.distributed
 
 T = TypeVar("T")
 
-# Between two meetings lies a whole share of the work: the default of half an hour would end a long run. A fellow's death is noticed at once.
+# Between two meetings lies a whole share of the work: the default of half an hour would end a long run. A dead fellow is noticed at once.
 _PATIENCE = timedelta(days=30)
 
 

@@ -17,6 +17,7 @@ from ddpm_fast.image_store import GRID_IMAGES, MAX_PNGS, ImageStore
 from ddpm_fast.ranks import Ranks
 from ddpm_fast.training.readers import to_levels
 
+Labels = Callable[[int, int], np.ndarray]
 FORMATS = ("png", "grid", "npz")
 
 
@@ -29,7 +30,7 @@ def write_samples(
     formats: Collection[str] = ("grid", "npz"),
     levels: int = 256,
     settings: Mapping[str, Any],
-    labels: Callable[[int, int], np.ndarray] | None = None,
+    labels: Labels | None = None,
     overwrite: bool = False,
     ranks: Ranks | None = None,
     report: Callable[[int, int], object] = lambda done, of: None,
@@ -38,8 +39,8 @@ def write_samples(
 
     Whatever stops it (Ctrl-C, a kill, a full disk), there are only complete files, and the same call goes on from there. It may then have
     another ``count``, ``batch``, number of ranks or other ``formats``: none of them changes an image. A larger ``count`` extends what is
-    there; a smaller one takes nothing away from PNG files and ``samples.npz``. A kill may also leave a hidden folder ``.*.tmp`` with what was
-    being written, which runs an hour later remove.
+    there; a smaller one takes nothing away from PNG files and ``samples.npz``. A kill may also leave a hidden folder ``.*.tmp`` with what
+    was being written, which runs an hour later remove.
 
     In memory: one batch, whatever ``count`` is. On disk: each image once as a PNG file, and uncompressed once in ``samples.npz`` and, until
     that is complete, once in the old ``samples.npz`` or in ``parts/``, where PNG files are not wanted.
@@ -132,7 +133,7 @@ def _draw(draw: Callable[[int, int], Tensor], part: range, levels: int, wanted: 
     return to_levels(x, levels).numpy()
 
 
-def _finish(store: ImageStore, count: int, batch: int, wanted: set[str], levels: int, labels: Callable[[int, int], np.ndarray] | None) -> None:
+def _finish(store: ImageStore, count: int, batch: int, wanted: set[str], levels: int, labels: Labels | None) -> None:
     if "grid" in wanted:
         store.write_grid(count, levels)
     if "npz" in wanted:

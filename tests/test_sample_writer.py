@@ -54,7 +54,8 @@ def contents(folder):
 def test_all_formats_and_what_reads_them_back(tmp_path):
     seen = []
     paths = write(tmp_path, Draw(), report=lambda *now: seen.append(now))
-    assert paths == {"png": tmp_path / "images", "grid": tmp_path / "samples.png", "npz": tmp_path / "samples.npz", "settings": tmp_path / "samples.json"}
+    names = {"png": "images", "grid": "samples.png", "npz": "samples.npz", "settings": "samples.json"}
+    assert paths == {format: tmp_path / name for format, name in names.items()}
     assert {p.name for p in tmp_path.iterdir()} == {path.name for path in paths.values()}  # nothing else
     assert seen == [(0, 11), (4, 11), (8, 11), (11, 11)]
     with np.load(paths["npz"]) as file:
@@ -228,8 +229,8 @@ def test_disk_full_at_any_point(tmp_path, monkeypatch, formats):
         assert contents(out) == whole and len(again.drawn) == 11 - complete
     else:
         pytest.fail("never succeeded")
-    names = ["samples.json", "samples.png", "samples.npz", *(["images/00000005.png"] if "png" in formats else ["parts/settings.json", "parts/4-8.npz"])]
-    for name in names:
+    of_images = ["images/00000005.png"] if "png" in formats else ["parts/settings.json", "parts/4-8.npz"]
+    for name in ("samples.json", "samples.png", "samples.npz", *of_images):
         assert any(f"{Path(name)}" in message and "No space left on device" in message for message in failures), failures
     assert any("11 of 11 images are complete, run the same command again" in message for message in failures)
 

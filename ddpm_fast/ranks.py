@@ -3,13 +3,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed
 
 T = TypeVar("T")
+
+# Between two meetings lies a whole share of the work: the default of half an hour would end a long run. A dead fellow is noticed at once.
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class Ranks:
         rank: 0..size-1.
         size: number of processes.
         local: index of the process on its machine, which chooses its GPU.
+        group: through which they wait for each other; None for the default one of torch.distributed.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
+    group: torch.distributed.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -37,8 +43,32 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every process has come here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+        self.agree(True)
+
+    def agree(self, well: bool) -> bool:
+        """Until every process has come here; whether all of them are well."""
+        if self.size == 1:
+            return well
+        flag = torch.tensor(int(well))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=self.group)
+        return bool(flag)
+
+    def lead(self, action: Callable[[], object]) -> None:
+        """The first process acts while the others wait.
+
+        Raises:
+            SystemExit: in the others where the action fails, so that the first alone says why.
+        """
+        if not self.first:
+            if not self.agree(True):
+                raise SystemExit(2)
+            return
+        try:
+            action()
+        except Exception:
+            self.agree(False)
+            raise
+        self.agree(True)
 
 
 @contextlib.contextmanager
@@ -53,6 +83,8 @@ def launched_ranks() -> Iterator[Ranks]:
         return
     torch.distributed.init_process_group("gloo")
     try:
-        yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        # A group of its own, for the patience is not for finding each other: a process whose torchrun is gone must give up.
+        group = torch.distributed.new_group(timeout=_PATIENCE)
+        yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), group)
     finally:
         torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed
 
 T = TypeVar("T")
@@ -40,6 +41,10 @@ class Ranks:
     def share(self, parts: Sequence[T]) -> list[T]:
         """Every ``size``-th part: this process's turns."""
         return list(parts[self.rank :: self.size])
+
+    def device(self, name: str) -> str:
+        """The device that ``name`` means for this process: where it leaves the GPU open, each process of a machine has its own."""
+        return f"cuda:{self.local}" if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
     def wait(self) -> None:
         """Until every process has come here."""

@@ -30,6 +30,11 @@ def command(monkeypatch, capfd):
     return call
 
 
+def unwrapped(text):
+    """Without the line breaks of an 80-column console."""
+    return " ".join(text.split())
+
+
 def invoke(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
@@ -159,6 +164,7 @@ def test_version():
         (["train", "--data", "nothing"], "unknown data 'nothing'"),
         (["train", "--schedule", "straight"], "schedule must be one of"),
         (["train", "--loss", "hybrid", "--variance", "fixed_small"], "hybrid"),
+        (["train", "--timestep-sampler", "importance"], "timestep_sampler must be one of uniform, stratified, loss_aware, got"),
         (["sample", "nowhere"], "nowhere"),
         (["sample", "nowhere", "--steps", "few"], "--steps must be a number or a list such as 0,10,50, got 'few'"),
         (["eval", "nowhere"], "nowhere"),
@@ -182,6 +188,89 @@ def test_a_run_is_not_overwritten_unasked(run, command):
     code, _, error = command(*TRAIN, "--out", run)
     assert code == 2 and "already holds a run" in error
     assert (run / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("loss", ["hybrid", "vlb"])
+@pytest.mark.parametrize("data", ["digits", "photos", "folder"])
+def test_learned_variance_trains_on_any_data(data, loss, tmp_path, command):
+    if data == "folder":
+        data = tmp_path / "images"
+        data.mkdir()
+        for i in range(4):
+            Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(data / f"{i}.png")
+    small = ["--steps", 1, "--batch", 2, "--preset", "digits"]  # a small network: 35 million parameters take a while to initialise
+    code, _, error = command("train", "--data", data, "--variance", "learned_range", "--loss", loss, *small, "--out", tmp_path / "run")
+    assert code == 0, error
+    config = json.loads((tmp_path / "run" / "checkpoint.json").read_text())["meta"]["train"]
+    usual = "stratified" if data == "digits" else "uniform"
+    assert config["loss"] == loss and config["timestep_sampler"] == ("loss_aware" if loss == "vlb" else usual)
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch, command):
+    """Stops the run of these further options after step 2 of 4, and gives its folder."""
+    from ddpm_fast.training import Trainer
+
+    def make(*options):
+        step = Trainer.train_step
+
+        def interrupted(self):
+            if self.step == 2:
+                raise KeyboardInterrupt
+            return step(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", interrupted)
+            code, text, _ = command(*TRAIN, "-T", 30, "--steps", 4, *options, "--out", tmp_path / "run")
+        assert code == 130 and "--resume goes on from there" in unwrapped(text)
+        return tmp_path / "run"
+
+    return make
+
+
+def test_resume_goes_on_with_the_run_and_says_when_it_is_finished(stopped, command):
+    out = stopped("--timestep-sampler", "loss_aware", "--dropout", 0.2)
+    assert not (out / "loss.png").exists()
+    # From the folder alone; repeating an option as it was is no contradiction.
+    code, text, error = command("train", "--resume", "--out", out, "--log-every", 1, "--batch", 8, "--dropout", 0.2, "--data", "digits")
+    assert code == 0 and "going on after step 2 of 4" in text, error
+    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4] and (out / "loss.png").exists()
+    before = (out / "checkpoint.safetensors").read_bytes()
+    code, text, _ = command("train", "--resume", "--out", out)
+    assert code == 0 and unwrapped(text).endswith("is finished: 4 of 4 steps are done")  # no --steps: its cosine ends here
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_resume_refuses_what_contradicts_the_run(stopped, tmp_path, command):
+    out = stopped()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for options, message in (
+        (["--batch", 32], "batch must be 8, got 32"),
+        (["--seed", 1], "seed must be 0, got 1"),
+        (["--data", "photos", "--no-flip", "--lr", 0.5], "data must be 'digits', got 'photos', learning_rate must be 0.003, got 0.5"),
+        (["--dropout", 0.5], "network dropout must be 0.0, got 0.5"),
+        (["--timestep-sampler", "uniform"], "timestep_sampler must be 'stratified', got 'uniform'"),
+        (["--steps", 9], "steps must be 4, got 9: the learning rate follows a cosine"),
+        (["--overwrite"], "--resume goes on with a run and --overwrite removes it; give one of them"),
+    ):
+        code, _, error = command("train", "--resume", "--out", out, *options)
+        assert code == 2 and message in error and len(error.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    code, _, error = command("train", "--resume", "--out", tmp_path / "nowhere")
+    assert code == 2 and "no checkpoint at" in error and not (tmp_path / "nowhere").exists()
+
+
+def test_resume_extends_a_run_of_constant_learning_rate(tmp_path, command):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8))
+    small = ["--data", tmp_path / "x.npy", "--preset", "digits", "--batch", 2, "--log-every", 1]
+    assert command("train", *small, "--steps", 1, "--out", tmp_path / "run")[0] == 0
+    text = command("train", "--resume", "--out", tmp_path / "run")[1]
+    assert "is finished: 1 of 1 steps are done; --steps goes further" in unwrapped(text)
+    code, text, error = command("train", "--resume", "--steps", 2, "--out", tmp_path / "run")
+    assert code == 0 and "going on after step 1 of 2" in text, error
+    meta = json.loads((tmp_path / "run" / "checkpoint.json").read_text())["meta"]
+    assert meta["step"] == 2 and meta["train"]["steps"] == 2
 
 
 def test_interrupted_training_keeps_what_it_has(tmp_path, monkeypatch, command):

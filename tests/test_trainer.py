@@ -1,4 +1,5 @@
 """The training loop: reproducible, resumable in principle, safe on disk."""
+import dataclasses
 import json
 
 import pytest
@@ -48,9 +49,26 @@ def test_another_seed_gives_other_weights():
 def test_training_lowers_the_loss():
     # Images of one grey each: all but their level is noise, which a short training can learn to see.
     x = torch.arange(24, dtype=torch.uint8).remainder(17).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
-    trainer = Trainer(config(steps=80, batch=24, learning_rate=5e-3, stratified=True), ImageData("grey", x, x[:6], 17))
+    trainer = Trainer(config(steps=80, batch=24, learning_rate=5e-3, timestep_sampler="stratified"), ImageData("grey", x, x[:6], 17))
     losses = [line["loss"] for line in trainer.run(log_every=1)]
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])  # the target is unit noise: the loss starts at 1
+
+
+def test_hybrid_loss_learns_a_variance_that_lowers_the_bound():
+    x = torch.arange(24, dtype=torch.uint8).remainder(17).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+    betas = dict(beta_start=5e-3, beta_end=0.5)
+    changes = dict(variance="learned_range", loss="hybrid", timestep_sampler="stratified", schedule_options=betas, ema=0.9)
+    trainer = Trainer(config(steps=60, batch=24, learning_rate=5e-3, **changes), ImageData("grey", x, x[:6], 17))
+    trainer.run()
+    model = trainer.averaged_model()
+
+    def frozen(x_t, t):  # the variance of the first step, halfway between the two fixed ones: the head starts at zero
+        out = model(x_t, t)
+        return torch.cat([out[:, :1], torch.zeros_like(x_t)], 1)
+
+    x_start = trainer.data.batch("train", slice(None))[0]
+    learned, start = (trainer.diffusion.bits_per_dim(m, x_start).total.mean() for m in (model, frozen))
+    assert learned < 0.95 * start  # 0.88 of it here: the mean is the same, and so is the noise
 
 
 @pytest.mark.parametrize("variance, loss", [("fixed_small", "simple"), ("fixed_large", "vlb"), ("learned", "vlb"), ("learned_range", "hybrid")])
@@ -65,10 +83,45 @@ def test_bf16_autocast_trains_close_to_fp32():
     assert losses[0] == pytest.approx(losses[1], rel=0.02)  # the same first step, 8 bits of mantissa
 
 
+def test_loss_aware_draws_follow_the_losses_and_the_logged_loss_estimates_the_same():
+    trainer = Trainer(config(timesteps=3, batch=30, steps=12, loss="vlb", timestep_sampler="loss_aware"), images(30))
+    values = torch.tensor([2.0, 0.5, 0.1])
+
+    def loss(out, x_start, x_t, t, noise, *, kind, weight):
+        assert (kind, weight) == ("vlb", "uniform")
+        return values[t] + 0.0 * out.flatten(1).sum(1)
+
+    trainer.diffusion.loss = loss
+    lines = trainer.run(log_every=1)
+    counts = trainer.timestep_sampler.draw(12)[0].bincount(minlength=3)
+    assert counts.tolist() == pytest.approx((30 * values / values.sum()).tolist(), abs=2)
+    # Uniform at first; then the factor takes all the variance away, as these losses depend on t alone.
+    assert [line["loss"] for line in lines] == pytest.approx([values.mean().item()] * 12, rel=0.02)
+
+
+def test_loss_vlb_brings_its_recipe():
+    recipe = TrainConfig.for_data("digits")
+    assert (recipe.timestep_sampler, recipe.weight) == ("stratified", "p2")
+    vlb = TrainConfig.for_data("digits", loss="vlb")
+    assert (vlb.timestep_sampler, vlb.weight) == ("loss_aware", "uniform")
+    assert TrainConfig.for_data("photos", loss="vlb", timestep_sampler="uniform").timestep_sampler == "uniform"
+    with pytest.raises(ValueError, match="weight is of the simple loss and has no part in loss 'vlb', got 'p2'"):
+        TrainConfig.for_data("digits", loss="vlb", weight="p2")
+
+
+def test_configuration_of_earlier_versions_is_translated():
+    values = dataclasses.asdict(config())
+    del values["timestep_sampler"]
+    for stratified, name in ((True, "stratified"), (False, "uniform")):
+        assert TrainConfig.from_dict({**values, "stratified": stratified}) == config(timestep_sampler=name)
+    with pytest.raises(ValueError, match="entries that this version does not know: stratified"):
+        TrainConfig.from_dict({**values, "stratified": True, "timestep_sampler": "uniform"})
+
+
 def test_timesteps_cover_the_chain():
-    drawn = Trainer(config(batch=20), images()).timesteps(0)
+    drawn, _ = Trainer(config(batch=20), images()).timestep_sampler.draw(0)
     assert drawn.shape == (20,) and drawn.min() >= 0 and drawn.max() < 20
-    stratified = Trainer(config(batch=40, stratified=True), images()).timesteps(3)
+    stratified, _ = Trainer(config(batch=40, timestep_sampler="stratified"), images()).timestep_sampler.draw(3)
     assert stratified.bincount(minlength=20).tolist() == pytest.approx([2] * 20, abs=1)  # two strata to each t
 
 
@@ -158,6 +211,7 @@ def test_checkpoint_with_unknown_configuration_is_refused(tmp_path):
         (dict(loss="l2"), "loss must be one of simple, vlb, hybrid, got 'l2'"),
         (dict(preset="big"), "preset must be one of .*, got 'big'"),
         (dict(label_dropout=2.0), r"label_dropout must lie in \[0, 1\], got 2.0"),
+        (dict(timestep_sampler="importance"), "timestep_sampler must be one of uniform, stratified, loss_aware, got 'importance'"),
         (dict(precision="fp8"), "precision must be one of fp32, bf16, got 'fp8'"),
     ],
 )

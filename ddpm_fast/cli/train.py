@@ -11,9 +11,11 @@ from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, console, prin
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Annotated[str, typer.Option(help="digits, photos, a folder of images, or a .npy or .npz file.")] = "digits",
     out: Out = Path("runs/train"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; --steps may extend it.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in each step.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Adam's learning rate.")] = None,
@@ -25,6 +27,7 @@ def train(
     variance: Annotated[str | None, typer.Option(help="fixed_small, fixed_large, learned or learned_range.")] = None,
     loss: Annotated[str | None, typer.Option(help="simple, vlb or hybrid.")] = None,
     weight: Annotated[str | None, typer.Option(help="Of the simple loss: uniform, min_snr, p2 or vlb.")] = None,
+    timestep_sampler: Annotated[str | None, typer.Option(help="Of t: uniform, stratified, or loss_aware as for loss vlb.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises.")] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images at random: on but for digits; wrong for text.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the moving average of the weights.")] = None,
@@ -45,20 +48,35 @@ def train(
     from ddpm_fast.training.data import BUILT_IN
 
     set_threads(threads)
-    old = [out / name for name in ("checkpoint.safetensors", "checkpoint.json", "metrics.jsonl")]
-    if not overwrite and any(path.exists() and path.stat().st_size for path in old):
-        raise ValueError(f"{out} already holds a run; choose another folder with --out, or pass --overwrite")
     if Path(data).exists() and data not in BUILT_IN:
         data = str(Path(data).resolve())  # the run can then be evaluated from any folder
-    config = TrainConfig.for_data(
-        data, image_size=image_size, levels=levels, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup, preset=preset,
-        schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss or implied_loss(variance),
-        weight=weight, flip=flip, ema=ema, class_conditional=class_conditional, precision=precision, device=device, seed=seed,
-        network=None if dropout is None else {"dropout": dropout},
+    options = dict(
+        data=data, image_size=image_size, levels=levels, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
+        preset=preset, schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss, weight=weight,
+        timestep_sampler=timestep_sampler, flip=flip, ema=ema, class_conditional=class_conditional, precision=precision,
+        device=device, seed=seed, network=None if dropout is None else {"dropout": dropout},
     )  # fmt: skip
-    trainer = Trainer(config, load_data(data, image_size=image_size, levels=levels))
-    for path in old:
-        path.unlink(missing_ok=True)  # a run that fails early must not leave new metrics beside an old checkpoint
+    if resume:
+        if overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite removes it; give one of them")
+        # Of the options that have a value by default, only those that were typed can contradict the run.
+        # (By the source's name: its class is click's, or that of the copy which newer versions of typer bring.)
+        typed = [name for name in options if name == "network" or context.get_parameter_source(name).name == "COMMANDLINE"]
+        trainer = Trainer.restore(out, **{name: options[name] for name in typed})
+        if trainer.step == trainer.config.steps:
+            further = "; --steps goes further" if trainer.config.decay == "constant" else ""
+            console.print(f"the run in {out} is finished: {trainer.step} of {trainer.config.steps} steps are done{further}")
+            return
+        console.print(f"going on after step {trainer.step} of {trainer.config.steps}")
+    else:
+        old = [out / name for name in ("checkpoint.safetensors", "checkpoint.json", "metrics.jsonl")]
+        if not overwrite and any(path.exists() and path.stat().st_size for path in old):
+            raise ValueError(f"{out} already holds a run; go on with it by --resume, choose another folder with --out, or pass --overwrite")
+        config = TrainConfig.for_data(**{**options, "loss": loss or implied_loss(variance)})
+        trainer = Trainer(config, load_data(data, image_size=image_size, levels=levels))
+        for path in old:
+            path.unlink(missing_ok=True)  # a run that fails early must not leave new metrics beside an old checkpoint
+    config = trainer.config
     left = float(trainer.diffusion.schedule.alphas_bar[-1])
     if left > 0.01:
         console.print(f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it")
@@ -68,7 +86,7 @@ def train(
         with Bar("training") as bar:
             history = trainer.run(out, log_every=log_every, save_every=save_every, report=lambda p: bar.update(p.step, p.steps, p.loss))
     except KeyboardInterrupt:
-        saved = f"; its checkpoint is in {out}" if trainer.step else ""
+        saved = f"; its checkpoint is in {out}, and --resume goes on from there" if trainer.step else ""
         console.print(f"stopped after step {trainer.step} of {config.steps}{saved}")
         raise typer.Exit(130) from None
     write_loss_curve(out / "loss.png", [line["step"] for line in history], [line["loss"] for line in history], ylabel=f"{config.loss} loss")

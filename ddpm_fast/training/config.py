@@ -10,6 +10,7 @@ from ddpm_fast.models import PRESETS, UNet
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import WEIGHTS
 from ddpm_fast.training.data import ImageData
+from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 
 PRECISIONS = ("fp32", "bf16")
 DECAYS = ("constant", "cosine")
@@ -33,7 +34,8 @@ class TrainConfig:
         ema: decay of the moving average of the weights.
         flip: mirror each image with probability ½.
         class_conditional, label_dropout: give the network the labels, but drop them with this probability.
-        stratified: spread each batch's t evenly over 0..T-1 instead of drawing them independently.
+        timestep_sampler: how t are drawn: "uniform" (independently), "stratified" (each batch's spread evenly over 0..T-1) or
+            "loss_aware" (more often where the loss, whichever it is, has been large; weighted so that it estimates the same).
         seed: of everything random in the run.
         precision: "fp32", or "bf16" for autocast.
         device: "auto" (CUDA where there is one), "cpu" or "cuda[:i]".
@@ -62,7 +64,7 @@ class TrainConfig:
     flip: bool = True
     class_conditional: bool = False
     label_dropout: float = 0.1
-    stratified: bool = False
+    timestep_sampler: str = "uniform"
     seed: int = 0
     precision: str = "fp32"
     device: str = "auto"
@@ -80,17 +82,25 @@ class TrainConfig:
             raise ValueError(f"adam_beta2 must lie in [0, 1), got {self.adam_beta2}")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout must lie in [0, 1], got {self.label_dropout}")
-        for name, allowed in (("loss", LOSSES), ("weight", WEIGHTS), ("precision", PRECISIONS), ("decay", DECAYS), ("preset", tuple(PRESETS))):
+        for name, allowed in (
+            ("loss", LOSSES), ("weight", WEIGHTS), ("timestep_sampler", tuple(TIMESTEP_SAMPLERS)),
+            ("precision", PRECISIONS), ("decay", DECAYS), ("preset", tuple(PRESETS)),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
     @classmethod
     def for_data(cls, data: str, **overrides: Any) -> TrainConfig:
-        """The recipe for a data set, with what is given (not None) replaced; another schedule starts from its own defaults."""
+        """The recipe for a data set, with what is given (not None) replaced; another schedule starts from its own defaults.
+
+        Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss.
+        """
         recipe = RECIPES.get(data, {})
         given = {name: value for name, value in overrides.items() if value is not None}
         if "schedule" in given:
             recipe = {**recipe, "schedule_options": {}}
+        if given.get("loss") == "vlb":
+            recipe = {**recipe, "weight": "uniform", "timestep_sampler": "loss_aware"}
         config = cls(**{**recipe, "data": data, **given})
         if config.schedule == "linear" and "timesteps" in given and "schedule_options" not in given:
             # A chain of another length destroys as much as the recipe's: the betas scale with 1/T.
@@ -103,10 +113,36 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of ``dataclasses.asdict``; entries of a later version are refused."""
+        if "stratified" in values and "timestep_sampler" not in values:  # versions that knew two ways had a bool
+            values = dict(values)
+            values["timestep_sampler"] = "stratified" if values.pop("stratified") else "uniform"
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"the training configuration has entries that this version does not know: {', '.join(unknown)}")
         return cls(**values)
+
+    def continued(self, **changes: Any) -> TrainConfig:
+        """The configuration with which a run goes on. ``steps`` and ``device`` may change; the rest may only be what it was.
+
+        Args:
+            changes: entries to replace; None is as good as not given. ``network`` may have some of its arguments.
+
+        Raises:
+            ValueError: for any other change, and for another number of steps where the learning rate decays over them.
+        """
+        own = {**dataclasses.asdict(self), **{f"network {name}": value for name, value in {**PRESETS[self.preset], **self.network}.items()}}
+        given = {name: value for name, value in changes.items() if value is not None}
+        given |= {f"network {name}": value for name, value in given.pop("network", {}).items()}
+        other = [name for name, value in given.items() if name not in ("steps", "device") and value != own.get(name)]
+        if other:
+            what = ", ".join(f"{name} must be {own.get(name)!r}, got {given[name]!r}" for name in other)
+            raise ValueError(f"a run goes on as it began: {what}")
+        if self.decay != "constant" and given.get("steps", self.steps) != self.steps:
+            raise ValueError(
+                f"steps must be {self.steps}, got {given['steps']}: the learning rate follows a {self.decay} to zero at "
+                f"step {self.steps}; train afresh for another number"
+            )
+        return dataclasses.replace(self, **{name: given[name] for name in ("steps", "device") if name in given})
 
     def make_diffusion(self, levels: int) -> GaussianDiffusion:
         schedule = NoiseSchedule.from_name(self.schedule, self.timesteps, **self.schedule_options)
@@ -140,7 +176,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "digits": dict(
         preset="digits", network=dict(dropout=0.0), timesteps=150, schedule_options=dict(beta_start=3e-3, beta_end=0.13),
         variance="learned_range", loss="hybrid", weight="p2", steps=400, batch=64, learning_rate=3e-3, adam_beta2=0.99, warmup=50,
-        decay="cosine", ema=0.98, flip=False, stratified=True,
+        decay="cosine", ema=0.98, flip=False, timestep_sampler="stratified",
     ),
     "photos": dict(preset="photos32", steps=20_000, batch=32, warmup=500, ema=0.999),
 }  # fmt: skip

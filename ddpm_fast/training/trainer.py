@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +18,21 @@ from torch import Tensor
 
 from ddpm_fast.models import EMA, UNet
 from ddpm_fast.noise import FOLD_AUGMENT, FOLD_DROPOUT, FOLD_LABELS, FOLD_TRAIN_NOISE, FOLD_TRAIN_TIMESTEPS, Noise
-from ddpm_fast.training.checkpoint import add_prefix, pack_optimizer, save_checkpoint
+from ddpm_fast.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    add_prefix,
+    load_into,
+    pack_optimizer,
+    save_checkpoint,
+    strip_prefix,
+    unpack_optimizer,
+)
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.data import Batches, ImageData
-
-METRICS = "metrics.jsonl"
+from ddpm_fast.training.data import Batches, ImageData, load_data
+from ddpm_fast.training.metrics import METRICS, open_metrics, read_metrics
+from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
+from ddpm_fast.training.trained import cannot_rebuild, load_run
 
 
 class Progress(NamedTuple):
@@ -39,7 +51,7 @@ class Trainer:
         data: the images, as ``load_data(config.data)`` gives them.
 
     Attributes:
-        model, ema, optimizer, diffusion: the parts, on ``device``.
+        model, ema, optimizer, diffusion, timestep_sampler: the parts, on ``device``.
         step: optimiser steps done.
 
     Raises:
@@ -62,24 +74,76 @@ class Trainer:
         self.batches = Batches(len(data.train), config.batch, config.seed)
         self.step = 0
         key = Noise(config.seed)
-        self._noise, self._timesteps = key.fold_in(FOLD_TRAIN_NOISE), key.fold_in(FOLD_TRAIN_TIMESTEPS)
+        make_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler]
+        self.timestep_sampler = make_sampler(len(self.diffusion), config.batch, key.fold_in(FOLD_TRAIN_TIMESTEPS), self.device)
+        self._noise = key.fold_in(FOLD_TRAIN_NOISE)
         self._flips, self._labels = key.fold_in(FOLD_AUGMENT), key.fold_in(FOLD_LABELS)
         self._dropout = key.fold_in(FOLD_DROPOUT)
+
+    @classmethod
+    def restore(cls, path: Path | str, images: ImageData | None = None, **changes: Any) -> Trainer:
+        """A trainer that goes on from a checkpoint, bit for bit as if it had never stopped (on the same device and PyTorch).
+
+        Args:
+            path: the run's folder, or its checkpoint file.
+            images: what the run was trained on; by default loaded as its configuration says.
+            changes: entries of the configuration to replace, as :meth:`TrainConfig.continued` allows: steps and device.
+
+        Raises:
+            CheckpointError: for a file that is missing, foreign, damaged, incomplete or of a later version.
+            ValueError: for a change that is not allowed, fewer steps than are done, or data that are not the run's.
+        """
+        checkpoint, config = load_run(path)
+        config, step = config.continued(**changes), checkpoint.meta["step"]
+        if config.steps < step:
+            raise ValueError(f"steps must be at least the {step} that are done, got {config.steps}")
+        if images is None:
+            images = load_data(config.data, image_size=config.image_size, levels=config.levels)
+        _check_images(images, checkpoint)
+        trainer = cls(config, images)
+        try:
+            trainer._load(checkpoint)
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise cannot_rebuild(checkpoint, error) from error
+        return trainer
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Takes over everything that `save` wrote of a run of this configuration."""
+        tensors, meta, where = checkpoint.tensors, checkpoint.meta, f"of {checkpoint.path}"
+        if absent := [name for name in ("ema_updates", "optimizer") if name not in meta]:
+            raise CheckpointError(f"{checkpoint.path} can be sampled from but not resumed: it has no {', '.join(absent)}")
+        with torch.device("meta"):  # with today's defaults for arguments that an earlier version did not have
+            network, own = UNet(**meta["network"]).config, self.model.config
+        if other := [f"{name} {value!r}, got {own[name]!r}" for name, value in network.items() if value != own[name]]:
+            raise ValueError(f"its network must have {', '.join(other)}")  # a dropout, say, leaves no trace in the weights
+        load_into(self.model, strip_prefix("model", tensors), f"network (model weights {where})")
+        averages = strip_prefix("ema", tensors)
+        buffers = {name: averages.pop(name) for name, _ in self.model.named_buffers() if name in averages}
+        self.ema.load_state_dict({"num_updates": meta["ema_updates"], "parameters": averages, "buffers": buffers})
+        self._load_optimizer(strip_prefix("optimizer", tensors), meta)
+        state, sampler = strip_prefix("timesteps", tensors), f"timestep_sampler {self.config.timestep_sampler!r}"
+        if not state and self.timestep_sampler.state_dict():
+            raise CheckpointError(f"{checkpoint.path} has no state of its {sampler} and cannot be resumed")
+        load_into(self.timestep_sampler, state, f"{sampler} {where}")
+        self.step = meta["step"]
+
+    def _load_optimizer(self, packed: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        expected = {f"{index}.{name}": p for index, p in enumerate(self.model.parameters()) for name in ("exp_avg", "exp_avg_sq")}
+        expected |= {f"{index}.step": torch.zeros(()) for index, _ in enumerate(self.model.parameters())}
+        shapes = {name: tuple(tensor.shape) for name, tensor in packed.items()}
+        if meta["step"] and shapes != {name: tuple(like.shape) for name, like in expected.items()}:
+            raise ValueError(f"its optimizer's state must be that of {len(expected) // 3} parameters, got other tensors")
+        # Files hold rows in order; the fused kernel wants a parameter and its state laid out alike, here channels_last.
+        packed = {name: torch.empty_like(expected[name], dtype=tensor.dtype).copy_(tensor) for name, tensor in packed.items()}
+        self.optimizer.load_state_dict(unpack_optimizer(packed, meta["optimizer"]))
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, then constant or a half cosine that would reach zero after the last step."""
         config = self.config
         rate = config.learning_rate * min(1.0, (step + 1) / max(config.warmup, 1))
         return rate * 0.5 * (1.0 + math.cos(math.pi * step / config.steps)) if config.decay == "cosine" else rate
-
-    def timesteps(self, step: int) -> Tensor:
-        """The t of a step's batch, (N,) int64."""
-        T, batch = len(self.diffusion), self.config.batch
-        noise = self._timesteps.at(stream=step)
-        if not self.config.stratified:
-            return noise.integers(batch, T, self.device)
-        offset = torch.arange(batch, dtype=torch.float64, device=self.device)
-        return ((offset + noise.uniform(batch, self.device)) * (T / batch)).long().clamp_max(T - 1)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Images (N, C, H, W) in [-1, 1] and, for a conditional model, labels with some dropped."""
@@ -97,19 +161,22 @@ class Trainer:
         """One optimiser step. Returns (loss, norm of the gradient) as tensors: reading them is the caller's choice."""
         config, step = self.config, self.step
         x_start, labels = self.batch(step)
-        t, noise = self.timesteps(step), self._noise.at(stream=step)
+        (t, factor), noise = self.timestep_sampler.draw(step), self._noise.at(stream=step)
         x_t = self.diffusion.q_sample(x_start, t, noise)
         with self._autocast():
             out = self.model(x_t, t, labels, dropout=self._dropout.at(stream=step))
-        loss = self.diffusion.loss(out.float(), x_start, x_t, t, noise, kind=config.loss, weight=config.weight).mean()
+        losses = self.diffusion.loss(out.float(), x_start, x_t, t, noise, kind=config.loss, weight=config.weight)
+        loss = (losses if factor is None else losses * factor).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        self.optimizer.step()
-        self.ema.update(self.model)
-        self.step += 1
+        with uninterrupted():  # a checkpoint of half a step could not be resumed exactly
+            self.optimizer.step()
+            self.ema.update(self.model)
+            self.timestep_sampler.update(t, losses.detach())
+            self.step += 1
         return loss.detach(), norm
 
     def run(
@@ -123,23 +190,25 @@ class Trainer:
         """Trains up to the last step.
 
         Args:
-            out: folder for metrics.jsonl and the checkpoint; None writes nothing.
+            out: folder for metrics.jsonl and the checkpoint; None writes nothing. Of the metrics that are there already, the
+                lines of steps done before are kept, none for a new run.
             log_every: steps between two lines of metrics (and of reading the loss).
             save_every: steps between checkpoints; the last step always saves one. On Ctrl-C too, before
                 KeyboardInterrupt goes on.
             report: called after each step.
 
         Returns:
-            The lines of metrics.
+            The lines of metrics, those that were kept first.
 
         Raises:
+            ValueError: where metrics of steps done before are to be kept and cannot be read.
             FloatingPointError: where the loss is not finite; no checkpoint is written over the last good one.
             OSError: where ``out`` cannot be written.
         """
-        history: list[dict] = []
+        history: list[dict] = [] if out is None else read_metrics(Path(out) / METRICS, self.step)
         with contextlib.ExitStack() as stack:
-            metrics = stack.enter_context(open_metrics(Path(out) / METRICS)) if out is not None else None
-            start, first = time.perf_counter(), self.step
+            metrics = stack.enter_context(open_metrics(Path(out) / METRICS, history)) if out is not None else None
+            start, first, spent = time.perf_counter(), self.step, history[-1]["elapsed_s"] if history else 0.0
             loss = norm = torch.zeros(())
             try:
                 while self.step < self.config.steps:
@@ -153,7 +222,7 @@ class Trainer:
                         elapsed = time.perf_counter() - start
                         history.append(dict(
                             step=self.step, loss=loss.item(), grad_norm=norm.item(), lr=self.learning_rate(self.step - 1),
-                            elapsed_s=round(elapsed, 3), images_per_s=round((self.step - first) * self.config.batch / elapsed, 1),
+                            elapsed_s=round(spent + elapsed, 3), images_per_s=round((self.step - first) * self.config.batch / elapsed, 1),
                         ))  # fmt: skip
                         if metrics:
                             print(json.dumps(history[-1]), file=metrics, flush=True)
@@ -161,7 +230,7 @@ class Trainer:
                         self.save(out)
                     report(Progress(self.step, self.config.steps, history[-1]["loss"] if read else None))
             except KeyboardInterrupt:
-                if out is not None and first < self.step < self.config.steps:
+                if out is not None and first < self.step:
                     self._check_finite(loss, norm)
                     self.save(out)
                 raise
@@ -184,6 +253,7 @@ class Trainer:
             **add_prefix("model", self.model.state_dict()),
             **add_prefix("ema", {**ema["parameters"], **ema["buffers"]}),
             **add_prefix("optimizer", optimizer),
+            **add_prefix("timesteps", self.timestep_sampler.state_dict()),
         }
         meta = dict(
             ddpm_fast_version=__version__,
@@ -191,6 +261,7 @@ class Trainer:
             network=self.model.config,
             levels=self.data.levels,
             image_shape=list(self.data.image_shape),
+            images=len(self.data.train),
             train=dataclasses.asdict(self.config),
             ema_updates=ema["num_updates"],
             optimizer=optimizer_meta,
@@ -235,8 +306,26 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_metrics(path: Path) -> Iterator[Any]:
-    """metrics.jsonl of a new run, opened before any work, so that an unwritable folder is noticed at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        yield file
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C within the block takes effect at its end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pressed: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            handler(*pressed[0])
+
+
+def _check_images(images: ImageData, checkpoint: Checkpoint) -> None:
+    """What a checkpoint tells of the images that it was trained on. Their order in training depends on their number."""
+    meta, found = checkpoint.meta, (len(images.train), images.image_shape, images.levels)
+    expected = (meta.get("images", found[0]), tuple(meta["image_shape"]), meta["levels"])  # the first version kept no number
+    if found != expected:
+        described = ["{} images of {} with {} levels".format(*values) for values in (expected, found)]
+        raise ValueError(f"{images.name} must be the {described[0]} that {checkpoint.path} was trained on, got {described[1]}")

@@ -5,11 +5,15 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed
 
 T = TypeVar("T")
+# A rank waits for another one's last part, however long that takes. One that fails is noticed at once: its connection closes.
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,20 @@ class Ranks:
         return list(parts[self.rank :: self.size])
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Until every process has come here.
+
+        Raises:
+            ConnectionError: another one has ended before; its own message says why.
+        """
         if self.size > 1:
-            torch.distributed.barrier()
+            try:
+                torch.distributed.barrier()
+            except RuntimeError:
+                raise ConnectionError(f"rank {self.rank} stops, as another one has") from None
+
+    def device(self, name: str) -> str:
+        """The device that ``name`` means for this process: where it leaves the GPU open, each process of a machine has its own."""
+        return f"cuda:{self.local}" if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
 
 @contextlib.contextmanager
@@ -51,7 +66,7 @@ def launched_ranks() -> Iterator[Ranks]:
     if size == 1 or not torch.distributed.is_available():
         yield Ranks()
         return
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
     finally:

@@ -98,7 +98,7 @@ def evaluate_run(
     if ranks.first:
         parts.open()
         if done():
-            console.print(f"{done()} of {count} images are done already, in {parts.folder}")
+            console.print(f"{done()} of {count} images are done already, in {parts.folder}", soft_wrap=True)
     try:
         with Bar("evaluating", quiet=not ranks.first) as bar:
             bound = evaluate_bound(
@@ -107,7 +107,7 @@ def evaluate_run(
             )  # fmt: skip
     except KeyboardInterrupt:
         if ranks.first:
-            console.print(f"stopped with {done()} of {count} images done, which are in {parts.folder}; the same command goes on from there")
+            console.print(f"stopped with {done()} of {count} images done, which are in {parts.folder}; the same command goes on from there", soft_wrap=True)
         raise typer.Exit(130) from None
     if ranks.first:
         about = {"images": count, **about, "estimated": terms is not None, "clip": clip, "seed": seed}
@@ -128,7 +128,8 @@ def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Fea
     about = dict(data=images.name, reference=reference, reference_images=number, features=features.name, seed=seed)
     write_json(out / "quality.json", {**about, "rows": rows})
     table = Table(box=None, pad_edge=False)
-    for heading in (f"against {number} images ({reference}), on {features.name}", "images", "FID", "KID", "precision", "recall", "IS"):
+    console.print(f"{features.name} features, against the {number} images for {'training' if reference == 'train' else 'testing'}")
+    for heading in ("", "images", "FID", "KID", "precision", "recall", "IS"):
         table.add_column(heading, justify="right" if table.columns else "left")
     for row in rows:
         score, spread = row.get("inception_score"), row.get("inception_score_std")

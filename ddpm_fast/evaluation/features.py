@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddpm_fast.training.data import load_data, to_levels
 
 DIGITS, INCEPTION = "digits", "inception"
-_DIGITS_FEATURES, _DIGITS_SEED, _DIGITS_EPOCHS, _DIGITS_BATCH = 64, 0, 12, 64
+_DIGITS_FEATURES, _DIGITS_SEED, _DIGITS_EPOCHS, _DIGITS_BATCH = 64, 0, 20, 128
 
 
 @dataclass(frozen=True)
@@ -82,30 +82,28 @@ def load_features(name: str, device: torch.device | str = "cpu", *, inception_we
     if name == DIGITS:
         classifier = digits_classifier()
         return Features(name, classifier, classifier.logits)  # on the CPU: it is smaller than the way to a GPU
-    if name == INCEPTION:
-        module = _Inception(inception_weights)
-    else:
-        module = _import(name)
+    module = _Inception(inception_weights) if name == INCEPTION else _import(name)
     if isinstance(module, nn.Module):
         module = module.to(device).eval()
     return Features(name, module, getattr(module, "logits", None), device)
 
 
 class DigitsClassifier(nn.Module):
-    """A perceptron for 8x8 digits; its features are what its last layer reads."""
+    """A perceptron for 8x8 digits; its features are what its last layer reads, on a scale on which their mean square is 1."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, _DIGITS_FEATURES), nn.ReLU())
         self.head = nn.Linear(_DIGITS_FEATURES, 10)
+        self.register_buffer("scale", torch.ones(()))  # KID's kernel, a power of 1 + xᵀy/F, has no scale of its own
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 8, 8):
             raise ValueError(f"features {DIGITS!r} are of (1, 8, 8) images, got {tuple(images.shape[1:])}")
-        return self.trunk(images)
+        return self.trunk(images) / self.scale
 
     def logits(self, features: Tensor) -> Tensor:
-        return self.head(features)
+        return self.head(features * self.scale)
 
 
 @functools.cache
@@ -127,12 +125,14 @@ def digits_classifier() -> DigitsClassifier:
             for _ in range(_DIGITS_EPOCHS):
                 for chosen in torch.randperm(len(images))[: batches * _DIGITS_BATCH].split(_DIGITS_BATCH):
                     optimizer.zero_grad()
-                    F.cross_entropy(classifier.head(classifier(images[chosen])), labels[chosen]).backward()
+                    F.cross_entropy(classifier.logits(classifier(images[chosen])), labels[chosen]).backward()
                     optimizer.step()
                     rise_and_fall.step()
+        classifier.requires_grad_(False).eval()
+        classifier.scale = classifier(images).square().mean().sqrt()
     finally:
         torch.set_num_threads(threads)
-    return classifier.eval().requires_grad_(False)
+    return classifier
 
 
 class _Inception(nn.Module):

@@ -206,9 +206,11 @@ class _Given(nn.Module):
 
 @contextlib.contextmanager
 def _quiet_and_seeded(seed: int) -> Iterator[None]:
-    """torchmetrics draws from the global generator, which must not notice, and warns that it keeps features, which is wanted."""
+    """torchmetrics draws from the global generator, which must not notice, and warns of what is wanted: that it keeps
+    features, and that a score of one part has no deviation."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Metric .* will save all extracted features in buffer")
+        for expected in ("Metric .* will save all extracted features in buffer", r"std\(\): degrees of freedom"):
+            warnings.filterwarnings("ignore", message=expected)
         torch.default_generator.manual_seed(seed)
         yield
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 import ddpm_fast
+import ddpm_fast.evaluation
 from ddpm_fast.schedules import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
 TESTS = sorted(set(re.findall(r"`(tests/\w+\.py::\w+)`", TEXT)))
-FUNCTIONS = sorted(set(re.findall(r"`((?:schedules|tables|diffusion|sampling|noise|ops)(?:\.\w+)+)`", TEXT)))
+FUNCTIONS = sorted(set(re.findall(r"`((?:schedules|tables|diffusion|sampling|noise|ops|evaluation)(?:\.\w+)+)`", TEXT)))
 
 
 @pytest.mark.parametrize("name", TESTS)

@@ -43,7 +43,8 @@ def rate_distortion(bound: Bound) -> RateDistortion:
     """The rate/distortion curve of a bound.
 
     A full evaluation gives it at each t. An estimate gives it at the last t of each interval, where the rate is unbiased;
-    the squared error there is interpolated, in t, between the middles of the intervals, and held beyond the last of them.
+    the squared error there is interpolated, in t, between the middles of the intervals, and held beyond the last of them:
+    rough where long intervals meet a steep error, near t = T.
 
     Source: Ho et al. 2020, section 4.3 and fig. 5.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from ddpm_fast.tables import VARIANCES, bound_table, log_variance_range, loss_we
 
 Model = Callable[[Tensor, Tensor], Tensor]
 LOSSES = ("simple", "vlb", "hybrid")
+GUESS_COLUMNS = ("from_x_t", "from_out")  # of a p_step table: they make x̂0
 
 
 class PMeanVariance(NamedTuple):
@@ -112,6 +113,11 @@ class GaussianDiffusion:
                 self._tables[key] = (make() if make else getattr(self.schedule, name)).to(key[1], key[2]).contiguous()
         return self._tables[key]
 
+    def model_time(self, t: Tensor) -> Tensor:
+        """What a model is told at time t of this chain: another number where the schedule is a part of the one it was trained on."""
+        times = self.schedule.timesteps
+        return t if times[-1] == len(self) - 1 else times.to(t.device)[t]
+
     # The forward chain.
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -171,9 +177,7 @@ class GaussianDiffusion:
         row = gather_row(self._step_table(x_t), t, x_t)
         prediction, raw = split_output(model_output, x_t)
         x = x_t.to(prediction.dtype)
-        x_start = row["from_x_t"] * x + row["from_out"] * prediction
-        if clip:
-            x_start = x_start.clamp(-1.0, 1.0)
+        x_start = guess(row, x, prediction, clip)
         log_var = log_variance(self.variance_kind, row["log_variance_low"], row["log_variance_high"], raw).expand_as(x)
         return PMeanVariance(row["x_start"] * x_start + row["x_t"] * x, log_var.exp(), log_var, x_start)
 
@@ -291,24 +295,68 @@ class GaussianDiffusion:
         Raises:
             TypeError, ValueError: for data that are not finite or not in [-1, 1], or a noise that is a tensor.
         """
+        steps = (torch.full((x_start.shape[0],), step, device=x_start.device) for step in range(len(self)))
+        prior, terms, mse = self.bound_terms(model, x_start, steps, clip, noise)
+        return BoundTerms(prior + terms.sum(1), prior, terms, mse)
+
+    @torch.no_grad()
+    def bound_terms(
+        self,
+        model: Model,
+        x_start: Tensor,
+        timesteps: Iterable[Tensor],
+        clip: bool = True,
+        noise: Noise | None = None,
+        *,
+        report: Callable[[], object] = lambda: None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """L_T, and L_t with the error of x̂0 at chosen t, by one pass of the model for each: the loop under every bound.
+
+        Args:
+            model, x_start, clip: as :meth:`bits_per_dim`.
+            timesteps: K tensors (N,) int64, one t for each sample.
+            noise: the key of the draws of x_t: the k-th tensor of t uses stream k. Noise(0) if None.
+            report: called after each pass.
+
+        Returns:
+            The prior (N,), the terms (N, K), both in bits per dimension, and the mean squared error of x̂0 (N, K).
+
+        Raises:
+            TypeError, ValueError: as :meth:`bits_per_dim`.
+        """
         noise = Noise(0) if noise is None else noise
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a Noise, which gives each step its own draw, got {type(noise).__name__}")
         check_data("x_start", x_start)
         check_unit_range("x_start", x_start)
-        prior = self.prior_bpd(x_start)
-        terms = torch.empty(x_start.shape[0], len(self), dtype=prior.dtype, device=x_start.device)
-        mse = torch.empty_like(terms)
         x_t = torch.empty_like(x_start, memory_format=torch.contiguous_format)
-        for step in range(len(self)):
-            t = torch.full((x_start.shape[0],), step, device=x_start.device)
-            self.q_sample(x_start, t, noise.at(stream=step), out=x_t)
-            out = model(x_t, t)
-            terms[:, step] = self.vlb_terms(out, x_start, x_t, t, clip)
-            mse[:, step] = (self.p_mean_variance(out, x_t, t, clip).x_start - x_start).square().flatten(1).mean(1)
-        return BoundTerms(prior + terms.sum(1), prior, terms, mse)
+        terms, errors = [], []
+        for stream, t in enumerate(timesteps):
+            self.q_sample(x_start, t, noise.at(stream=stream), out=x_t)
+            out = model(x_t, self.model_time(t))
+            terms.append(self.vlb_terms(out, x_start, x_t, t, clip))
+            errors.append(self.x_start_mse(out, x_start, x_t, t, clip))
+            report()
+        return self.prior_bpd(x_start), torch.stack(terms, 1), torch.stack(errors, 1)
+
+    def x_start_mse(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
+        """Mean squared error of x̂0, the distortion of x_t as a code of x_0 (Ho et al., section 4.3).
+
+        Returns:
+            (N,) in fp32 (float64 for float64 data), on the data's scale, where black and white are 2 apart.
+        """
+        # Only the two columns that it needs: this runs beside every pass of a model.
+        row = gather_row(self._step_table(x_t), t, x_t, GUESS_COLUMNS)
+        prediction, _ = split_output(model_output, x_t)
+        return (guess(row, x_t.to(prediction.dtype), prediction, clip) - x_start).square_().flatten(1).mean(1)
 
 
-def gather_row(table: Tensor, t: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """The columns of a p_step table at t, by name, shaped to broadcast over x."""
-    return {name: gather(column, t, x) for name, column in zip(STEP_COLUMNS, table.unbind(1), strict=True)}
+def guess(row: dict[str, Tensor], x_t: Tensor, prediction: Tensor, clip: bool) -> Tensor:
+    """x̂0 from a row of a p_step table."""
+    x_start = row["from_x_t"] * x_t + row["from_out"] * prediction
+    return x_start.clamp(-1.0, 1.0) if clip else x_start
+
+
+def gather_row(table: Tensor, t: Tensor, x: Tensor, names: tuple[str, ...] = STEP_COLUMNS) -> dict[str, Tensor]:
+    """Columns of a p_step table at t, by name, shaped to broadcast over x."""
+    return {name: gather(table[:, STEP_COLUMNS.index(name)], t, x) for name in names}

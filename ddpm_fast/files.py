@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import json
+import math
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # A temporary folder in which nothing changed for this long belongs to a process that was killed:
 # a live writer keeps moving its modification times.
@@ -125,6 +129,29 @@ def _publish(files: Sequence[Path], folder: Path) -> None:
         os.replace(file, folder / file.name)
     if os.name == "posix":
         _sync(folder)  # the renames themselves must reach the disk
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """JSON to read and to parse: NaN and infinity, which it has no numbers for, become null."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "utf-8")
+
+
+def write_csv(path: str | os.PathLike, columns: Mapping[str, Sequence[Any]]) -> None:
+    """A table with a header, one row an entry of the columns, which have one length; NaN is an empty cell."""
+    rows = zip(*columns.values(), strict=True)
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_finite(value) for value in row] for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _remove_stale(path: Path) -> None:

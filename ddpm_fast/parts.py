@@ -61,7 +61,7 @@ class Parts:
         settings: JSON values of everything that the results depend on; they are kept beside the parts.
 
     Raises:
-        ValueError: from :meth:`open`, where the folder holds parts of other settings.
+        ValueError: from :meth:`open`, where the folder holds parts of other settings, or damaged ones.
         OSError: where the folder cannot be written.
     """
 
@@ -72,14 +72,17 @@ class Parts:
         """Creates the folder, or makes sure that the parts in it are of the same computation. For one rank; the others wait."""
         path = self.folder / SETTINGS
         if path.exists():
-            found = json.loads(path.read_text())
+            try:
+                found = dict(json.loads(path.read_text("utf-8")))
+            except (ValueError, TypeError):
+                raise ValueError(f"{path} is damaged; remove the folder") from None
             other = differences(found, self.settings)
             if other:
                 text = f"{self.folder} holds the unfinished parts of another run ({other})"
                 raise ValueError(f"{text}; finish that one, or remove the folder")
             return
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+            temporary.write_text(json.dumps(self.settings, indent=1) + "\n", "utf-8")
 
     def present(self) -> list[range]:
         """The ranges that are there, in order."""

@@ -210,6 +210,54 @@ def write_bound_plot(
     _save(figure, path)
 
 
+def write_rate_distortion_plot(
+    path: str | os.PathLike,
+    t: torch.Tensor,
+    rate: torch.Tensor,
+    distortion: torch.Tensor,
+    *,
+    title: str | None = None,
+) -> None:
+    """The progressive code of a model, as fig. 5 of Ho et al. 2020: distortion against rate, and both against t.
+
+    Args:
+        t: (K,) the step whose state the receiver has; in any order.
+        rate: (K,) bits/dim received by then.
+        distortion: (K,) root mean squared error of the image shown by then, on a scale of [0, 255].
+        title: a line above.
+
+    Raises:
+        ValueError: another shape, no points, NaN or infinity.
+    """
+    columns = [torch.as_tensor(column).detach().double().cpu() for column in (t, rate, distortion)]
+    if columns[0].ndim != 1 or not len(columns[0]) or any(column.shape != columns[0].shape for column in columns):
+        raise ValueError(f"t, rate and distortion must have one shape (K,), K >= 1, got {', '.join(str(tuple(c.shape)) for c in columns)}")
+    for name, column in zip(("t", "rate", "distortion"), columns):
+        _check_finite(name, column)
+    order = columns[0].argsort(descending=True)
+    t, rate, distortion = (column[order].numpy() for column in columns)
+    figure = _figure(9.6, 3.4)
+    # Over t the steps run as the code does, from noise to the image.
+    panels = (
+        (rate, "rate (bits/dim)", distortion, "distortion (RMSE of 255)"),
+        (t, "time step t", distortion, "distortion (RMSE of 255)"),
+        (t, "time step t", rate, "rate (bits/dim)"),
+    )
+    marker = "o" if len(t) < 60 else None
+    for axes, (x, x_label, y, y_label) in zip(figure.subplots(1, 3), panels):
+        axes.plot(x, y, color=_ACCENT, lw=1.3, marker=marker, ms=3)
+        _label(axes, x_label, y_label, integers=x is t)
+        axes.set_ylim(bottom=0)
+        if x is t:
+            axes.invert_xaxis()
+        else:
+            axes.plot(x[-1], y[-1], "o", color=_INK, ms=5, zorder=3, clip_on=False, label=f"t = {t[-1]:.0f}: {x[-1]:.3g} bits/dim, {y[-1]:.3g}")
+            axes.legend(edgecolor="none", fontsize=9, labelcolor=_INK)
+    if title is not None:
+        figure.suptitle(title, fontsize=10, color=_INK)
+    _save(figure, path)
+
+
 def write_loss_curve(
     path: str | os.PathLike, steps: Sequence[int], losses: Sequence[float], *, ylabel: str = "loss (mean squared error)"
 ) -> None:
@@ -279,13 +327,13 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _label(axes: Axes, x: str, y: str) -> None:
+def _label(axes: Axes, x: str, y: str, *, integers: bool = True) -> None:
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)
     axes.grid(axis="y", which="major", color="#e5e5e5", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", colors=_INK, labelsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=integers)
     axes.margins(x=0.01)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -47,15 +47,22 @@ class Ranks:
         return f"cuda:{self.local}" if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Until every process has come here.
+
+        Raises:
+            ConnectionError: another one has ended before; its own message says why.
+        """
         self.agree(True)
 
     def agree(self, well: bool) -> bool:
-        """Until every process has come here; whether all of them are well."""
+        """Until every process has come here; whether all of them are well. Raises as :meth:`wait`."""
         if self.size == 1:
             return well
         flag = torch.tensor(int(well))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=self.group)
+        try:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=self.group)
+        except RuntimeError:
+            raise ConnectionError(f"rank {self.rank} stops, as another one has") from None
         return bool(flag)
 
     def lead(self, action: Callable[[], object]) -> None:

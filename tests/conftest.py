@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,3 +112,34 @@ def threads(request):
 def csrc():
     """Folder of the native sources."""
     return Path(__file__).resolve().parents[1] / "csrc"
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs ``ddpm-fast`` with arguments: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        from ddpm_fast.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["ddpm-fast", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as leave:
+            code = leave.code
+        return (code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Folder of a short training run of a short chain on the digits, by the command; not to be changed."""
+    from typer.testing import CliRunner
+
+    from ddpm_fast.cli import app
+
+    out = tmp_path_factory.mktemp("run") / "digits"
+    result = CliRunner().invoke(app, ["train", "--steps", "3", "--batch", "8", "--log-every", "1", "-T", "30", "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return out

@@ -9,25 +9,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ddpm_fast
-from ddpm_fast.cli import app, main
+from ddpm_fast.cli import app
 
 TRAIN = ["train", "--data", "digits", "--steps", "3", "--batch", "8", "--log-every", "1"]
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """Runs ``ddpm-fast`` with arguments: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ddpm-fast", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as leave:
-            code = leave.code
-        return (code, *capfd.readouterr())
-
-    return call
 
 
 def unwrapped(text):
@@ -37,15 +21,6 @@ def unwrapped(text):
 
 def invoke(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short training run of a short chain."""
-    out = tmp_path_factory.mktemp("run")
-    result = invoke(*TRAIN, "-T", 30, "--out", out / "digits")
-    assert result.exit_code == 0, result.output
-    return out / "digits"
 
 
 def test_train_writes_a_whole_run(run):

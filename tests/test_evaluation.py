@@ -1,5 +1,7 @@
 """The bound on a data set: full and estimated, and the measures of samples."""
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -7,6 +9,8 @@ import torch
 import ddpm_fast as df
 from ddpm_fast.evaluation import class_counts, evaluate_bound, neighbour_distance_ratio
 from ddpm_fast.evaluation.bound import intervals
+from ddpm_fast.parts import Parts
+from ddpm_fast.ranks import Ranks
 from ddpm_fast.training.data import load_data
 
 T = 30
@@ -29,6 +33,7 @@ def test_full_bound_agrees_with_bits_per_dim():
     expected = DIFFUSION.bits_per_dim(model, x, noise=key)
     torch.testing.assert_close(bound.per_image, expected.total.double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(bound.terms, expected.terms.double(), rtol=0, atol=0)
+    torch.testing.assert_close(bound.mse, expected.mse.double(), rtol=0, atol=0)
     assert bound.total == pytest.approx(bound.decoder + bound.divergence + float(bound.prior.mean()))
 
 
@@ -38,6 +43,81 @@ def test_batch_size_changes_rounding_only():
         bounds = [evaluate_bound(model, DIFFUSION, x, terms_per_image=terms, batch=batch).per_image for batch in (1, 3, 7)]
         for other in bounds[1:]:
             torch.testing.assert_close(other, bounds[0], rtol=1e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """A small network of the real kind; noise on its weights, as a new one returns zeros."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = df.UNet(in_channels=1, base_channels=16, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), image_size=8, norm_groups=4)
+        with torch.no_grad():
+            for weights in network.parameters():
+                weights += 0.05 * torch.randn_like(weights)
+    return network.eval()
+
+
+def on_ranks(size, call):
+    """What each of ``size`` ranks gets from call(ranks). They are threads: the ranks of torchrun share nothing but files either."""
+    together = threading.Barrier(size, timeout=60)
+
+    class InThreads(Ranks):
+        def wait(self):
+            together.wait()
+
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(call, [InThreads(rank, size) for rank in range(size)]))
+
+
+@pytest.mark.parametrize("terms", [None, 5])
+def test_batches_and_ranks_change_a_networks_bound_by_rounding_only(unet, terms, tmp_path):
+    x = torch.randint(0, 17, (11, 1, 8, 8)) / 8 - 1.0
+    diffusion = df.GaussianDiffusion(df.NoiseSchedule.linear(12, 1e-3, 0.3), levels=17)
+    whole = evaluate_bound(unet, diffusion, x, terms_per_image=terms)
+    others = [evaluate_bound(unet, diffusion, x, terms_per_image=terms, batch=batch) for batch in (1, 4)]
+    for size, batch in ((2, 4), (3, 256)):
+        parts = Parts(tmp_path / str(size), {})
+        others += on_ranks(size, lambda ranks, b=batch, p=parts: evaluate_bound(unet, diffusion, x, terms_per_image=terms, batch=b, parts=p, ranks=ranks))
+        assert len(parts.present()) == 3  # 11 images in parts of 4, and of a third where one batch would hold them all
+    assert len(others) == 2 + 2 + 3
+    for other in others:
+        for name in ("prior", "terms", "mse", "per_image"):
+            torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=2e-5, atol=1e-7)
+        assert other.total == pytest.approx(whole.total, rel=1e-6) and other.standard_error == pytest.approx(whole.standard_error, rel=1e-5)
+
+
+@pytest.mark.parametrize("terms", [None, 6])
+def test_an_interrupted_evaluation_goes_on_to_the_same_bits(terms, tmp_path):
+    x, calls = grid_images(10), []
+
+    def interrupted(x, t):
+        calls.append(len(x))
+        if len(calls) == 2 * (terms or T) + 3:
+            raise KeyboardInterrupt
+        return model(x, t)
+
+    whole = evaluate_bound(model, DIFFUSION, x, terms_per_image=terms, batch=3)
+    parts = Parts(tmp_path / "parts", dict(seed=0))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_bound(interrupted, DIFFUSION, x, terms_per_image=terms, batch=3, parts=parts)
+    assert parts.missing(10, 3) == [range(6, 9), range(9, 10)]
+    seen = []
+    resumed = evaluate_bound(model, DIFFUSION, x, terms_per_image=terms, batch=3, parts=parts, report=lambda done, of: seen.append((done, of)))
+    assert seen[-1] == (2 * (terms or T),) * 2  # of what was left
+    for name in ("prior", "terms", "mse", "first", "counts"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name))
+    with pytest.raises(ValueError, match="another run"):
+        evaluate_bound(model, DIFFUSION, x, terms_per_image=terms, seed=1, parts=Parts(tmp_path / "parts", dict(seed=1)))
+
+
+def test_parts_are_the_means_and_errors_of_their_images():
+    bound = evaluate_bound(model, DIFFUSION, grid_images(9), terms_per_image=6)
+    parts = bound.summary()
+    assert parts["bits_per_dim"] == pytest.approx(parts["decoder"] + parts["divergence"] + parts["prior"])
+    weighted = bound.terms * bound.counts
+    for name, values in (("decoder_", weighted[:, 0]), ("divergence_", weighted[:, 1:].sum(1)), ("prior_", bound.prior), ("", bound.per_image)):
+        assert parts[f"{name}standard_error"] == pytest.approx(float(values.std()) / 3)
+    assert math.isnan(evaluate_bound(model, DIFFUSION, grid_images(1)).standard_error)
 
 
 def test_estimate_is_unbiased():
@@ -73,6 +153,7 @@ def test_images_by_function_and_progress():
         (dict(x_start=grid_images(2)[:0]), "at least one image, got none"),
         (dict(x_start=grid_images(2), batch=0), "batch must be at least 1, got 0"),
         (dict(x_start=grid_images(2), terms_per_image=1), "terms per image must be at least 2.*got 1"),
+        (dict(x_start=grid_images(2), ranks=Ranks(0, 2)), "2 ranks share their work through parts, but there are none"),
     ],
 )
 def test_bad_arguments(arguments, message):

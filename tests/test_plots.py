@@ -1,5 +1,6 @@
 """Pictures: the pixels of the grids, what is written, and what is refused; how they look is for eyes."""
 
+import math
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from ddpm_fast.plots import (
     write_forward_strip,
     write_grid,
     write_loss_curve,
+    write_rate_distortion_plot,
     write_reverse_gif,
 )
 
@@ -162,6 +164,18 @@ def test_bound_plot_of_degenerate_terms(tmp_path, terms):
     write_bound_plot(tmp_path / "a.png", terms, 0.0)
 
 
+def test_rate_distortion_plot(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    write_rate_distortion_plot(tmp_path / "a.png", torch.tensor([0, 9, 4]), torch.tensor([2.0, 0.1, 1.0]), torch.tensor([3.0, 80.0, 20.0]), title="digits")
+    curve, distortion, rate = figures[0].axes
+    assert curve.lines[0].get_xdata().tolist() == pytest.approx([0.1, 1, 2]) and curve.lines[0].get_ydata().tolist() == [80, 20, 3]
+    assert legend(figures[0]) == ["t = 0: 2 bits/dim, 3"] and "bits/dim" in curve.get_xlabel() and "255" in curve.get_ylabel()
+    for axes in (distortion, rate):  # from noise to the image
+        assert axes.lines[0].get_xdata().tolist() == [9, 4, 0] and axes.get_xlim()[0] > axes.get_xlim()[1]
+    assert rate.lines[0].get_ydata().tolist() == pytest.approx([0.1, 1, 2]) and figures[0].get_suptitle() == "digits"
+    write_rate_distortion_plot(tmp_path / "one.png", [0], [1.0], [0.0])  # a chain of one step must not fail
+
+
 def test_loss_curve(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     losses = np.ones(500)
@@ -221,6 +235,9 @@ NAN = torch.full((2, 1, 4, 4), float("nan"))
         (lambda p: write_bound_plot(p, NAN[0, 0, 0], 0), "terms must be finite, got 4"),
         (lambda p: write_bound_plot(p, torch.ones(3), float("inf")), "prior must be finite, got 1"),
         (lambda p: write_bound_plot(p, torch.ones(3), 0, torch.arange(2)), r"timesteps must have shape \(3,\), got"),
+        (lambda p: write_rate_distortion_plot(p, [0, 1], [1.0], [1.0]), r"must have one shape \(K,\), K >= 1, got \(2,\), \(1,\), \(1,\)"),
+        (lambda p: write_rate_distortion_plot(p, [], [], []), r"K >= 1, got \(0,\)"),
+        (lambda p: write_rate_distortion_plot(p, [0], [math.nan], [1.0]), "rate must be finite, got 1"),
         (lambda p: write_loss_curve(p, [1], [1, 2]), r"steps and losses must have one shape \(K,\)"),
         (lambda p: write_loss_curve(p, [], []), r"K >= 1, got \(0,\) and \(0,\)"),
     ],

@@ -21,11 +21,12 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by defaul
 
 
 def bound_rows(bound: Any) -> dict[str, str]:
+    parts = bound.summary()
     return {
         "bound (bits/dim)": f"{bound.total:.3f} ± {bound.standard_error:.3f}",
-        "  decoder L_0": f"{bound.decoder:.4f}",
-        "  sum of L_t, t > 0": f"{bound.divergence:.4f}",
-        "  prior L_T": f"{float(bound.prior.mean()):.2g}",
+        "  decoder L_0": f"{bound.decoder:.4f} ± {parts['decoder_standard_error']:.4f}",
+        "  sum of L_t, t > 0": f"{bound.divergence:.4f} ± {parts['divergence_standard_error']:.4f}",
+        "  prior L_T": f"{parts['prior']:.2g} ± {parts['prior_standard_error']:.1g}",
     }
 
 

@@ -1,55 +1,134 @@
 """``ddpm-fast eval``."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from ddpm_fast.cli._common import Device, Run, Seed, Threads, app, bound_rows, make_folder, print_table, set_threads
+from ddpm_fast.cli._common import Device, Run, Seed, Threads, app, bound_rows, console, make_folder, print_table, set_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ddpm_fast.evaluation.features import Features
+    from ddpm_fast.parts import Parts
+    from ddpm_fast.ranks import Ranks
+    from ddpm_fast.training import ImageData, TrainedModel
 
 
 @app.command("eval")
 def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Data whose held-out part is evaluated; by default what the run was trained on.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for bound.json and bound.png; by default the run's.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is written; by default the run's.")] = None,
+    no_bound: Annotated[bool, typer.Option("--no-bound", help="Leave the bound out, with --samples.")] = False,
     terms: Annotated[int | None, typer.Option(min=2, help="Terms of the bound for each image: an unbiased estimate. By default all T.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a pass.")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="The bound of only the first so many images.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a pass, and between two saves of what is done; it changes no result.")] = 256,
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Clip the model's guess of the image to [-1, 1].")] = True,
+    samples: Annotated[Path | None, typer.Option(help="Also the quality of these samples: a .npz of images, or a folder of images.")] = None,
+    features: Annotated[str | None, typer.Option(help="What it is measured on: digits, inception, or package.module:attribute from images (N, C, H, W) in [-1, 1] to (N, F). By default digits for digits, else inception.")] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="File of Inception's weights; by default PyTorch's cache, or a download.")] = None,
+    reference: Annotated[str, typer.Option(help="Part of the data that samples are compared with: train or test.")] = "train",
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """The variational bound on held-out data, in bits per dimension."""
-    from ddpm_fast.evaluation import evaluate_bound
-    from ddpm_fast.files import atomic_write
-    from ddpm_fast.plots import write_bound_plot
-    from ddpm_fast.progress import Bar
+    """The variational bound on held-out data, in bits per dimension, and the quality of samples.
+
+    Stopped, it goes on where it was when the same command is given again. Under torchrun the processes share the bound.
+    """
+    from ddpm_fast.evaluation.features import DIGITS, INCEPTION, load_features
+    from ddpm_fast.evaluation.quality import REFERENCES, load_samples
+    from ddpm_fast.parts import Parts
+    from ddpm_fast.ranks import launched_ranks
     from ddpm_fast.training import load_data, load_trained
+    from ddpm_fast.training.trained import fingerprint
     from ddpm_fast.training.trainer import resolve_device
 
+    if samples is None and (no_bound or features or inception_weights):
+        raise ValueError("--no-bound, --features and --inception-weights go with --samples, which is missing")
+    if reference not in REFERENCES:
+        raise ValueError(f"--reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
     set_threads(threads)
-    device = resolve_device(device)
-    trained = load_trained(run, device)
-    source = data or trained.config.data
-    images = load_data(source, image_size=trained.config.image_size, levels=trained.config.levels)
-    if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
-        raise ValueError(f"the model was trained on {trained.image_shape} with {trained.diffusion.levels} levels, but {source} has {images.image_shape} with {images.levels}")
-    out = out or (run if run.is_dir() else run.parent)
-    make_folder(out)
-    count = min(limit or len(images.test), len(images.test))
-    with Bar("evaluating") as bar:
-        bound = evaluate_bound(
-            trained.model, trained.diffusion, lambda part: images.batch("test", part, device)[0], count,
-            terms_per_image=terms, batch=batch, seed=seed, report=bar.update,
+    with launched_ranks() as ranks:
+        trained = load_trained(run, resolve_device(ranks.device(device)))
+        source = data or trained.config.data
+        images = load_data(source, image_size=trained.config.image_size, levels=trained.config.levels)
+        if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
+            raise ValueError(f"the model was trained on {trained.image_shape} with {trained.diffusion.levels} levels, but {source} has {images.image_shape} with {images.levels}")
+        out = out or (run if run.is_dir() else run.parent)
+        if ranks.first:
+            make_folder(out)
+            if samples is not None:  # what cannot be read is noticed before the long part
+                drawn = load_samples(samples, images)
+                extractor = load_features(features or (DIGITS if images.name == DIGITS else INCEPTION), trained.device, inception_weights=inception_weights)
+        if not no_bound:
+            settings = dict(
+                checkpoint=trained.fingerprint, diffusion=repr(trained.diffusion), images=fingerprint(images.test),
+                terms=terms, clip=clip, seed=seed,
+            )  # fmt: skip
+            count = min(limit or len(images.test), len(images.test))
+            evaluate_run(out, trained, images, count, batch, Parts(out / "bound.parts", settings), ranks, dict(data=source, step=trained.step))
+        if ranks.first and samples is not None:
+            measure_samples(out, drawn, images, extractor, reference, batch, seed)
+
+
+def evaluate_run(
+    out: Path, trained: TrainedModel, images: ImageData, count: int, batch: int, parts: Parts, ranks: Ranks, about: dict[str, Any]
+) -> None:
+    """The bound of the first ``count`` held-out images, as the parts' settings say: evaluated, written and printed."""
+    from ddpm_fast.evaluation import evaluate_bound, rate_distortion, write_bound
+    from ddpm_fast.progress import Bar
+
+    def done() -> int:
+        return count - sum(map(len, parts.missing(count, count)))
+
+    terms, clip, seed = (parts.settings[name] for name in ("terms", "clip", "seed"))
+    if ranks.first:
+        parts.open()
+        if done():
+            console.print(f"{done()} of {count} images are done already, in {parts.folder}", soft_wrap=True)
+    try:
+        with Bar("evaluating", quiet=not ranks.first) as bar:
+            bound = evaluate_bound(
+                trained.model, trained.diffusion, lambda part: images.batch("test", part, trained.device)[0], count,
+                terms_per_image=terms, batch=batch, seed=seed, clip=clip, parts=parts, ranks=ranks, report=bar.update,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if ranks.first:
+            console.print(f"stopped with {done()} of {count} images done, which are in {parts.folder}; the same command goes on from there", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if ranks.first:
+        about = {"images": count, **about, "estimated": terms is not None, "clip": clip, "seed": seed}
+        written = write_bound(out, bound, about=about, title=f"held-out {images.name}")
+        parts.remove()
+        curve = rate_distortion(bound)
+        at_end = {"rate, RMSE at t = 0": f"{float(curve.rate[-1]):.3f} bits/dim, {float(curve.distortion[-1]):.3g} of 255"}
+        print_table({**bound_rows(bound), **at_end, **written})
+
+
+def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Features, reference: str, batch: int, seed: int) -> None:
+    """The quality of samples beside that of real images: evaluated, written and printed."""
+    from ddpm_fast.evaluation import evaluate_quality
+    from ddpm_fast.files import write_json
+
+    rows = evaluate_quality(samples, images, features, reference=reference, batch=batch, seed=seed)
+    number = len(getattr(images, reference))
+    about = dict(data=images.name, reference=reference, reference_images=number, features=features.name, seed=seed)
+    write_json(out / "quality.json", {**about, "rows": rows})
+    table = Table(box=None, pad_edge=False)
+    console.print(f"{features.name} features, against the {number} images for {'training' if reference == 'train' else 'testing'}")
+    for heading in ("", "images", "FID", "KID", "precision", "recall", "IS"):
+        table.add_column(heading, justify="right" if table.columns else "left")
+    for row in rows:
+        score, spread = row.get("inception_score"), row.get("inception_score_std")
+        table.add_row(
+            row["name"], str(row["images"]), f"{row['fid']:.4g}", f"{row['kid_mean']:.4g} ± {row['kid_std']:.2g}",
+            f"{row['precision']:.3f}", f"{row['recall']:.3f}", "" if score is None else f"{score:.3f}" + ("" if spread is None else f" ± {spread:.2g}"),
         )  # fmt: skip
-    summary = dict(
-        **bound.summary(), images=count, data=source, estimated=terms is not None, seed=seed, step=trained.step,
-        first_t=bound.first.tolist(), count_t=bound.counts.tolist(), mean_term=bound.terms.mean(0).tolist(),
-    )  # fmt: skip
-    with atomic_write(out / "bound.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    write_bound_plot(out / "bound.png", bound.terms, bound.prior, bound.centers, weights=bound.counts, title=f"held-out {images.name}")
-    print_table({**bound_rows(bound), "table": out / "bound.json", "picture": out / "bound.png"})
+    console.print(table)
+    console.print("FID falls with the number of images: compare rows of one number only")
+    print_table({"quality": out / "quality.json"})

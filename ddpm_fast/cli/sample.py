@@ -61,7 +61,7 @@ def sample(
             trained.model.compile(dynamic=False)
         length, shape = len(draw.table), trained.image_shape
         settings = dict(
-            checkpoint=trained.checkpoint_id, step=trained.step, sampler=sampler, steps=chosen or length, spacing=spacing, eta=eta, threshold=threshold,
+            checkpoint=trained.fingerprint, sampler=sampler, steps=chosen or length, spacing=spacing, eta=eta, threshold=threshold,
             guidance=guidance, label=label, seed=seed,
         )  # fmt: skip
 

@@ -10,21 +10,24 @@ from torch import Tensor
 
 from ddpm_fast.diffusion import GaussianDiffusion, Model
 from ddpm_fast.noise import FOLD_EVAL_NOISE, FOLD_EVAL_TIMESTEPS, Noise
-from ddpm_fast.ops._common import check_unit_range
+from ddpm_fast.parts import Parts
+from ddpm_fast.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The bound of N images, split as in Ho et al. 2020, eq. 5. Everything in bits per dimension, float64 on CPU.
+    """The bound of N images, split as in Ho et al. 2020, eq. 5. In bits per dimension but for the errors; float64 on CPU.
 
     Attributes:
         prior: (N,) L_T.
         terms: (N, K) L_t of each image at one t of each of K intervals; column 0 is t = 0, the decoder.
+        mse: (N, K) mean squared error of x̂0 at these t, on the data's scale of [-1, 1].
         first, counts: (K,) int64, the intervals: first t, and how many t. All counts are 1 in a full evaluation.
     """
 
     prior: Tensor
     terms: Tensor
+    mse: Tensor
     first: Tensor
     counts: Tensor
 
@@ -34,13 +37,18 @@ class Bound:
         return self.prior + self.terms @ self.counts.double()
 
     @property
+    def divergence_per_image(self) -> Tensor:
+        """(N,) Σ L_t over t > 0."""
+        return self.terms[:, 1:] @ self.counts[1:].double()
+
+    @property
     def total(self) -> float:
         return float(self.per_image.mean())
 
     @property
     def standard_error(self) -> float:
         """Of ``total``, over the images and, in an estimate, the draws of t, which are independent between images."""
-        return float(self.per_image.std() / math.sqrt(len(self.prior))) if len(self.prior) > 1 else math.nan
+        return float(standard_error(self.per_image))
 
     @property
     def decoder(self) -> float:
@@ -50,22 +58,30 @@ class Bound:
     @property
     def divergence(self) -> float:
         """Σ L_t over t > 0."""
-        return float((self.terms[:, 1:] @ self.counts[1:].double()).mean())
+        return float(self.divergence_per_image.mean())
 
     def summary(self) -> dict[str, float]:
-        """Its parts by name, JSON-able."""
+        """Its parts by name, each a mean over the images with its standard error, JSON-able."""
         return dict(
             bits_per_dim=self.total,
             standard_error=self.standard_error,
             decoder=self.decoder,
+            decoder_standard_error=float(standard_error(self.terms[:, 0])),
             divergence=self.divergence,
+            divergence_standard_error=float(standard_error(self.divergence_per_image)),
             prior=float(self.prior.mean()),
+            prior_standard_error=float(standard_error(self.prior)),
         )
 
     @property
     def centers(self) -> Tensor:
         """(K,) middle of each interval, for plots."""
         return self.first + (self.counts - 1) / 2
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """Of the mean of (N, ...) independent values over the first dimension; NaN for a single one."""
+    return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full(values.shape[1:], math.nan, dtype=values.dtype)
 
 
 def intervals(T: int, count: int | None) -> tuple[Tensor, Tensor]:
@@ -99,11 +115,14 @@ def evaluate_bound(
     batch: int = 256,
     seed: int = 0,
     clip: bool = True,
+    parts: Parts | None = None,
+    ranks: Ranks | None = None,
     report: Callable[[int, int], object] = lambda done, of: None,
 ) -> Bound:
     """The bound on every image, term by term.
 
-    Image i draws its noise and its t from (seed, i) alone, so the batch size changes the result by rounding only.
+    Image i draws its noise and its t from (seed, i) alone, so the batch size and the number of ranks change the result by
+    rounding only, and so does an interruption after which another batch size goes on.
 
     Args:
         model: any callable (x_t, t) -> output, in eval mode.
@@ -111,15 +130,20 @@ def evaluate_bound(
         terms_per_image: None for all T terms; else one random t in each of so many intervals of t (t = 0 always), which
             costs that many passes of the model an image and is unbiased.
         batch: images in a pass.
-        report: called as report(done, of), in passes of a batch.
+        clip: clip x̂0 to [-1, 1].
+        parts: where the results of each batch are kept, for a later call to go on from. Its settings must name all that
+            the results depend on: model, images, seed, terms, clip. Remove it once the result is safe.
+        ranks: the processes that share the batches, through ``parts``; each of them makes this call and gets the whole result.
+        report: called as report(done, of), in passes of a batch by this process.
 
     Returns:
         :class:`Bound`.
 
     Raises:
-        ValueError: for no images, images that are not finite or not in [-1, 1], a batch below 1, fewer than 2 terms, or a
-            model whose output is not finite.
+        ValueError: for no images, images that are not finite or not in [-1, 1], a batch below 1, fewer than 2 terms, a
+            model whose output is not finite, parts of other settings, or ranks without parts.
     """
+    ranks = ranks or Ranks()
     if isinstance(x_start, Tensor):
         images, count = x_start, len(x_start)
         fetch = lambda part: images[part]  # noqa: E731
@@ -129,23 +153,41 @@ def evaluate_bound(
         raise ValueError("the bound needs at least one image, got none")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    if ranks.size > 1 and parts is None:
+        raise ValueError(f"{ranks.size} ranks share their work through parts, but there are none")
     first, counts = intervals(len(diffusion), terms_per_image)
     noise_key, t_key = Noise(seed).fold_in(FOLD_EVAL_NOISE), Noise(seed).fold_in(FOLD_EVAL_TIMESTEPS)
-    prior, terms = torch.empty(count, dtype=torch.float64), torch.empty(count, len(first), dtype=torch.float64)
-    starts = range(0, count, batch)
-    for index, start in enumerate(starts):
-        part = slice(start, min(start + batch, count))
-        x = fetch(part)
-        check_unit_range("x_start", x)
-        columns, x_t = [], torch.empty_like(x, memory_format=torch.contiguous_format)
-        prior[part] = diffusion.prior_bpd(x).double().cpu()
-        for k, (low, size) in enumerate(zip(first.tolist(), counts.tolist(), strict=True)):
-            t = low + t_key.at(stream=k, first_sample=start).integers(len(x), size, x.device)
-            diffusion.q_sample(x, t, noise_key.at(stream=k, first_sample=start), out=x_t)
-            columns.append(diffusion.vlb_terms(model(x_t, t), x, x_t, t, clip))
-            report(index * len(first) + k + 1, len(starts) * len(first))
-        terms[part] = torch.stack(columns, 1).double().cpu()  # the one wait for the device in a batch
-    if not terms.isfinite().all():
-        bad = first[int((~terms.isfinite()).any(0).nonzero()[0])]
-        raise ValueError(f"the bound is not finite at t = {int(bad)}: the model's output is NaN or infinite there")
-    return Bound(prior, terms, first, counts)
+    batch = min(batch, math.ceil(count / ranks.size))  # no rank stays idle
+
+    def evaluate(part: range, progress: Callable[[], object]) -> dict[str, Tensor]:
+        x, sample = fetch(slice(part.start, part.stop)), part.start
+        columns = enumerate(zip(first.tolist(), counts.tolist(), strict=True))
+        timesteps = (low + t_key.at(stream=k, first_sample=sample).integers(len(x), size, x.device) for k, (low, size) in columns)
+        results = diffusion.bound_terms(model, x, timesteps, clip, noise_key.at(first_sample=sample), report=progress)
+        prior, terms, mse = (result.double().cpu() for result in results)  # the one wait for the device in a batch
+        if not terms.isfinite().all():
+            bad = first[int((~terms.isfinite()).any(0).nonzero()[0])]
+            raise ValueError(f"the bound is not finite at t = {int(bad)}: the model's output is NaN or infinite there")
+        return dict(prior=prior, terms=terms, mse=mse)
+
+    if parts is not None and ranks.first:
+        parts.open()
+    ranks.wait()
+    missing = parts.missing(count, batch) if parts else [range(at, min(at + batch, count)) for at in range(0, count, batch)]
+    ranks.wait()  # all have the same list before the first part is added
+    turns = ranks.share(missing)
+    passes = iter(range(1, len(turns) * len(first) + 1))
+    done = []
+    for part in turns:
+        results = evaluate(part, lambda: report(next(passes), len(turns) * len(first)))
+        if parts is None:
+            done.append(results)
+        else:
+            parts.save(part, **{name: value.numpy() for name, value in results.items()})
+    if parts is None:
+        found = {name: torch.cat([results[name] for results in done]) for name in done[0]}
+    else:
+        ranks.wait()
+        found = {name: torch.from_numpy(value) for name, value in parts.load(count).items()}
+        ranks.wait()  # all have read before one may remove the parts
+    return Bound(**found, first=first, counts=counts)

@@ -1,11 +1,13 @@
 """A trained model read back from its checkpoint."""
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddpm_fast.diffusion import GaussianDiffusion
 from ddpm_fast.models import UNet
@@ -25,6 +27,11 @@ class TrainedModel:
     image_shape: tuple[int, int, int]
     step: int
     meta: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights."""
+        return fingerprint(*self.model.state_dict().values())
 
     @property
     def device(self) -> torch.device:
@@ -74,3 +81,11 @@ def load_run(path: str | os.PathLike) -> tuple[Checkpoint, TrainConfig]:
 
 def cannot_rebuild(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
     return CheckpointError(f"{checkpoint.path} describes a run that this version cannot rebuild: {error}")
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Of values, whatever file they came from: a run that was moved or copied is the same."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,129 @@
+"""``ddpm-fast eval`` as a user types it: its files, an interruption, samples, and what it refuses."""
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_fast.models import UNet
+from ddpm_fast.training import load_data
+
+FILES = ["bound.csv", "bound.json", "bound.png", "rate_distortion.csv", "rate_distortion.png"]
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    """--threads is of the whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_bound_as_table_and_picture(run, tmp_path, command):
+    code, text, error = command("eval", run, "--out", tmp_path, "--limit", 10, "--terms", 6)
+    assert code == 0 and error.startswith("evaluating: 6 in")
+    assert names(tmp_path) == FILES
+    summary = json.loads((tmp_path / "bound.json").read_text())
+    assert f"{summary['bits_per_dim']:.3f} ± {summary['standard_error']:.3f}" in text
+    for part, digits in (("decoder", 4), ("divergence", 4)):
+        assert f"{summary[part]:.{digits}f} ± {summary[part + '_standard_error']:.{digits}f}" in text
+    with (tmp_path / "bound.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["count_t"]) for row in rows) == 30 and summary["estimated"] and summary["images"] == 10
+    total = sum(int(row["count_t"]) * float(row["mean_term"]) for row in rows) + summary["prior"]
+    assert total == pytest.approx(summary["bits_per_dim"])
+
+
+def test_interrupted_it_goes_on_to_the_same_files(run, tmp_path, monkeypatch, command):
+    arguments = ["eval", run, "--limit", 10, "--terms", 5, "--batch", 4]
+    forward, calls = UNet.forward, []
+
+    def interrupted(self, *inputs):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return forward(self, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet, "forward", interrupted)
+        code, text, _ = command(*arguments, "--out", tmp_path / "a")
+    folder = tmp_path / "a" / "bound.parts"
+    assert code == 130 and text == f"stopped with 8 of 10 images done, which are in {folder}; the same command goes on from there\n"
+    assert names(tmp_path / "a") == ["bound.parts"]
+    code, _, error = command(*arguments, "--out", tmp_path / "a", "--seed", 1)
+    assert code == 2 and "another run (seed 0, not 1)" in error and len(error.splitlines()) == 1
+    code, text, error = command(*arguments, "--out", tmp_path / "a")
+    assert code == 0 and text.startswith(f"8 of 10 images are done already, in {folder}\n") and "evaluating: 5 in" in error
+    assert command(*arguments, "--out", tmp_path / "b")[0] == 0
+    assert names(tmp_path / "a") == FILES
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_only_the_first_rank_speaks_and_writes(run, tmp_path, monkeypatch, command):
+    import contextlib
+
+    from ddpm_fast import ranks
+    from ddpm_fast.parts import Parts
+
+    class Second(ranks.Ranks):
+        """Whose fellow is always just ahead: at each wait it has done what it had to."""
+
+        def wait(self):
+            pass
+
+    monkeypatch.setattr(ranks, "launched_ranks", lambda: contextlib.nullcontext(Second(1, 2)))
+    monkeypatch.setattr(Parts, "missing", lambda self, count, size: [range(0, 5), range(5, 10)])
+    load = Parts.load
+    fellow = dict(prior=np.zeros(5), terms=np.ones((5, 3)), mse=np.ones((5, 3)))
+    monkeypatch.setattr(Parts, "load", lambda self, count: self.save(range(0, 5), **fellow) or load(self, count))
+    code, text, error = command("eval", run, "--out", tmp_path, "--limit", 10, "--terms", 3, "--samples", "nowhere")
+    assert code == 0 and text == error == ""
+    assert names(tmp_path) == ["bound.parts"] and names(tmp_path / "bound.parts") == ["0-5.npz", "5-10.npz"]
+
+
+def test_samples_beside_real_images(run, tmp_path, command):
+    np.savez(tmp_path / "samples.npz", images=load_data("digits").test[:30].numpy())
+    code, text, _ = command("eval", run, "--out", tmp_path / "out", "--no-bound", "--samples", tmp_path, "--threads", 1)
+    assert code == 0 and names(tmp_path / "out") == ["quality.json"]
+    assert "digits features, against the 1437 images for training" in text and "precision" in text and "real (test)" in text
+    found = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert found["reference_images"] == 1437 and found["features"] == "digits" and [row["images"] for row in found["rows"]] == [30, 30]
+    assert f"{found['rows'][0]['fid']:.4g}" in text
+
+
+def test_both_at_once_on_features_of_ones_own(run, tmp_path, monkeypatch, command):
+    (tmp_path / "own_features_for_eval.py").write_text("def rows(images):\n    return images.flatten(1)[:, :5]\n")
+    np.savez(tmp_path / "x.npz", images=load_data("digits").test[:8].numpy())
+    monkeypatch.chdir(tmp_path)
+    code, text, _ = command(
+        "eval", run, "--out", "out", "--limit", 4, "--terms", 2, "--samples", "x.npz", "--features", "own_features_for_eval:rows", "--reference", "test", "--threads", 1
+    )
+    assert code == 0 and names(tmp_path / "out") == sorted([*FILES, "quality.json"])
+    assert "against the 360 images for testing" in text and "bound (bits/dim)" in text and "real (train)" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--no-bound"], "go with --samples, which is missing"),
+        (["--features", "digits"], "go with --samples, which is missing"),
+        (["--samples", "nowhere.npz"], "no such file or folder: nowhere.npz"),
+        (["--samples", "{run}/loss.png"], "data must be a built-in name, a folder, a .npy or a .npz file"),
+        (["--samples", "{samples}", "--features", "nothing"], "features must be digits, inception or package.module:attribute, got 'nothing'"),
+        (["--samples", "{samples}", "--reference", "all"], "--reference must be one of train, test, got 'all'"),
+        (["--samples", "{samples}", "--inception-weights", "w.pth"], "Inception's weights go with the features 'inception'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_before_any_work(run, tmp_path, command, monkeypatch, arguments, message):
+    monkeypatch.setattr(UNet, "forward", None)
+    np.savez(tmp_path / "samples.npz", images=load_data("digits").test[:8].numpy())
+    filled = [argument.format(run=run, samples=tmp_path / "samples.npz") for argument in arguments]
+    code, _, error = command("eval", run, "--out", tmp_path / "out", *filled)
+    assert code == 2 and message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []

@@ -1,0 +1,79 @@
+"""Computations in parts: what is there, what is missing, and that any set of parts gives the same."""
+import json
+
+import numpy as np
+import pytest
+
+from ddpm_fast.parts import Parts
+from ddpm_fast.ranks import Ranks, launched_ranks
+
+
+def filled(folder, *ranges):
+    """Parts in which item i has the results i and [i, i²]."""
+    parts = Parts(folder / "parts", dict(seed=0, data="digits"))
+    parts.open()
+    for start, stop in ranges:
+        items = np.arange(start, stop)
+        parts.save(range(start, stop), a=items, b=np.stack([items, items**2], 1))
+    return parts
+
+
+# In order; with a gap that another size filled; one inside another; overlapping; beyond what is wanted.
+@pytest.mark.parametrize("ranges", [[(0, 4), (4, 8), (8, 10)], [(4, 10), (0, 3), (3, 4)], [(0, 10), (2, 5)], [(0, 6), (3, 10)], [(0, 30)]])
+def test_any_parts_that_cover_the_items_give_the_same(tmp_path, ranges):
+    parts = filled(tmp_path, *ranges)
+    assert parts.missing(10, 4) == []
+    found = parts.load(10)
+    assert found["a"].tolist() == list(range(10))
+    assert found["b"].tolist() == [[i, i * i] for i in range(10)]
+    parts.remove()
+    assert not parts.folder.exists() and parts.present() == []
+
+
+def test_what_is_missing_comes_in_ranges_of_the_size(tmp_path):
+    parts = filled(tmp_path, (4, 6), (7, 9))
+    assert parts.missing(12, 3) == [range(0, 3), range(3, 4), range(6, 7), range(9, 12)]
+    assert parts.missing(5, 100) == [range(0, 4)]
+    with pytest.raises(FileNotFoundError, match="has no part with item 0 of 12"):
+        parts.load(12)
+    assert Parts(tmp_path / "nowhere", {}).missing(3, 2) == [range(0, 2), range(2, 3)]
+
+
+def test_other_files_are_no_parts(tmp_path):
+    parts = filled(tmp_path, (0, 2))
+    for name in (".2-4.npz.0123.tmp", "2-4.npz.bak", "x-4.npz"):
+        (parts.folder / name).mkdir()
+    assert parts.present() == [range(0, 2)]
+
+
+def test_parts_of_other_settings_are_refused_by_name(tmp_path):
+    filled(tmp_path, (0, 2))
+    Parts(tmp_path / "parts", dict(data="digits", seed=0)).open()
+    with pytest.raises(ValueError, match=r"unfinished parts of another run \(clip None, not True, seed 0, not 1\)"):
+        Parts(tmp_path / "parts", dict(seed=1, data="digits", clip=True)).open()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_damaged_settings_are_said_to_be(tmp_path, text):
+    parts = filled(tmp_path)
+    (parts.folder / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=r"settings\.json is damaged; remove the folder"):
+        parts.open()
+
+
+def test_settings_survive_json(tmp_path):
+    parts = Parts(tmp_path / "parts", dict(shape=(1, 8)))
+    parts.open()
+    parts.open()  # a tuple is a list when it comes back
+    assert json.loads((tmp_path / "parts" / "settings.json").read_text()) == parts.settings == {"shape": [1, 8]}
+
+
+def test_ranks_share_all_parts_once():
+    turns = [Ranks(rank, 3).share(range(8)) for rank in range(3)]
+    assert sorted(part for turn in turns for part in turn) == list(range(8)) and max(map(len, turns)) - min(map(len, turns)) <= 1
+
+
+def test_one_process_waits_for_nobody():
+    with launched_ranks() as ranks:
+        assert ranks == Ranks() and ranks.first and ranks.device("auto") == "auto"
+        ranks.wait()

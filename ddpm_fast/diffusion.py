@@ -116,7 +116,12 @@ class GaussianDiffusion:
     def model_time(self, t: Tensor) -> Tensor:
         """What a model is told at time t of this chain: another number where the schedule is a part of the one it was trained on."""
         times = self.schedule.timesteps
-        return t if times[-1] == len(self) - 1 else times.to(t.device)[t]
+        if times[-1] == len(self) - 1:
+            return t
+        key = "timesteps", t.device
+        if key not in self._tables:
+            self._tables[key] = times.to(t.device)
+        return self._tables[key][t]
 
     # The forward chain.
 

@@ -19,7 +19,7 @@ from ddpm_fast.ops.p_step import p_step_reference
 from ddpm_fast.ops.q_sample import q_sample_reference
 from ddpm_fast.ops.simple_loss import simple_loss_reference
 from ddpm_fast.ops.vlb_terms import vlb_terms_reference
-from ddpm_fast.sampling import make_table
+from ddpm_fast.step_tables import make_table
 from ddpm_fast.tables import bound_table
 
 KEY = Noise(0)

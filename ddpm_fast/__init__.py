@@ -6,7 +6,7 @@ from ddpm_fast.diffusion import BoundTerms, GaussianDiffusion, PMeanVariance
 from ddpm_fast.models import EMA, UNet
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops import attention, gaussian_kl, group_norm
-from ddpm_fast.sampling import sample
+from ddpm_fast.sampling import Sampler, sample
 from ddpm_fast.schedules import NoiseSchedule
 
 try:
@@ -21,6 +21,7 @@ __all__ = [
     "Noise",
     "NoiseSchedule",
     "PMeanVariance",
+    "Sampler",
     "UNet",
     "attention",
     "autotune",

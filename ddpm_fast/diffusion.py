@@ -18,8 +18,8 @@ from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_ra
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, log_variance, split_output
 from ddpm_fast.ops.p_step import COLUMNS as STEP_COLUMNS
 from ddpm_fast.ops.vlb_terms import CDFS, MAX_LEVELS
-from ddpm_fast.sampling import ddpm_table
 from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.step_tables import ddpm_table
 from ddpm_fast.tables import VARIANCES, bound_table, log_variance_range, loss_weights, target_coefficients, x_start_coefficients
 
 Model = Callable[[Tensor, Tensor], Tensor]

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,27 +35,100 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         path: file to write or to replace.
 
     Raises:
-        OSError: the folder cannot be created or written, or the disk is full.
+        OSError: the folder cannot be created or written, or the disk is full; its `filename` is `path`.
         IsADirectoryError: `path` is a folder.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"expected a file to write, got a folder: {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
-    folder = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
-    folder.mkdir()
-    temporary = folder / path.name
+    with _hidden_folder(path, path.parent) as hidden:
+        yield hidden / path.name
+        _publish([hidden / path.name], path.parent)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary folder to fill with files; when the block ends they are moved into `folder`, one after the other.
+
+    For many small files: as safe as `atomic_write` for each of them, and much cheaper. If the block raises, none is moved;
+    a process killed while they move leaves some of them, whole.
+
+    Args:
+        folder: created if missing; files of the same names are replaced.
+
+    Raises:
+        OSError: `folder` cannot be created or written, or the disk is full.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside `folder`, not in it: what is stale is searched for each time, among few entries.
+    with _hidden_folder(folder, folder) as hidden:
+        yield hidden
+        _publish(sorted(hidden.iterdir()), folder)
+
+
+@contextlib.contextmanager
+def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Gives an OSError that has none the name of the file that the block writes: the system names files when it opens them only."""
     try:
-        yield temporary
-        # Some writers make private files; the new folder shows what the umask allows.
-        temporary.chmod(folder.stat().st_mode & 0o666)
-        _sync(temporary)
-        os.replace(temporary, path)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def make_folder(folder: str | os.PathLike) -> None:
+    """Creates an output folder, and notices before any work that it cannot be written.
+
+    Raises:
+        OSError: it cannot be created or written.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
+    """A folder beside `path` for what will be moved to `destination`; errors name the file as it would be called there."""
+    _remove_stale(path)
+    hidden = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        hidden.mkdir()
+        with named_in_errors(path):
+            yield hidden
+    except OSError as error:
+        _rename_in_error(error, hidden, path, destination)
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _rename_in_error(error: OSError, hidden: Path, path: Path, destination: Path) -> None:
+    # The name of a temporary file would mean nothing to a reader.
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return
+    name = Path(error.filename)
+    if name == hidden:
+        error.filename = str(path)
+    elif hidden in name.parents:
+        error.filename = str(destination / name.relative_to(hidden))
+        if error.filename2 is not None:
+            del error.filename2  # of a rename
+
+
+def _publish(files: Sequence[Path], folder: Path) -> None:
+    for file in files:
+        # Some writers make private files; the new folder shows what the umask allows.
+        file.chmod(file.parent.stat().st_mode & 0o666)
+        with named_in_errors(file):
+            _sync(file)
+    for file in files:
+        os.replace(file, folder / file.name)
     if os.name == "posix":
-        _sync(path.parent)  # the rename itself must reach the disk
+        _sync(folder)  # the renames themselves must reach the disk
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -82,8 +156,9 @@ def _finite(value: Any) -> Any:
 
 def _remove_stale(path: Path) -> None:
     oldest_live = time.time() - STALE_SECONDS
-    for entry in path.parent.iterdir():
-        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
+    for name in os.listdir(path.parent):
+        if name.startswith(f".{path.name}.") and name.endswith(".tmp"):
+            entry = path.parent / name
             # Another process may be removing the same folder.
             with contextlib.suppress(OSError):
                 if max(p.stat().st_mtime for p in (entry, *entry.iterdir())) < oldest_live:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,39 @@ from ddpm_fast.files import atomic_write
 
 SETTINGS = "settings.json"
 _NAME = re.compile(r"(\d+)-(\d+)\.npz")
+
+
+def cover(present: Iterable[range], wanted: range) -> Iterator[tuple[range, range | None]]:
+    """Splits ``wanted`` at the edges of what is there: each piece in order, with one of ``present`` that holds it whole, or None."""
+    position = wanted.start
+    for part in sorted(present, key=lambda part: (part.start, -part.stop)):
+        if max(part.start, position) >= wanted.stop:
+            break
+        if part.stop <= position:  # inside an earlier one, of a run with larger parts
+            continue
+        if part.start > position:
+            yield range(position, part.start), None
+            position = part.start
+        yield range(position, min(part.stop, wanted.stop)), part
+        position = part.stop
+    if position < wanted.stop:
+        yield range(position, wanted.stop), None
+
+
+def gaps(present: Iterable[range], wanted: range, size: int) -> list[range]:
+    """What ``present`` lacks of ``wanted``, in ranges of at most ``size`` items."""
+    return [piece for gap, part in cover(present, wanted) if part is None for piece in pieces(gap, size)]
+
+
+def pieces(whole: range, size: int) -> list[range]:
+    """A range as ranges of at most ``size`` items."""
+    return [whole[at : at + size] for at in range(0, len(whole), size)]
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The settings that are not the same, for a message; empty if all are."""
+    other = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    return ", ".join(f"{name} {found.get(name)!r}, not {wanted.get(name)!r}" for name in other)
 
 
 class Parts:
@@ -43,10 +76,10 @@ class Parts:
                 found = dict(json.loads(path.read_text("utf-8")))
             except (ValueError, TypeError):
                 raise ValueError(f"{path} is damaged; remove the folder") from None
-            other = sorted(name for name in {*found, *self.settings} if found.get(name) != self.settings.get(name))
+            other = differences(found, self.settings)
             if other:
-                changes = ", ".join(f"{name} {found.get(name)!r}, not {self.settings.get(name)!r}" for name in other)
-                raise ValueError(f"{self.folder} holds the unfinished parts of another run ({changes}); finish that one, or remove the folder")
+                text = f"{self.folder} holds the unfinished parts of another run ({other})"
+                raise ValueError(f"{text}; finish that one, or remove the folder")
             return
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.settings, indent=1) + "\n", "utf-8")
@@ -58,11 +91,7 @@ class Parts:
 
     def missing(self, count: int, size: int) -> list[range]:
         """What is not there of 0..count-1, in ranges of at most ``size`` items."""
-        left, position = [], 0
-        for part in [*self.present(), range(count, count)]:
-            left += [range(at, min(at + size, part.start, count)) for at in range(position, min(part.start, count), size)]
-            position = max(position, part.stop)
-        return left
+        return gaps(self.present(), range(count), size)
 
     def save(self, part: range, **arrays: np.ndarray) -> None:
         """Writes the results of a range: arrays with one entry an item."""
@@ -72,18 +101,17 @@ class Parts:
     def load(self, count: int) -> dict[str, np.ndarray]:
         """The results of items 0..count-1, which must all be there, by name."""
         found: dict[str, list[np.ndarray]] = {}
-        position = 0
-        for part in self.present():
-            if part.start > position or position >= count:
-                break
-            if part.stop > position:  # else inside an earlier one, of a run with larger parts
-                with np.load(self.folder / f"{part.start}-{part.stop}.npz") as file:
-                    for name in file.files:
-                        found.setdefault(name, []).append(file[name][position - part.start : count - part.start])
-                position = part.stop
-        if position < count:
-            raise FileNotFoundError(f"{self.folder} has no part with item {position} of {count}")
-        return {name: np.concatenate(pieces) for name, pieces in found.items()}
+        for items, part in cover(self.present(), range(count)):
+            if part is None:
+                raise FileNotFoundError(f"{self.folder} has no part with item {items.start} of {count}")
+            for name, array in self.read(part, items).items():
+                found.setdefault(name, []).append(array)
+        return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+    def read(self, part: range, items: range) -> dict[str, np.ndarray]:
+        """The results of some items of a part, by name."""
+        with np.load(self.folder / f"{part.start}-{part.stop}.npz") as file:
+            return {name: file[name][items.start - part.start : items.stop - part.start] for name in file.files}
 
     def remove(self) -> None:
         """The folder and all that is in it, once the results are elsewhere."""

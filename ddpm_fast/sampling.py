@@ -1,189 +1,283 @@
-"""Samplers: each is a table of coefficients for :func:`ddpm_fast.ops.p_step`, and one loop runs them all."""
+"""Sampling: one loop for every sampler, which step_tables.py writes as tables, and what can be asked of it.
+
+Guidance, thresholding, inpainting and interpolation change what goes into a step or what comes out, never the step.
+"""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ddpm_fast import ops
-from ddpm_fast.noise import FOLD_SAMPLE_START, FOLD_SAMPLE_STEPS, Noise
-from ddpm_fast.ops._output import FIXED
-from ddpm_fast.ops.p_step import COLUMNS
-from ddpm_fast.tables import VARIANCES, log_variance_range, x_start_coefficients
+from ddpm_fast.noise import FOLD_SAMPLE_KNOWN, FOLD_SAMPLE_START, FOLD_SAMPLE_STEPS, Noise
+from ddpm_fast.ops._common import check_unit_range
+from ddpm_fast.reverse_step import Guidance, ReverseStep
+from ddpm_fast.step_graph import Capture, StepGraph, cuda_capture
+from ddpm_fast.step_tables import make_table, start_row
 
 if TYPE_CHECKING:
     from ddpm_fast.diffusion import GaussianDiffusion
 
-SAMPLERS = ("ddpm", "ddim")
-
-
-@dataclass(frozen=True)
-class StepTable:
-    """A sampler: rows in the order of time, so that sampling walks them from the last to the first.
-
-    table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/p_step.py. timesteps: (S,) int64, the t that the model is
-    told at each row. variance: how the log-variance columns are read.
-    """
-
-    table: Tensor
-    timesteps: Tensor
-    variance: str
-
-
-def spaced_timesteps(T: int, steps: int) -> Tensor:
-    """``steps`` time indices from 0 to T-1, evenly spaced, rounded, both ends included (the last alone if steps is 1)."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
-        raise ValueError(f"steps must be an integer in 1..{T}, got {steps!r}")
-    if steps == 1:
-        return torch.tensor([T - 1])
-    return torch.linspace(0, T - 1, steps, dtype=torch.float64).round().long()
-
-
-def ddpm_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None) -> StepTable:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), on all steps or on the ascending ``timesteps`` alone.
-
-    A part of the steps is sampled through the respaced schedule, whose posterior and variances belong to the jump
-    from one listed step to the one before (Nichol & Dhariwal 2021, section 4).
-    """
-    schedule = diffusion.schedule if timesteps is None else diffusion.schedule.respace(timesteps)
-    zero = torch.zeros(len(schedule), dtype=torch.float64)
-    noise = torch.ones_like(zero)
-    noise[0] = 0.0  # the last step returns the mean
-    columns = (
-        *_x_start_columns(diffusion, timesteps),
-        schedule.posterior_mean_coef1,
-        schedule.posterior_mean_coef2,
-        zero,
-        *log_variance_range(schedule, diffusion.variance),
-        noise,
-    )
-    return StepTable(torch.stack(columns, 1), schedule.timesteps, VARIANCES[diffusion.variance])
-
-
-def ddim_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None, eta: float = 0.0) -> StepTable:
-    """DDIM (Song et al. 2021, eq. 12 and 16, https://arxiv.org/abs/2010.02502).
-
-    ε is derived again from the clipped x̂0, which folds it into the weights of x̂0 and x_t. ``eta`` = 0 is deterministic,
-    1 has the variance of ancestral sampling; a learned variance is not used.
-    """
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    schedule = diffusion.schedule if timesteps is None else diffusion.schedule.respace(timesteps)
-    previous, variance = schedule.alphas_bar_prev, eta**2 * schedule.posterior_variance
-    direction = (1.0 - previous - variance).clamp_min(0.0).sqrt() / schedule.sqrt_one_minus_alphas_bar
-    log_var = variance.clamp_min(torch.finfo(torch.float32).tiny).log()
-    columns = (
-        *_x_start_columns(diffusion, timesteps),
-        previous.sqrt() - direction * schedule.sqrt_alphas_bar,
-        direction,
-        torch.zeros_like(previous),
-        log_var,
-        log_var,
-        (variance > 0).double(),
-    )
-    return StepTable(torch.stack(columns, 1), schedule.timesteps, FIXED)
-
-
-def _x_start_columns(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """x̂0 comes from the schedule that the model was trained on: only its posterior mean depends on the step's length."""
-    columns = x_start_coefficients(diffusion.schedule, diffusion.prediction)
-    return columns if timesteps is None else tuple(column[torch.as_tensor(timesteps).long()] for column in columns)
-
-
-def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0) -> StepTable:
-    """The table of a sampler by name; ``steps`` evenly spaced steps, or all T."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    timesteps = None if steps is None or steps == len(diffusion) else spaced_timesteps(len(diffusion), steps)
-    return ddpm_table(diffusion, timesteps) if sampler == "ddpm" else ddim_table(diffusion, timesteps, eta)
+Model = Callable[..., Tensor]
+Callback = Callable[[int, Tensor, Tensor], None]
 
 
 @torch.no_grad()
 def sample_loop(
-    model: Callable[[Tensor, Tensor], Tensor], table: StepTable, x_t: Tensor, noise: Noise, *, clip: bool = True, keep: bool = True, with_x_start: bool = True
+    step: ReverseStep | StepGraph,
+    x_t: Tensor,
+    noise: Noise,
+    *,
+    first_row: int | None = None,
+    constrain: Callable[[int | None, Tensor], Tensor] | None = None,
+    keep: bool = True,
+    with_x_start: bool = True,
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Walks a sampler's table from its last row to its first.
+    """Walks a sampler's table from its last row to its first, without waiting for the device.
 
     Args:
-        model: any callable (x_t, t) -> output.
+        step: of the sampler, or the CUDA graph of it.
         x_t: (N, C, ...), the start, usually N(0, I).
         noise: key of the steps' noise: the step at model time t draws from stream t.
+        first_row: where to start in the table; by default its last row.
+        constrain: called as constrain(t, x) after each step, t being the time of the chain that x is at, None for the data; gives the
+            x to go on with.
         keep: give new tensors at each step; False writes each step over the one before, ``x_t`` first of all, which saves
             the memory and the time that new memory costs.
         with_x_start: whether x̂0 is wanted.
 
     Yields:
-        (t, x, x̂0 or None) after each step; x after the last one is the sample.
+        (t, x, x̂0 or None) after each step, with the t that the model was told; x after the last one is the sample.
     """
-    rows = table.table.to(x_t.device, torch.float64 if x_t.dtype == torch.float64 else torch.float32).contiguous()
-    timesteps = table.timesteps.tolist()
-    model_t = table.timesteps.to(x_t.device)[:, None].expand(-1, x_t.shape[0]).contiguous()
-    row_index = torch.arange(len(timesteps), device=x_t.device)[:, None].expand(-1, x_t.shape[0]).contiguous()
-    multistep = bool((table.table[:, COLUMNS.index("previous")] != 0).any())
+    timesteps = step.timesteps
     x_start = None
-    for row in range(len(timesteps) - 1, -1, -1):
-        out = model(x_t, model_t[row])
-        reuse = not keep and x_t.is_contiguous() and out.untyped_storage().data_ptr() != x_t.untyped_storage().data_ptr()  # it may return its input
-        x_t, x_start = ops.p_step(
-            x_t, out, row_index[row], rows, noise.at(stream=timesteps[row]),
-            variance=table.variance, clip=clip, x_start_previous=x_start if multistep else None, x_next=x_t if reuse else None,
-            x_start=x_start if multistep and not keep and x_start is not None else with_x_start or multistep,
-        )  # fmt: skip
+    for row in range(len(timesteps) - 1 if first_row is None else first_row, -1, -1):
+        x_t, x_start = step(row, x_t, noise.at(stream=timesteps[row]), x_start if step.multistep else None, keep=keep, with_x_start=with_x_start)
+        if constrain is not None:
+            x_t = constrain(step.chain_times[row - 1] if row else None, x_t)
         yield timesteps[row], x_t, x_start
 
 
-def sample(
-    model: Callable[[Tensor, Tensor], Tensor],
-    diffusion: GaussianDiffusion,
-    shape: tuple[int, ...],
-    seed: int = 0,
-    *,
-    sampler: str = "ddpm",
-    steps: int | None = None,
-    eta: float = 0.0,
-    clip: bool = True,
-    first_sample: int = 0,
-    device: torch.device | str | None = None,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
-    keep: bool = True,
-) -> Tensor:
-    """Draws samples from a model.
+class Sampler:
+    """Draws samples from a model, any number of times.
 
     The noise of sample i depends on (seed, first_sample + i) alone, so that the batch size and the number of processes
     change a sample by the rounding of the model's own arithmetic only.
 
     Args:
-        model: any callable (x_t, t) -> output; put it in eval mode first.
-        shape: (N, C, ...).
-        seed: 0..2^64-1.
-        sampler: "ddpm" or "ddim".
-        steps: None for all T, else that many evenly spaced ones.
+        model: any callable (x_t, t) -> output, or (x_t, t, labels) -> output where labels are given; put it in eval mode first.
+        diffusion: what the model was trained for.
+        sampler: "ddpm", "ddim" or "dpmpp_2m".
+        steps: None for all T, a number of steps, or their ascending list.
+        spacing: of a number of steps: "even", "quadratic" or "logsnr".
         eta: DDIM's share of noise, 0..1.
         clip: clip each x̂0 to [-1, 1].
-        first_sample: global index of the first sample.
-        device: of the computation; by default the model's, where it has parameters, else the CPU.
-        callback: called as callback(t, x, x̂0) after each step.
-        keep: give ``callback`` new tensors at each step; False writes each step over the one before, which saves memory.
+        threshold: dynamic thresholding in place of clipping: the share of |x̂0|, in (0, 1], that may be scaled to lie within
+            [-1, 1] (Saharia et al. 2022, section 2.3; 0.995 there).
+        guidance: scale of classifier-free guidance, 1 for none: unconditional + scale · (conditional - unconditional) (Ho &
+            Salimans 2022, whose w is the scale less 1).
+        null_label: what the model takes for "no class"; by default its ``num_classes``, as the UNet here.
+        graph: capture a step in a CUDA graph and replay it; by default for modules on CUDA. Anything that the model does on the
+            host, such as reading a value of a tensor, cannot be captured.
+
+    Attributes:
+        table: the :class:`~ddpm_fast.step_tables.StepTable`.
+
+    Raises:
+        ValueError: for an unknown name, or what is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        diffusion: GaussianDiffusion,
+        sampler: str = "ddpm",
+        *,
+        steps: int | Sequence[int] | None = None,
+        spacing: str = "even",
+        eta: float = 0.0,
+        clip: bool = True,
+        threshold: float | None = None,
+        guidance: float = 1.0,
+        null_label: int | None = None,
+        graph: bool | None = None,
+    ) -> None:
+        self.table = make_table(diffusion, sampler, steps, eta, spacing)
+        if threshold is not None and not 0.0 < threshold <= 1.0:
+            raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance}")
+        null_label = getattr(model, "num_classes", None) if null_label is None else null_label
+        if guidance != 1.0 and null_label is None:
+            raise ValueError(f"guidance {guidance} needs to know what the model takes for no class; give null_label")
+        self.model, self.diffusion = model, diffusion
+        self.clip, self.threshold, self.graph = clip, threshold, graph
+        self.guidance = Guidance(guidance, null_label)
+        self._graphs: dict[tuple, StepGraph] = {}
+        self._capture: Capture = cuda_capture  # a test puts another in its place
+
+    def __call__(
+        self,
+        shape: Sequence[int],
+        seed: int = 0,
+        *,
+        labels: Tensor | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+        first_sample: int = 0,
+        device: torch.device | str | None = None,
+        callback: Callback | None = None,
+        keep: bool = True,
+    ) -> Tensor:
+        """Draws a batch.
+
+        Args:
+            shape: (N, C, ...).
+            seed: 0..2^64-1.
+            labels: (N,) int64, classes for a class-conditional model.
+            known: (x_start, mask) for inpainting: where mask is True, images keep x_start, which is noised to each step's level so
+                that the rest is drawn to fit (Lugmayr et al. 2022, algorithm 1 without resampling; Song et al. 2021, appendix I.2).
+                x_start in [-1, 1] and the bool mask broadcast to ``shape``.
+            first_sample: global index of the first sample.
+            device: of the computation; by default the model's, where it has parameters, else the CPU.
+            callback: called as callback(t, x, x̂0) after each step.
+            keep: give ``callback`` new tensors at each step; False writes each step over the one before, which saves memory.
+
+        Returns:
+            (N, C, ...) float32.
+
+        Raises:
+            TypeError, ValueError: for a shape, labels or a known part that do not fit.
+        """
+        shape = torch.Size(shape)
+        if len(shape) < 2 or any(size < 1 for size in shape):
+            raise ValueError(f"shape must be (N, C, ...) with sizes of at least 1, got {tuple(shape)}")
+        device = self._device(device)
+        labels = self._labels(labels, shape[0], device)
+        key = Noise(seed, first_sample=first_sample)
+        constrain = None if known is None else self._constrain(*known, shape, device, key.fold_in(FOLD_SAMPLE_KNOWN))
+        x = key.fold_in(FOLD_SAMPLE_START).materialize(shape, device)
+        if constrain is not None:
+            x = constrain(int(self.table.chain_times[-1]), x)
+        return self._run(x, key, labels, constrain=constrain, callback=callback, keep=keep)
+
+    def interpolate(self, a: Tensor, b: Tensor, weights: Sequence[float], t: int, seed: int = 0, *, labels: Tensor | None = None, first_sample: int = 0) -> Tensor:
+        """Images between pairs of images, mixed at the noise level of time t (Ho et al. 2020, section 4.4).
+
+        Both images are noised to t, mixed there, and sampled back. The signal is mixed linearly, and the noise by sine and cosine
+        of the weight, so that the mixture has the variance that the model expects at t; mixed linearly it would have as little as
+        half.
+
+        Args:
+            a, b: (N, C, ...) float32 in [-1, 1].
+            weights: (K,) share of b, 0..1.
+            t: time of the chain, 0..T-1: the later, the freer; the sampler's last step that is not after t is the first to be done.
+            labels: (N,) int64, for a class-conditional model.
+
+        Returns:
+            (K, N, C, ...) float32; the same noise serves every weight of a pair.
+
+        Raises:
+            ValueError: for images, weights or a t that do not fit.
+        """
+        if a.shape != b.shape or a.ndim < 2:
+            raise ValueError(f"a and b must have one shape (N, C, ...), got {tuple(a.shape)} and {tuple(b.shape)}")
+        check_unit_range("a", a)
+        check_unit_range("b", b)
+        weights = [float(weight) for weight in weights]
+        if not weights or not all(0.0 <= weight <= 1.0 for weight in weights):
+            raise ValueError(f"weights must be one or more numbers in [0, 1], got {weights}")
+        row = start_row(self.table, t)
+        device = self._device(a.device if not isinstance(self.model, torch.nn.Module) else None)
+        labels = self._labels(labels, len(a), device)
+        key = Noise(seed, first_sample=first_sample)
+        noises = [key.fold_in(FOLD_SAMPLE_KNOWN).at(stream=k).materialize(a.shape, device) for k in range(2)]
+        time = torch.full((len(a),), int(self.table.chain_times[row]), device=device)
+        results = []
+        for weight in weights:
+            angle = 0.5 * math.pi * weight
+            noise = math.cos(angle) * noises[0] + math.sin(angle) * noises[1]
+            x = self.diffusion.q_sample(torch.lerp(a.to(device, torch.float32), b.to(device, torch.float32), weight), time, noise)
+            results.append(self._run(x, key, labels, first_row=row))
+        return torch.stack(results)
+
+    @torch.no_grad()
+    def _run(self, x: Tensor, key: Noise, labels: Tensor | None, *, callback: Callback | None = None, keep: bool = False, **options: Any) -> Tensor:
+        watched = callback is not None
+        step = self._step(x, labels)
+        for t, x, x_start in sample_loop(step, x, key.fold_in(FOLD_SAMPLE_STEPS), keep=watched and keep, with_x_start=watched, **options):  # noqa: B020
+            if callback is not None:
+                callback(t, x, x_start)
+        return x.clone() if isinstance(step, StepGraph) else x  # a graph's own memory serves its next batch
+
+    def _step(self, x: Tensor, labels: Tensor | None) -> ReverseStep | StepGraph:
+        def make() -> ReverseStep:
+            return ReverseStep(self.model, self.table, x, clip=self.clip, threshold=self.threshold, labels=labels, guidance=self.guidance)
+
+        captures = x.is_cuda and isinstance(self.model, torch.nn.Module) if self.graph is None else self.graph
+        if not captures:
+            return make()
+        place = x.shape, x.device, labels is None
+        if place not in self._graphs:
+            self._graphs = {place: StepGraph(make(), x, self._capture)}  # one at a time: a graph holds the memory of a whole pass
+        return self._graphs[place].set_labels(labels)
+
+    def _device(self, device: torch.device | str | None) -> torch.device:
+        if device is None:
+            parameter = next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
+            device = "cpu" if parameter is None else parameter.device
+        return torch.device(device)
+
+    def _labels(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+        if labels is None:
+            if self.guidance.scale != 1.0:
+                raise ValueError(f"guidance {self.guidance.scale} needs labels, got none")
+            return None
+        if labels.dtype != torch.int64 or labels.shape != (count,):
+            raise ValueError(f"labels must be int64 of shape ({count},), got {labels.dtype} {tuple(labels.shape)}")
+        return labels.to(device)
+
+    def _constrain(self, x_start: Tensor, mask: Tensor, shape: torch.Size, device: torch.device, key: Noise) -> Callable[[int | None, Tensor], Tensor]:
+        """Puts the known part, noised to time t (None: as it is), where the mask says."""
+        if mask.dtype != torch.bool:
+            raise TypeError(f"the mask must be bool, True where the image is known, got {mask.dtype}")
+        try:
+            x_start, mask = (part.to(device).expand(shape) for part in (x_start.float(), mask))
+        except RuntimeError:
+            raise ValueError(f"the known image and its mask must broadcast to {tuple(shape)}, got {tuple(x_start.shape)} and {tuple(mask.shape)}") from None
+        check_unit_range("the known image", x_start)
+        x_start = x_start.contiguous()
+        times = torch.arange(len(self.diffusion), device=device)[:, None].expand(-1, shape[0]).contiguous()
+
+        def constrain(t: int | None, x: Tensor) -> Tensor:
+            noised = x_start if t is None else self.diffusion.q_sample(x_start, times[t], key.at(stream=t))
+            return torch.where(mask, noised, x)
+
+        return constrain
+
+
+def sample(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    shape: Sequence[int],
+    seed: int = 0,
+    *,
+    sampler: str = "ddpm",
+    labels: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    first_sample: int = 0,
+    device: torch.device | str | None = None,
+    callback: Callback | None = None,
+    keep: bool = True,
+    **options: Any,
+) -> Tensor:
+    """Draws one batch of samples: ``Sampler(model, diffusion, sampler, **options)(shape, seed, ...)``.
+
+    Args, Raises: as :class:`Sampler` and its call.
 
     Returns:
         (N, C, ...) float32.
-
-    Raises:
-        ValueError: for an unknown sampler, or steps, eta or a shape out of range.
     """
-    if len(shape) < 2 or any(size < 1 for size in shape):
-        raise ValueError(f"shape must be (N, C, ...) with sizes of at least 1, got {tuple(shape)}")
-    if device is None:
-        parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-        device = "cpu" if parameter is None else parameter.device
-    key = Noise(seed, first_sample=first_sample)
-    table = make_table(diffusion, sampler, steps, eta)
-    start = key.fold_in(FOLD_SAMPLE_START).materialize(shape, device)
-    watched = callback is not None
-    for t, x, x_start in sample_loop(model, table, start, key.fold_in(FOLD_SAMPLE_STEPS), clip=clip, keep=watched and keep, with_x_start=watched):
-        if callback is not None:
-            callback(t, x, x_start)
-    return x
+    draw = Sampler(model, diffusion, sampler, **options)
+    return draw(shape, seed, labels=labels, known=known, first_sample=first_sample, device=device, callback=callback, keep=keep)

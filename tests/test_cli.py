@@ -42,12 +42,17 @@ def test_sample_does_not_depend_on_the_batch(run, tmp_path):
 def test_sample_of_a_class(tmp_path, command):
     assert command(*TRAIN, "-T", 30, "--class-conditional", "--out", tmp_path / "run")[0] == 0
     images = []
-    for label in (0, 7):
-        assert command("sample", tmp_path / "run", "-n", 2, "--class", label, "--out", tmp_path)[0] == 0
-        images.append(np.load(tmp_path / "samples.npz")["images"])
-    assert images[0].shape == (2, 1, 8, 8)
-    code, _, error = command("sample", tmp_path / "run", "--class", 10, "--out", tmp_path)
-    assert code == 2 and "--class must be in 0..9, got 10" in error
+    for name, options in (("a", ["--class", 0]), ("b", ["--class", "each", "--guidance", 2])):
+        assert command("sample", tmp_path / "run", "-n", 12, *options, "--steps", 3, "--out", tmp_path / name)[0] == 0
+        images.append(np.load(tmp_path / name / "samples.npz"))
+    assert images[0]["images"].shape == (12, 1, 8, 8)
+    assert images[0]["labels"].tolist() == [0] * 12 and images[1]["labels"].tolist() == [*range(10), 0, 1]
+    for options, message in (
+        (["--class", 10], "--class must be 'each' or in 0..9, got 10"),
+        (["--guidance", 2], "--guidance needs --class"),
+    ):
+        code, _, error = command("sample", tmp_path / "run", *options, "--out", tmp_path / "c")
+        assert code == 2 and message in error and not (tmp_path / "c").exists()
 
 
 def test_class_of_an_unconditional_model(run, tmp_path, command):
@@ -62,9 +67,44 @@ def test_short_chain_is_pointed_out(tmp_path, command):
     assert code == 0 and "the chain leaves 0.74 of the data's variance" in text
 
 
-def test_sample_with_ddim(run, tmp_path):
-    result = invoke("sample", run, "--out", tmp_path, "-n", 2, "--sampler", "ddim", "--steps", 5)
-    assert result.exit_code == 0 and (tmp_path / "samples.png").exists()
+@pytest.mark.parametrize("options", [["--sampler", "ddim", "--steps", 5], ["--sampler", "dpmpp_2m", "--steps", 5, "--spacing", "logsnr"], ["--steps", "0,7,29", "--threshold", 0.9]], ids=str)
+def test_sample_with_few_steps(options, run, tmp_path):
+    result = invoke("sample", run, "--out", tmp_path, "-n", 3, "--progressive", "--formats", "png, grid", *options)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "progressive.png", "samples.json", "samples.png"]
+    assert [path.name for path in sorted((tmp_path / "images").iterdir())] == [f"{i:08}.png" for i in range(3)]
+
+
+def test_more_samples_of_the_same_command_are_added(run, tmp_path, command, monkeypatch):
+    options = ["sample", run, "--steps", 3, "--out", tmp_path / "a", "--batch", 2]
+    assert command(*options, "-n", 4)[0] == 0
+    assert command(*options, "-n", 5)[0] == 0
+    assert command("sample", run, "--steps", 3, "--out", tmp_path / "b", "-n", 5)[0] == 0
+    a, b = (np.load(tmp_path / name / "samples.npz")["images"].astype(int) for name in "ab")
+    assert a.shape == b.shape and np.abs(a - b).max() <= 1
+    code, _, error = command(*options, "-n", 5, "--seed", 1)
+    assert code == 2 and "holds images of other settings (seed 0, not 1)" in error and len(error.strip().splitlines()) == 1
+    assert command(*options, "-n", 5, "--seed", 1, "--overwrite")[0] == 0
+    assert (np.load(tmp_path / "a" / "samples.npz")["images"] != a).any()
+
+
+def test_interrupted_sampling_goes_on(run, tmp_path, command, monkeypatch):
+    from ddpm_fast.sampling import Sampler
+
+    call, calls = Sampler.__call__, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(options["first_sample"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    options = ["sample", run, "--steps", 3, "--out", tmp_path, "--batch", 2, "-n", 4]
+    code, text, _ = command(*options)
+    assert code == 130 and "the same command goes on from there" in text
+    assert command(*options)[0] == 0
+    assert calls == [0, 2, 2] and len(np.load(tmp_path / "samples.npz")["images"]) == 4
 
 
 def test_eval_writes_table_and_picture(run, tmp_path):
@@ -95,6 +135,7 @@ def test_version():
         (["train", "--schedule", "straight"], "schedule must be one of"),
         (["train", "--loss", "hybrid", "--variance", "fixed_small"], "hybrid"),
         (["sample", "nowhere"], "nowhere"),
+        (["sample", "nowhere", "--steps", "few"], "--steps must be a number or a list such as 0,10,50, got 'few'"),
         (["eval", "nowhere"], "nowhere"),
     ],
 )

@@ -1,10 +1,9 @@
 """The bound on a data set: full and estimated, and the measures of samples."""
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from played_ranks import play
 
 import ddpm_fast as df
 from ddpm_fast.evaluation import class_counts, evaluate_bound, neighbour_distance_ratio
@@ -57,18 +56,6 @@ def unet():
     return network.eval()
 
 
-def on_ranks(size, call):
-    """What each of ``size`` ranks gets from call(ranks). They are threads: the ranks of torchrun share nothing but files either."""
-    together = threading.Barrier(size, timeout=60)
-
-    class InThreads(Ranks):
-        def wait(self):
-            together.wait()
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(call, [InThreads(rank, size) for rank in range(size)]))
-
-
 @pytest.mark.parametrize("terms", [None, 5])
 def test_batches_and_ranks_change_a_networks_bound_by_rounding_only(unet, terms, tmp_path):
     x = torch.randint(0, 17, (11, 1, 8, 8)) / 8 - 1.0
@@ -77,7 +64,8 @@ def test_batches_and_ranks_change_a_networks_bound_by_rounding_only(unet, terms,
     others = [evaluate_bound(unet, diffusion, x, terms_per_image=terms, batch=batch) for batch in (1, 4)]
     for size, batch in ((2, 4), (3, 256)):
         parts = Parts(tmp_path / str(size), {})
-        others += on_ranks(size, lambda ranks, b=batch, p=parts: evaluate_bound(unet, diffusion, x, terms_per_image=terms, batch=b, parts=p, ranks=ranks))
+        act = lambda ranks, b=batch, p=parts: others.append(evaluate_bound(unet, diffusion, x, terms_per_image=terms, batch=b, parts=p, ranks=ranks))  # noqa: E731
+        assert play(size, act) == [None] * size
         assert len(parts.present()) == 3  # 11 images in parts of 4, and of a third where one batch would hold them all
     assert len(others) == 2 + 2 + 3
     for other in others:

@@ -8,7 +8,7 @@ from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exac
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.ops import p_step
 from ddpm_fast.ops.p_step import COLUMNS, p_step_reference
-from ddpm_fast.sampling import ddim_table, ddpm_table
+from ddpm_fast.step_tables import ddim_table, ddpm_table
 from ddpm_fast.tables import PREDICTIONS, VARIANCES
 
 EPS = 2.0**-52

@@ -1,19 +1,23 @@
 """Sampling: what a sample depends on, the order of the steps, the tables by name, what is refused."""
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, sample
 from ddpm_fast.noise import FOLD_SAMPLE_START, FOLD_SAMPLE_STEPS
 from ddpm_fast.ops.p_step import COLUMNS
-from ddpm_fast.sampling import ddim_table, ddpm_table, make_table, sample_loop, spaced_timesteps
+from ddpm_fast.reverse_step import ReverseStep
+from ddpm_fast.sampling import sample_loop
+from ddpm_fast.step_tables import ddim_table, ddpm_table, spaced_timesteps
 
 T = 20
 SCHEDULE = NoiseSchedule.linear(T, 1e-3, 0.3)
 DIFFUSION = GaussianDiffusion(SCHEDULE)
-SAMPLERS = [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"steps": 6}, {"sampler": "ddim", "steps": 1}]
+SAMPLERS = [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"steps": 6}, {"sampler": "ddim", "steps": 1}, {"sampler": "dpmpp_2m", "steps": 6}]
+
+
+def walk(model, table, x, noise, **options):
+    return sample_loop(ReverseStep(model, table, x), x, noise, **options)
 
 
 def model(x, t):
@@ -69,7 +73,7 @@ def test_start_and_steps_never_share_noise():
         assert (start != Noise(4).fold_in(FOLD_SAMPLE_STEPS).at(stream=stream).materialize((1, 64))).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}, {"sampler": "dpmpp_2m"}], ids=["ddpm", "ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("steps", [None, 1, 2, 7, T])
 def test_steps_run_backwards_and_the_model_is_told_its_own_time(steps, options):
     told, seen = [], []
@@ -102,19 +106,20 @@ def test_each_x_start_is_clipped_unless_told_otherwise():
     assert max(s.abs().max() for s in starts) > 1
 
 
-def test_ddim_of_a_perfect_model_returns_the_data_from_any_number_of_steps():
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_a_perfect_model_returns_the_data_from_any_number_of_steps(sampler):
     # If x̂0 is always the same, each step stays on the line from x_0 to the start and the last one ends in x_0.
     target = torch.linspace(-1, 1, 15).view(1, 3, 5).expand(2, 3, 5).contiguous()
     diffusion = GaussianDiffusion(SCHEDULE, "x_start")
     for steps in (1, 2, 7, None):
-        assert_close_to_exact(sample(lambda x, t: target, diffusion, (2, 3, 5), sampler="ddim", steps=steps), target.double(), ulps=4)
+        assert_close_to_exact(sample(lambda x, t: target, diffusion, (2, 3, 5), sampler=sampler, steps=steps), target.double(), ulps=4)
 
 
 def test_ddim_without_noise_is_a_function_of_its_start():
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    ends = [list(sample_loop(model, ddim_table(DIFFUSION), x, Noise(seed)))[-1][1] for seed in (0, 1)]
+    ends = [list(walk(model, ddim_table(DIFFUSION), x, Noise(seed)))[-1][1] for seed in (0, 1)]
     assert_bits_equal(ends[0], ends[1])
-    noisy = [list(sample_loop(model, ddim_table(DIFFUSION, eta=1.0), x, Noise(seed)))[-1][1] for seed in (0, 1)]
+    noisy = [list(walk(model, ddim_table(DIFFUSION, eta=1.0), x, Noise(seed)))[-1][1] for seed in (0, 1)]
     assert (noisy[0] != noisy[1]).any()
 
 
@@ -125,11 +130,11 @@ def test_steps_written_over_each_other_are_the_same(multistep, dtype):
     if multistep:
         table.table[1:, COLUMNS.index("previous")] = 0.25
     start = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    kept = [(x, x_start) for _, x, x_start in sample_loop(model, table, start.clone(), Noise(0))]
+    kept = [(x, x_start) for _, x, x_start in walk(model, table, start.clone(), Noise(0))]
     assert len({x.data_ptr() for x, _ in kept}) == T
     written, places = start.clone(), set()
     over = []
-    for _, x, x_start in sample_loop(model, table, written, Noise(0), keep=False):
+    for _, x, x_start in walk(model, table, written, Noise(0), keep=False):
         over.append((x.clone(), x_start.clone()))
         places.add(x.data_ptr())
     assert places == {written.data_ptr()}
@@ -141,8 +146,8 @@ def test_steps_written_over_each_other_are_the_same(multistep, dtype):
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(x.shape)], ids=["itself", "a view"])
 def test_a_model_may_return_its_input(view):
     start = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    expected = [x for _, x, _ in sample_loop(lambda x, t: x.clone(), ddpm_table(DIFFUSION), start.clone(), Noise(0))][-1]
-    got = [x for _, x, _ in sample_loop(lambda x, t: view(x), ddpm_table(DIFFUSION), start.clone(), Noise(0), keep=False)][-1]
+    expected = [x for _, x, _ in walk(lambda x, t: x.clone(), ddpm_table(DIFFUSION), start.clone(), Noise(0))][-1]
+    got = [x for _, x, _ in walk(lambda x, t: view(x), ddpm_table(DIFFUSION), start.clone(), Noise(0), keep=False)][-1]
     assert_bits_equal(got, expected)
 
 
@@ -156,7 +161,7 @@ def test_a_callback_gets_new_tensors_unless_told_otherwise():
 
 def test_loop_keeps_float64():
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert all(state.dtype == torch.float64 for _, state, _ in sample_loop(model, ddpm_table(DIFFUSION), x, Noise(0)))
+    assert all(state.dtype == torch.float64 for _, state, _ in walk(model, ddpm_table(DIFFUSION), x, Noise(0)))
 
 
 def test_learned_variance_samples():
@@ -185,49 +190,6 @@ def test_a_module_is_sampled_where_its_parameters_are_and_without_gradients():
     assert_bits_equal(sample(Wrapped(), DIFFUSION, (2, 5), steps=3), x)
 
 
-# Tables.
-
-
-def test_make_table_by_name():
-    assert_bits_equal(make_table(DIFFUSION).table, ddpm_table(DIFFUSION).table)
-    assert_bits_equal(make_table(DIFFUSION, "ddpm", T).table, ddpm_table(DIFFUSION).table)
-    assert_bits_equal(make_table(DIFFUSION, "ddpm", 5).table, ddpm_table(DIFFUSION, spaced_timesteps(T, 5)).table)
-    assert_bits_equal(make_table(DIFFUSION, "ddim", 5, 0.3).table, ddim_table(DIFFUSION, spaced_timesteps(T, 5), 0.3).table)
-    for table in (make_table(DIFFUSION), make_table(DIFFUSION, "ddim", 5, 0.3)):
-        assert table.table.dtype == torch.float64 and table.table.shape == (len(table.timesteps), 8)
-        assert table.table.isfinite().all() and table.table.float().isfinite().all()
-
-
-def test_all_listed_steps_are_all_steps():
-    for make in (ddpm_table, ddim_table):
-        assert_bits_equal(make(DIFFUSION, range(T)).table, make(DIFFUSION).table)
-
-
-def test_respaced_schedule_is_sampled_with_its_own_times():
-    # A diffusion built on a respaced schedule tells the model the original t.
-    diffusion = GaussianDiffusion(SCHEDULE.respace([2, 5, 11, 19]))
-    assert make_table(diffusion).timesteps.tolist() == [2, 5, 11, 19]
-    assert make_table(diffusion, steps=2).timesteps.tolist() == [2, 19]
-
-
-@pytest.mark.parametrize(("steps", "expected"), [(1, [19]), (2, [0, 19]), (3, [0, 10, 19]), (20, list(range(20)))])
-def test_spaced_timesteps_include_both_ends(steps, expected):
-    # 9.5 is rounded to even.
-    assert spaced_timesteps(20, steps).tolist() == expected
-
-
-@settings(derandomize=True, deadline=None, max_examples=50)
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
-def test_spaced_timesteps_ascend_evenly(sizes):
-    total, steps = sizes
-    timesteps = spaced_timesteps(total, steps)
-    assert len(timesteps) == steps and timesteps[-1] == total - 1 and timesteps.dtype == torch.int64
-    if steps > 1:
-        gaps = timesteps.diff()
-        assert timesteps[0] == 0 and gaps.min() >= 1
-        assert (gaps - (total - 1) / (steps - 1)).abs().max() < 1 + 1e-9  # each end is rounded by at most a half
-
-
 # What is refused.
 
 
@@ -244,7 +206,7 @@ def test_eta_out_of_range_is_refused(eta):
 
 
 def test_unknown_sampler_is_refused():
-    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, got 'euler'"):
+    with pytest.raises(ValueError, match="sampler must be one of ddpm, ddim, dpmpp_2m, got 'euler'"):
         sample(model, DIFFUSION, (2, 3), sampler="euler")
 
 
@@ -262,9 +224,3 @@ def test_seed_out_of_range_is_refused():
 def test_output_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match="the model output must have shape"):
         sample(lambda x, t: x[:, :1], DIFFUSION, (2, 3))
-
-
-@pytest.mark.parametrize("make", [ddpm_table, ddim_table])
-def test_list_of_steps_must_ascend(make):
-    with pytest.raises(ValueError, match=r"timesteps must ascend strictly within 0\.\.19"):
-        make(DIFFUSION, [5, 3])

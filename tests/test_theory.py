@@ -2,6 +2,7 @@
 
 Monte-Carlo tests use fixed seeds and allow five standard errors of the estimate.
 """
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +12,9 @@ from numerics import assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, gaussian_kl, sample
 from ddpm_fast.ops import p_step
-from ddpm_fast.sampling import ddim_table, ddpm_table, make_table
+from ddpm_fast.reverse_step import ReverseStep
+from ddpm_fast.sampling import sample_loop
+from ddpm_fast.step_tables import ddim_table, ddpm_table, dpm_solver_table, make_table
 
 EPS = 2.0**-52
 SIGMAS = 5.0  # standard errors; a sound estimate fails once in two million
@@ -318,3 +321,55 @@ def test_samples_have_the_propagated_mean_and_variance(options):
     mean, variance = propagate(table, lambda x, row: model(x, table.timesteps[row]), len(table.timesteps), 0.0, 1.0)
     x = sample(model, diffusion, (n, 1), seed=6, clip=False, **options)
     assert_moments(x.double().flatten(), mean, variance)
+
+
+def flow_errors(make, counts, m=0.2, v=0.3):
+    """Distance from the probability flow of Gaussian data, whose solution is known: x_t keeps its place in N(√ᾱ m, ᾱ v + 1 - ᾱ).
+
+    Of the state before the last step, which leaves the flow for x̂0. In float64, on evenly spaced steps of a fine chain, the last of
+    which is the same for every number of steps.
+    """
+    fine = 8001
+    schedule = NoiseSchedule.linear(fine, 1e-4 / 8, 0.02 / 8)
+    diffusion = GaussianDiffusion(schedule, "x_start", "fixed_small")
+    first, last = 400, 8000
+    start = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    place = lambda x, t: (x - schedule.sqrt_alphas_bar[t] * m) / (schedule.alphas_bar[t] * v + 1 - schedule.alphas_bar[t]).sqrt()  # noqa: E731
+    errors = []
+    for count in counts:
+        steps = torch.linspace(first, last, count + 1).round().long()
+        table = make(diffusion, torch.cat([torch.tensor([0]), steps]))
+        step = ReverseStep(best_output(schedule, m, v, False), table, start, clip=False)
+        states = {t: x for t, x, _ in sample_loop(step, start, Noise(0))}
+        x = states[int(steps[1])]  # after the step from there it is at `first`
+        errors.append((place(x, first) - place(start, last)).abs().max().item())
+    return errors
+
+
+@pytest.mark.parametrize(("make", "order"), [(ddim_table, 1), (dpm_solver_table, 2)], ids=["ddim", "dpmpp_2m"])
+def test_solvers_of_the_flow_converge_at_their_order(make, order):
+    errors = flow_errors(make, (25, 50, 100))
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert orders[-1] == pytest.approx(order, abs=0.15)  # of the finer halving; the coarser one still shows higher orders
+    assert all(abs(found - order) < 0.5 for found in orders)
+
+
+def test_second_order_needs_few_steps():
+    # The point of it: as near to the flow in 20 steps as DDIM is in some hundred.
+    assert flow_errors(dpm_solver_table, (20,))[0] < flow_errors(ddim_table, (100,))[0]
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ddim"}, {"sampler": "dpmpp_2m"}, {"sampler": "dpmpp_2m", "spacing": "logsnr"}, {"sampler": "ddim", "spacing": "quadratic"}], ids=str)
+def test_deterministic_samplers_map_the_start_onto_the_data(options):
+    # The map is affine, so two points of it say what it does to N(0, 1): mean and variance of the samples without drawing any.
+    m, v = 0.2, 0.5
+    schedule = NoiseSchedule.linear(1000)
+    diffusion = GaussianDiffusion(schedule, "x_start", "fixed_small")
+    errors = []
+    for steps in (25, 200):
+        start = f64([0.0], [1.0])
+        step = ReverseStep(best_output(schedule, m, v, False), make_table(diffusion, steps=steps, **options), start, clip=False)
+        at_zero, at_one = [x for _, x, _ in sample_loop(step, start, Noise(0))][-1].flatten().tolist()
+        assert at_zero == pytest.approx(m, abs=0.01)
+        errors.append(abs((at_one - at_zero) ** 2 - v) / v)
+    assert errors[1] < (0.03 if options["sampler"] == "ddim" else 0.01) and errors[0] > 3 * errors[1]

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.ops import gaussian_kl, p_step, q_sample, randn, simple_loss, vlb_terms
-from ddpm_fast.sampling import make_table
+from ddpm_fast.step_tables import make_table
 from ddpm_fast.tables import bound_table
 
 SHAPE = (16, 3, 64, 64)

@@ -1,13 +1,14 @@
 """What every command of ``ddpm-fast`` shares: the app, the options that several have, how results are printed."""
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from ddpm_fast.files import make_folder as make_folder  # of every command
 
 app = typer.Typer(name="ddpm-fast", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, sample and evaluate denoising diffusion models.")
 console = Console(highlight=False, markup=False)  # folders may have brackets in their names
@@ -36,13 +37,6 @@ def print_table(rows: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, str(value))
     console.print(table)
-
-
-def make_folder(path: Path) -> None:
-    """Creates the output folder, and notices before any work that it cannot be written."""
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):
-        pass
 
 
 def set_threads(threads: int | None) -> None:

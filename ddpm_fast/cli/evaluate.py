@@ -60,28 +60,27 @@ def evaluate(
         if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
             raise ValueError(f"the model was trained on {trained.image_shape} with {trained.diffusion.levels} levels, but {source} has {images.image_shape} with {images.levels}")
         out = out or (run if run.is_dir() else run.parent)
-        if ranks.first:
+        extractor = drawn = None
+
+        def prepare() -> None:
+            nonlocal extractor, drawn
             make_folder(out)
             if samples is not None:  # what cannot be read is noticed before the long part
                 drawn = load_samples(samples, images)
                 extractor = load_features(features or (DIGITS if images.name == DIGITS else INCEPTION), trained.device, inception_weights=inception_weights)
+
+        ranks.lead(prepare)
         if not no_bound:
-            settings = dict(
-                checkpoint=fingerprint(*trained.model.state_dict().values()), diffusion=repr(trained.diffusion), images=fingerprint(images.test),
-                terms=terms, clip=clip, seed=seed,
-            )  # fmt: skip
+            settings = dict(checkpoint=trained.checkpoint_id, images=fingerprint(images.test), terms=terms, clip=clip, seed=seed)
             count = min(limit or len(images.test), len(images.test))
             evaluate_run(out, trained, images, count, batch, Parts(out / "bound.parts", settings), ranks, dict(data=source, step=trained.step))
-        if ranks.first and samples is not None:
+        if extractor is not None:
             measure_samples(out, drawn, images, extractor, reference, batch, seed)
 
 
-def fingerprint(*tensors: Tensor) -> str:
-    """Of values, whatever file they came from: a run that was moved or copied is the same."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def fingerprint(images: Tensor) -> str:
+    """Of the images themselves: a name, or a path, may come to mean others."""
+    return hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
 
 
 def evaluate_run(
@@ -95,10 +94,9 @@ def evaluate_run(
         return count - sum(map(len, parts.missing(count, count)))
 
     terms, clip, seed = (parts.settings[name] for name in ("terms", "clip", "seed"))
-    if ranks.first:
-        parts.open()
-        if done():
-            console.print(f"{done()} of {count} images are done already, in {parts.folder}", soft_wrap=True)
+    ranks.lead(parts.open)
+    if ranks.first and done():
+        console.print(f"{done()} of {count} images are done already, in {parts.folder}", soft_wrap=True)
     try:
         with Bar("evaluating", quiet=not ranks.first) as bar:
             bound = evaluate_bound(

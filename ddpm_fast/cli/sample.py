@@ -1,12 +1,16 @@
 """``ddpm-fast sample``."""
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ddpm_fast.cli._common import Device, Out, Run, Seed, Threads, app, make_folder, print_table, set_threads
+from ddpm_fast.cli._common import Device, Out, Run, Seed, Threads, app, console, print_table, set_threads
+
+PICTURED = 100  # images in the animation, and in the rows of the progressive picture at most a tenth of them
+FRAMES = 40
 
 
 @app.command()
@@ -15,60 +19,137 @@ def sample(
     out: Out = Path("runs/samples"),
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
-    sampler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddpm",
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps; by default all T.")] = None,
+    sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpmpp_2m (DPM-Solver++).")] = "ddpm",
+    steps: Annotated[str | None, typer.Option(help="Number of steps, or their ascending list: 0,10,50,... By default all T.")] = None,
+    spacing: Annotated[str, typer.Option(help="Of a number of steps: even, quadratic or logsnr.")] = "even",
     eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="DDIM's share of noise.")] = 0.0,
-    label: Annotated[int | None, typer.Option("--class", min=0, help="Class of all images, for a class-conditional model.")] = None,
-    gif: Annotated[bool, typer.Option("--gif", help="Also draw the reverse process of the first batch.")] = False,
+    threshold: Annotated[float | None, typer.Option(help="Dynamic thresholding at this quantile, say 0.995, in place of clipping.")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="Class of all images, or 'each' for every class in turn, for a class-conditional model.")] = None,
+    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 for none.")] = 1.0,
+    formats: Annotated[str, typer.Option(help="Some of png (a file an image), grid (samples.png) and npz (samples.npz).")] = "grid,npz",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of other settings that are in --out.")] = False,
+    gif: Annotated[bool, typer.Option("--gif", help="Also draw the reverse process of the first images.")] = False,
+    progressive: Annotated[bool, typer.Option("--progressive", help="Also draw how the first images' x̂0 takes shape.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network: a minute at first; no gain was measured on CPUs.")] = False,
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw images from a trained model: a grid as PNG and all of them as samples.npz. Image i does not depend on --count or --batch."""
-    import numpy as np
+    """Draw images from a trained model.
+
+    Image i depends on --seed and i alone: not on --count, --batch or the number of processes (torchrun). Stopped, the same command goes
+    on; with a larger --count it adds images.
+    """
     import torch
 
-    from ddpm_fast.files import atomic_write
-    from ddpm_fast.plots import write_grid, write_reverse_gif
     from ddpm_fast.progress import Bar
-    from ddpm_fast.sampling import make_table
-    from ddpm_fast.sampling import sample as draw
+    from ddpm_fast.ranks import launched_ranks
+    from ddpm_fast.sample_writer import write_samples
+    from ddpm_fast.sampling import Sampler
     from ddpm_fast.training import load_trained
-    from ddpm_fast.training.data import to_levels
     from ddpm_fast.training.trainer import resolve_device
 
     set_threads(threads)
-    trained = load_trained(run, resolve_device(device))
-    model = trained.model
-    if label is not None:
-        classes = trained.model.num_classes
-        if classes is None or label >= classes:
-            raise ValueError(f"--class must be {f'in 0..{classes - 1}' if classes else 'left out: the model is not class-conditional'}, got {label}")
-        model = lambda x, t: trained.model(x, t, torch.full_like(t, label))  # noqa: E731
-    length = len(make_table(trained.diffusion, sampler, steps, eta).timesteps)
-    make_folder(out)
-    batches, frames, every = range(0, count, batch), [], max(1, length // 40)
-    images = []
-    with Bar("sampling") as bar:
-        for index, start in enumerate(batches):
-            done = iter(range(1, length + 1))
+    chosen = parse_steps(steps)
+    with launched_ranks() as ranks:
+        trained = load_trained(run, resolve_device(ranks.device(device)))
+        labels = parse_label(label, trained.model.num_classes)
+        draw = Sampler(trained.model, trained.diffusion, sampler, steps=chosen, spacing=spacing, eta=eta, threshold=threshold, guidance=guidance)
+        if guidance != 1.0 and labels is None:
+            raise ValueError("--guidance needs --class")
+        if compiled:
+            trained.model.compile(dynamic=False)
+        length, shape = len(draw.table), trained.image_shape
+        settings = dict(
+            checkpoint=trained.checkpoint_id, step=trained.step, sampler=sampler, steps=chosen or length, spacing=spacing, eta=eta, threshold=threshold,
+            guidance=guidance, label=label, seed=seed,
+        )  # fmt: skip
 
-            def step(t: int, x: torch.Tensor, _: torch.Tensor, index: int = index, done: Any = done) -> None:
-                k = next(done)
-                bar.update(index * length + k, len(batches) * length)
-                if gif and index == 0 and (k % every == 0 or k == length):
-                    frames.append(x[:100].to("cpu", copy=True))  # the next step writes over x
+        def batch_labels(first: int, size: int) -> torch.Tensor | None:
+            return None if labels is None else torch.tensor(labels)[torch.arange(first, first + size) % len(labels)]
 
-            size = min(batch, count - start)
-            shape = (size, *trained.image_shape)
-            x = draw(model, trained.diffusion, shape, seed, sampler=sampler, steps=steps, eta=eta, first_sample=start, device=trained.device, callback=step, keep=False)
-            images.append(x.cpu())
-    x = torch.cat(images)
-    written = {"grid": out / "samples.png", "images": out / "samples.npz"}
-    write_grid(written["grid"], x[:400])
-    with atomic_write(written["images"]) as temporary:
-        np.savez_compressed(temporary, images=to_levels(x, trained.diffusion.levels).numpy())
+        def arguments(first: int, size: int) -> dict[str, Any]:
+            return dict(labels=batch_labels(first, size), first_sample=first, device=trained.device)
+
+        with Bar("sampling", quiet=not ranks.first) as bar:
+            at = [0, 0]  # images that are done, of all
+
+            def advance(done: int, of: int) -> None:
+                at[:] = done, of
+                bar.update(done * length, of * length)
+
+            def drawn(first: int, size: int) -> torch.Tensor:
+                steps_done = iter(range(1, length + 1))
+
+                def stepped(t: int, x: torch.Tensor, x_start: torch.Tensor) -> None:
+                    bar.update(min(at[0] * length + next(steps_done) * size * ranks.size, at[1] * length), at[1] * length)
+
+                return draw((size, *shape), seed, callback=stepped, keep=False, **arguments(first, size)).cpu()
+
+            try:
+                written = write_samples(
+                    drawn, out, count=count, batch=batch, formats=[name.strip() for name in formats.split(",")], levels=trained.diffusion.levels,
+                    settings=settings, labels=None if labels is None else lambda first, size: batch_labels(first, size).numpy(),
+                    overwrite=overwrite, ranks=ranks, report=advance,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                console.print(f"stopped; what is complete is in {out}, and the same command goes on from there", soft_wrap=True)
+                raise typer.Exit(130) from None
+        if not ranks.first:
+            return
+        if gif or progressive:
+            size = min(count, PICTURED)
+            written |= draw_process(out, draw, (size, *shape), seed, gif, progressive, arguments(0, size))
+    print_table(written)
+
+
+def draw_process(out: Path, draw: Any, shape: tuple[int, ...], seed: int, gif: bool, progressive: bool, arguments: dict[str, Any]) -> dict[str, Path]:
+    """The states of the first images on their way (reverse.gif), and what the model took them for (progressive.png)."""
+    import torch
+
+    from ddpm_fast.plots import write_forward_strip, write_reverse_gif
+
+    length = len(draw.table)
+    shown = set(torch.linspace(0, length - 1, min(FRAMES, length)).round().int().tolist())
+    states, guesses, times, step = [], [], [], itertools.count()
+
+    def keep(t: int, x: torch.Tensor, x_start: torch.Tensor) -> None:
+        if next(step) in shown:
+            states.append(x.to("cpu", copy=True))  # the next step writes over x
+            guesses.append(x_start[: PICTURED // 10].to("cpu", copy=True))
+            times.append(t)
+
+    draw(shape, seed, callback=keep, keep=False, **arguments)
+    written = {}
     if gif:
         written["reverse process"] = out / "reverse.gif"
-        write_reverse_gif(written["reverse process"], torch.stack(frames))
-    print_table(written)
+        write_reverse_gif(written["reverse process"], torch.stack(states))
+    if progressive:
+        written["x̂0 on the way"] = out / "progressive.png"
+        columns = sorted({round(k) for k in torch.linspace(0, len(times) - 1, min(10, len(times))).tolist()})
+        write_forward_strip(written["x̂0 on the way"], torch.stack([guesses[k] for k in columns]), [times[k] for k in columns])
+    return written
+
+
+def parse_steps(text: str | None) -> int | list[int] | None:
+    """ "50", or "0,10,50": a number of steps or their list."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--steps must be a number or a list such as 0,10,50, got {text!r}") from None
+    return numbers if "," in text else numbers[0]
+
+
+def parse_label(text: str | None, classes: int | None) -> list[int] | None:
+    """The classes that images take in turn, or None."""
+    if text is None:
+        return None
+    if classes is None:
+        raise ValueError(f"--class must be left out: the model is not class-conditional, got {text}")
+    if text == "each":
+        return list(range(classes))
+    if not text.isdecimal() or int(text) >= classes:
+        raise ValueError(f"--class must be 'each' or in 0..{classes - 1}, got {text}")
+    return [int(text)]

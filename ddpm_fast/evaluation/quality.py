@@ -170,8 +170,8 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
     """Samples from files, on the grey levels of the data.
 
     Args:
-        path: a .npz or .npy file as :func:`ddpm_fast.training.load_data` reads (``images``), a folder with samples.npz, or a
-            folder of images, whose black and white are -1 and 1 for any number of levels.
+        path: a .npz or .npy file as :func:`ddpm_fast.training.load_data` reads (``images``), the folder of a ``ddpm-fast sample``,
+            or any folder of images, whose black and white are -1 and 1 for any number of levels.
 
     Returns:
         (N, C, H, W) float32 in [-1, 1].
@@ -182,8 +182,8 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if (path / "samples.npz").exists():
-        path = path / "samples.npz"
+    if (path / "samples.json").exists():  # of `write_samples`, which also puts a grid there
+        path = path / ("samples.npz" if (path / "samples.npz").exists() else "images")
     if path.is_dir():
         images = to_levels(to_unit(torch.from_numpy(read_folder(path, None)[0])), data.levels)
     else:

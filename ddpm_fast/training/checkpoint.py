@@ -45,11 +45,13 @@ class Checkpoint:
         tensors: flat names (``"model.conv_in.weight"``) to tensors.
         meta: the JSON values given to `save_checkpoint`; tuples have become lists.
         path: the ``.safetensors`` file.
+        id: random, one for each save.
     """
 
     tensors: dict[str, torch.Tensor]
     meta: dict[str, Any]
     path: Path
+    id: str
 
 
 def add_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -177,7 +179,7 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | 
     if not isinstance(document["meta"], dict):
         raise CheckpointError(f"{tensor_path} is damaged: the meta of its header is not a JSON object")
     _check_json(tensor_path, document)
-    return Checkpoint(tensors, document["meta"], tensor_path)
+    return Checkpoint(tensors, document["meta"], tensor_path, document["id"])
 
 
 def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what: str = "model") -> None:

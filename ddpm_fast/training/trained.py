@@ -25,6 +25,7 @@ class TrainedModel:
     image_shape: tuple[int, int, int]
     step: int
     meta: dict[str, Any]
+    checkpoint_id: str
 
     @property
     def device(self) -> torch.device:
@@ -57,4 +58,4 @@ def load_trained(path: str | os.PathLike, device: torch.device | str = "cpu", *,
         raise CheckpointError(f"{checkpoint.path} describes a run that this version cannot rebuild: {error}") from None
     part = "ema" if averaged else "model"
     load_into(model, strip_prefix(part, checkpoint.tensors), f"network ({part} weights of {checkpoint.path})")
-    return TrainedModel(model.eval(), diffusion, config, image_shape, meta["step"], meta)
+    return TrainedModel(model.eval(), diffusion, config, image_shape, meta["step"], meta, checkpoint.id)

@@ -1,0 +1,198 @@
+"""Samplers as tables: each is a list of time steps and, for each, the coefficients that :func:`ddpm_fast.ops.p_step` reads."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.ops._output import FIXED
+from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.tables import VARIANCES, log_variance_range, x_start_coefficients
+
+if TYPE_CHECKING:
+    from ddpm_fast.diffusion import GaussianDiffusion
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+SPACINGS = ("even", "quadratic", "logsnr")
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """A sampler: rows in the order of time, so that sampling walks them from the last to the first.
+
+    Attributes:
+        table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/p_step.py.
+        timesteps: (S,) int64, the t that the model is told at each row.
+        chain_times: (S,) int64, the time of the diffusion's own chain; another one where its schedule was respaced.
+        variance: how the log-variance columns are read.
+    """
+
+    table: Tensor
+    timesteps: Tensor
+    chain_times: Tensor
+    variance: str
+
+    def __len__(self) -> int:
+        """S, the number of steps."""
+        return len(self.timesteps)
+
+    @cached_property
+    def multistep(self) -> bool:
+        """Whether a step reads x̂0 of the step before."""
+        return bool((self.table[:, COLUMNS.index("previous")] != 0).any())
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether any step takes noise."""
+        return bool((self.table[:, COLUMNS.index("noise")] != 0).any())
+
+
+def spaced_timesteps(T: int, steps: int, spacing: str = "even", log_snr: Tensor | None = None) -> Tensor:
+    """``steps`` time indices from 0 to T-1, both ends included (the last alone if steps is 1), all different.
+
+    Args:
+        T: length of the chain.
+        steps: 1..T.
+        spacing: "even"; "quadratic", dense near the data (Song et al. 2021, appendix D.2); or "logsnr", even in the
+            logarithm of the signal-to-noise ratio, which multistep solvers are exact in (Lu et al. 2022).
+        log_snr: (T,), falling, for "logsnr".
+
+    Returns:
+        (steps,) int64, ascending.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
+        raise ValueError(f"steps must be an integer in 1..{T}, got {steps!r}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    if steps == 1:
+        return torch.tensor([T - 1])
+    if spacing == "logsnr":
+        if log_snr is None:
+            raise ValueError("spacing 'logsnr' needs log_snr, the schedule's")
+        wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
+        above = torch.searchsorted(-log_snr, -wanted).clamp(1, T - 1)
+        nearer = wanted - log_snr[above] > log_snr[above - 1] - wanted
+        chosen = above - nearer.long()
+    else:
+        power = 2 if spacing == "quadratic" else 1
+        chosen = torch.linspace(0, (T - 1) ** (1 / power), steps, dtype=torch.float64).pow(power).round().long()
+    # Where the wish is for less than one step of the chain, every step of it is taken.
+    place = torch.arange(steps)
+    return (chosen - place).cummax(0).values.clamp_max(T - steps) + place
+
+
+def ddpm_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None) -> StepTable:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), on all steps or on the ascending ``timesteps`` alone.
+
+    A part of the steps is sampled through the respaced schedule, whose posterior and variances belong to the jump
+    from one listed step to the one before (Nichol & Dhariwal 2021, section 4).
+    """
+    schedule = _respaced(diffusion, timesteps)
+    noise = torch.ones(len(schedule), dtype=torch.float64)
+    noise[0] = 0.0  # the last step returns the mean
+    low, high = log_variance_range(schedule, diffusion.variance)
+    return _table(diffusion, timesteps, schedule, schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, None, low, high, noise, VARIANCES[diffusion.variance])
+
+
+def ddim_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None, eta: float = 0.0) -> StepTable:
+    """DDIM (Song et al. 2021, eq. 12 and 16, https://arxiv.org/abs/2010.02502).
+
+    ε is derived again from the clipped x̂0, which folds it into the weights of x̂0 and x_t. ``eta`` = 0 is deterministic,
+    1 has the variance of ancestral sampling; a learned variance is not used.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    schedule = _respaced(diffusion, timesteps)
+    previous, variance = schedule.alphas_bar_prev, eta**2 * schedule.posterior_variance
+    direction = (1.0 - previous - variance).clamp_min(0.0).sqrt() / schedule.sqrt_one_minus_alphas_bar
+    log_var = variance.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return _table(diffusion, timesteps, schedule, previous.sqrt() - direction * schedule.sqrt_alphas_bar, direction, None, log_var, log_var, (variance > 0).double(), FIXED)
+
+
+def dpm_solver_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None) -> StepTable:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2, https://arxiv.org/abs/2211.01095): second order, deterministic.
+
+    From t to s, with λ = log(√ᾱ / √(1-ᾱ)), h = λ_s - λ_t and r = (h of the step before) / h::
+
+        x_s = σ_s/σ_t x_t - √ᾱ_s (e^-h - 1) ((1 + 1/2r) x̂0 - 1/2r x̂0_before)
+
+    The first step has no history, and the last one ends in the data, where h is infinite: both are of first order, and the
+    last returns x̂0. A learned variance is not used.
+    """
+    schedule = _respaced(diffusion, timesteps)
+    signal, sigma = schedule.sqrt_alphas_bar, schedule.sqrt_one_minus_alphas_bar
+    half_log_snr = 0.5 * schedule.snr.log()
+    zero = torch.zeros_like(signal)
+    step = half_log_snr[:-1] - half_log_snr[1:]  # entry k is of row k + 1, which goes to the time of row k
+    ends = torch.ones(1, dtype=torch.float64)
+    from_x_start = torch.cat([ends, -signal[:-1] * torch.expm1(-step)])
+    from_x_t = torch.cat([0 * ends, sigma[:-1] / sigma[1:]])
+    previous = zero.clone()
+    if len(schedule) > 2:
+        ratio = step[1:] / step[:-1]  # of rows 1 .. S-2: the step before, that of the next row, over this one
+        previous[1:-1] = -from_x_start[1:-1] / (2.0 * ratio)
+    return _table(diffusion, timesteps, schedule, from_x_start - previous, from_x_t, previous, zero, zero, zero, FIXED)
+
+
+def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int | Sequence[int] | None = None, eta: float = 0.0, spacing: str = "even") -> StepTable:
+    """The table of a sampler by name.
+
+    Args:
+        sampler: "ddpm", "ddim" or "dpmpp_2m".
+        steps: None for all T; a number, spaced as :func:`spaced_timesteps` does; or the ascending list itself, in 0..T-1.
+        eta: DDIM's share of noise, 0..1.
+        spacing: of a number of steps.
+
+    Raises:
+        ValueError: for an unknown name, or what is out of range.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta is a part of sampler 'ddim', got {eta} for {sampler!r}")
+    T = len(diffusion)
+    if isinstance(steps, (Sequence, Tensor)) and not isinstance(steps, str):
+        timesteps = torch.as_tensor(steps)  # respace checks it
+    else:
+        timesteps = spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.snr.log())
+    if len(timesteps) == T:
+        timesteps = None
+    if sampler == "ddim":
+        return ddim_table(diffusion, timesteps, eta)
+    return ddpm_table(diffusion, timesteps) if sampler == "ddpm" else dpm_solver_table(diffusion, timesteps)
+
+
+def start_row(table: StepTable, t: int) -> int:
+    """The row to start from for a state with the noise of time ``t`` of the chain: the last one that is not later."""
+    if t < table.chain_times[0]:
+        raise ValueError(f"t must be at least the first of the sampler's time steps, {int(table.chain_times[0])}, got {t}")
+    return int((table.chain_times <= t).sum()) - 1
+
+
+def _respaced(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None) -> NoiseSchedule:
+    return diffusion.schedule if timesteps is None else diffusion.schedule.respace(timesteps)
+
+
+def _table(
+    diffusion: GaussianDiffusion,
+    timesteps: Tensor | Sequence[int] | None,
+    schedule: NoiseSchedule,
+    x_start: Tensor,
+    x_t: Tensor,
+    previous: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    noise: Tensor,
+    variance: str,
+) -> StepTable:
+    """x̂0 comes from the schedule that the model was trained on: only where the step goes depends on its length."""
+    columns = x_start_coefficients(diffusion.schedule, diffusion.prediction)
+    times = torch.arange(len(diffusion)) if timesteps is None else torch.as_tensor(timesteps).long()
+    previous = torch.zeros_like(x_t) if previous is None else previous
+    columns = [column[times] for column in columns] + [x_start, x_t, previous, low, high, noise]
+    return StepTable(torch.stack(columns, 1), schedule.timesteps, times, variance)

@@ -72,7 +72,10 @@ def test_ranks_write_the_same_and_only_the_first_speaks(run, tmp_path, monkeypat
     from ddpm_fast import ranks
     from ddpm_fast.cli.evaluate import evaluate
 
-    options = dict(data=None, no_bound=False, terms=3, limit=10, batch=5, clip=True, samples=None, features=None, inception_weights=None, reference="train", device="cpu", threads=None, seed=0)
+    options = dict(
+        data=None, no_bound=False, terms=3, limit=10, batch=5, clip=True, samples=None, features=None, inception_weights=None,
+        reference="train", device="cpu", threads=None, seed=0,
+    )  # fmt: skip
     mine = threading.local()
     mine.ranks = ranks.Ranks()  # of this thread, which is alone
     monkeypatch.setattr(ranks, "launched_ranks", lambda: contextlib.nullcontext(mine.ranks))
@@ -105,8 +108,9 @@ def test_both_at_once_on_features_of_ones_own(run, tmp_path, monkeypatch, comman
     np.savez(tmp_path / "x.npz", images=load_data("digits").test[:8].numpy())
     monkeypatch.chdir(tmp_path)
     code, text, _ = command(
-        "eval", run, "--out", "out", "--limit", 4, "--terms", 2, "--samples", "x.npz", "--features", "own_features_for_eval:rows", "--reference", "test", "--threads", 1
-    )
+        "eval", run, "--out", "out", "--limit", 4, "--terms", 2, "--threads", 1,
+        "--samples", "x.npz", "--features", "own_features_for_eval:rows", "--reference", "test",
+    )  # fmt: skip
     assert code == 0 and names(tmp_path / "out") == sorted([*FILES, "quality.json"])
     assert "against the 360 images for testing" in text and "bound (bits/dim)" in text and "real (train)" in text
 

@@ -111,13 +111,13 @@ def test_features_that_cannot_be_compared(arguments, message):
 
 
 def test_other_bad_arguments():
-    x = torch.randn(9, 2)
+    x, zeros = torch.randn(9, 2), torch.zeros(9, 1, 8, 8)
     for call, message in (
         (lambda: precision_recall(x, x, 0), "neighbours must be at least 1, got 0"),
         (lambda: quality_from_features(x, x[:3], neighbours=1), "at least 4 images of each kind, got 9 and 3"),
         (lambda: inception_score(x[0]), r"logits must be finite, of shape \(N, K\), got \(2,\)"),
-        (lambda: evaluate_quality(torch.zeros(9, 1, 8, 8), DIGITS, MEANS, reference="all"), "reference must be one of train, test, got 'all'"),
-        (lambda: evaluate_quality(torch.zeros(9, 3, 8, 8), DIGITS, MEANS), r"samples must be \(1, 8, 8\) images like the data, got \(3, 8, 8\)"),
+        (lambda: evaluate_quality(zeros, DIGITS, MEANS, reference="all"), "reference must be one of train, test, got 'all'"),
+        (lambda: evaluate_quality(zeros.expand(-1, 3, -1, -1), DIGITS, MEANS), r"samples must be \(1, 8, 8\) images like the data, got \(3, 8, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

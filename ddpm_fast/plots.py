@@ -251,7 +251,8 @@ def write_rate_distortion_plot(
         if x is t:
             axes.invert_xaxis()
         else:
-            axes.plot(x[-1], y[-1], "o", color=_INK, ms=5, zorder=3, clip_on=False, label=f"t = {t[-1]:.0f}: {x[-1]:.3g} bits/dim, {y[-1]:.3g}")
+            label = f"t = {t[-1]:.0f}: {x[-1]:.3g} bits/dim, {y[-1]:.3g}"
+            axes.plot(x[-1], y[-1], "o", color=_INK, ms=5, zorder=3, clip_on=False, label=label)
             axes.legend(edgecolor="none", fontsize=9, labelcolor=_INK)
     if title is not None:
         figure.suptitle(title, fontsize=10, color=_INK)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,20 +43,32 @@ class Ranks:
         """Every ``size``-th part: this process's turns."""
         return list(parts[self.rank :: self.size])
 
+    def share_missing(self, look: Callable[[int], list[range]], batch: int) -> list[range]:
+        """This process's ranges of what is missing. All look before any of them adds something, or they would not see the same.
+
+        Args:
+            look: called as look(size), gives the missing items in ranges of at most ``size``.
+            batch: at most so many items in a range; fewer where some process would else have nothing to do.
+        """
+        total = sum(map(len, look(batch)))
+        parts = look(max(1, min(batch, math.ceil(total / self.size))))
+        self.wait()
+        return self.share(parts)
+
     def device(self, name: str) -> str:
         """The device that ``name`` means for this process: where it leaves the GPU open, each process of a machine has its own."""
         return f"cuda:{self.local}" if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
     def wait(self) -> None:
-        """Until every process has come here.
+        """Until every process has come here."""
+        self.agree(True)
+
+    def agree(self, well: bool) -> bool:
+        """Until every process has come here; whether all of them are well.
 
         Raises:
             ConnectionError: another one has ended before; its own message says why.
         """
-        self.agree(True)
-
-    def agree(self, well: bool) -> bool:
-        """Until every process has come here; whether all of them are well. Raises as :meth:`wait`."""
         if self.size == 1:
             return well
         flag = torch.tensor(int(well))

@@ -81,7 +81,7 @@ def write_samples(
     png = "png" in wanted
     ranks.lead(partial(store.open, png, overwrite))
 
-    share = _share(ranks, partial(store.missing, count), batch)
+    share = ranks.share_missing(partial(store.missing, count), batch)
     left = sum(map(len, share)) * ranks.size
     report(max(0, count - left), count)
     save = store.save_png if png else store.save_part
@@ -94,7 +94,7 @@ def write_samples(
     with _progress_in_errors(store, count):
         ranks.wait()
         if png:  # those that an earlier run without PNG files has drawn
-            store.add_png(_share(ranks, partial(store.without_png, count), batch))
+            store.add_png(ranks.share_missing(partial(store.without_png, count), batch))
         ranks.wait()
         ranks.lead(partial(_finish, store, count, batch, wanted, levels, labels))
     paths = {"png": store.images, "grid": store.grid, "npz": store.npz}
@@ -111,14 +111,6 @@ def _check(count: int, batch: int, formats: Collection[str], levels: int) -> set
     if not 2 <= levels <= 256:
         raise ValueError(f"levels must be in 2..256, got {levels}")
     return wanted
-
-
-def _share(ranks: Ranks, look: Callable[[int], list[range]], batch: int) -> list[range]:
-    """This rank's ranges of what is missing. All look before any of them writes, or they would not see the same."""
-    total = sum(map(len, look(batch)))
-    parts = look(max(1, min(batch, math.ceil(total / ranks.size))))
-    ranks.wait()
-    return ranks.share(parts)
 
 
 def _draw(draw: Callable[[int, int], Tensor], part: range, levels: int, wanted: set[str]) -> np.ndarray:

@@ -140,6 +140,7 @@ def run(tmp_path_factory):
     from ddpm_fast.cli import app
 
     out = tmp_path_factory.mktemp("run") / "digits"
-    result = CliRunner().invoke(app, ["train", "--steps", "3", "--batch", "8", "--log-every", "1", "-T", "30", "--out", str(out)], catch_exceptions=False)
+    arguments = ["train", "--steps", "3", "--batch", "8", "--log-every", "1", "-T", "30", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return out

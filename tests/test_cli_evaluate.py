@@ -1,10 +1,13 @@
 """``ddpm-fast eval`` as a user types it: its files, an interruption, samples, and what it refuses."""
+import contextlib
 import csv
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
+from played_ranks import play
 
 from ddpm_fast.models import UNet
 from ddpm_fast.training import load_data
@@ -65,31 +68,34 @@ def test_interrupted_it_goes_on_to_the_same_files(run, tmp_path, monkeypatch, co
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_only_the_first_rank_speaks_and_writes(run, tmp_path, monkeypatch, command):
-    import contextlib
-
+def test_ranks_write_the_same_and_only_the_first_speaks(run, tmp_path, monkeypatch, command, capfd):
     from ddpm_fast import ranks
-    from ddpm_fast.parts import Parts
+    from ddpm_fast.cli.evaluate import evaluate
 
-    class Second(ranks.Ranks):
-        """Whose fellow is always just ahead: at each wait it has done what it had to."""
+    options = dict(
+        data=None, no_bound=False, terms=3, limit=10, batch=5, clip=True, samples=None, features=None, inception_weights=None,
+        reference="train", device="cpu", threads=None, seed=0,
+    )  # fmt: skip
+    mine = threading.local()
+    mine.ranks = ranks.Ranks()  # of this thread, which is alone
+    monkeypatch.setattr(ranks, "launched_ranks", lambda: contextlib.nullcontext(mine.ranks))
 
-        def wait(self):
-            pass
+    def act(played):
+        mine.ranks = played
+        evaluate(run, out=tmp_path / "two", **options)
 
-    monkeypatch.setattr(ranks, "launched_ranks", lambda: contextlib.nullcontext(Second(1, 2)))
-    monkeypatch.setattr(Parts, "missing", lambda self, count, size: [range(0, 5), range(5, 10)])
-    load = Parts.load
-    fellow = dict(prior=np.zeros(5), terms=np.ones((5, 3)), mse=np.ones((5, 3)))
-    monkeypatch.setattr(Parts, "load", lambda self, count: self.save(range(0, 5), **fellow) or load(self, count))
-    code, text, error = command("eval", run, "--out", tmp_path, "--limit", 10, "--terms", 3, "--samples", "nowhere")
-    assert code == 0 and text == error == ""
-    assert names(tmp_path) == ["bound.parts"] and names(tmp_path / "bound.parts") == ["0-5.npz", "5-10.npz"]
+    outcome = play(2, act)
+    written = capfd.readouterr()
+    assert outcome == [None, None] and written.out.count("bound (bits/dim)") == 1 and written.err.count("evaluating") == 1
+    code, _, _ = command("eval", run, "--out", tmp_path / "one", "--limit", 10, "--terms", 3, "--batch", 5)
+    assert code == 0 and names(tmp_path / "two") == FILES
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_samples_beside_real_images(run, tmp_path, command):
     np.savez(tmp_path / "samples.npz", images=load_data("digits").test[:30].numpy())
-    code, text, _ = command("eval", run, "--out", tmp_path / "out", "--no-bound", "--samples", tmp_path, "--threads", 1)
+    code, text, _ = command("eval", run, "--out", tmp_path / "out", "--no-bound", "--samples", tmp_path / "samples.npz", "--threads", 1)
     assert code == 0 and names(tmp_path / "out") == ["quality.json"]
     assert "digits features, against the 1437 images for training" in text and "precision" in text and "real (test)" in text
     found = json.loads((tmp_path / "out" / "quality.json").read_text())
@@ -102,8 +108,9 @@ def test_both_at_once_on_features_of_ones_own(run, tmp_path, monkeypatch, comman
     np.savez(tmp_path / "x.npz", images=load_data("digits").test[:8].numpy())
     monkeypatch.chdir(tmp_path)
     code, text, _ = command(
-        "eval", run, "--out", "out", "--limit", 4, "--terms", 2, "--samples", "x.npz", "--features", "own_features_for_eval:rows", "--reference", "test", "--threads", 1
-    )
+        "eval", run, "--out", "out", "--limit", 4, "--terms", 2, "--threads", 1,
+        "--samples", "x.npz", "--features", "own_features_for_eval:rows", "--reference", "test",
+    )  # fmt: skip
     assert code == 0 and names(tmp_path / "out") == sorted([*FILES, "quality.json"])
     assert "against the 360 images for testing" in text and "bound (bits/dim)" in text and "real (train)" in text
 

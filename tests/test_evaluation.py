@@ -1,10 +1,10 @@
 """The bound on a data set: full and estimated, and the measures of samples."""
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
+from played_ranks import play
 
 import ddpm_fast as df
 from ddpm_fast.evaluation import class_counts, evaluate_bound, neighbour_distance_ratio
@@ -50,23 +50,13 @@ def unet():
     """A small network of the real kind; noise on its weights, as a new one returns zeros."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = df.UNet(in_channels=1, base_channels=16, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), image_size=8, norm_groups=4)
+        network = df.UNet(
+            in_channels=1, base_channels=16, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), image_size=8, norm_groups=4
+        )
         with torch.no_grad():
             for weights in network.parameters():
                 weights += 0.05 * torch.randn_like(weights)
     return network.eval()
-
-
-def on_ranks(size, call):
-    """What each of ``size`` ranks gets from call(ranks). They are threads: the ranks of torchrun share nothing but files either."""
-    together = threading.Barrier(size, timeout=60)
-
-    class InThreads(Ranks):
-        def wait(self):
-            together.wait()
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(call, [InThreads(rank, size) for rank in range(size)]))
 
 
 @pytest.mark.parametrize("terms", [None, 5])
@@ -77,7 +67,8 @@ def test_batches_and_ranks_change_a_networks_bound_by_rounding_only(unet, terms,
     others = [evaluate_bound(unet, diffusion, x, terms_per_image=terms, batch=batch) for batch in (1, 4)]
     for size, batch in ((2, 4), (3, 256)):
         parts = Parts(tmp_path / str(size), {})
-        others += on_ranks(size, lambda ranks, b=batch, p=parts: evaluate_bound(unet, diffusion, x, terms_per_image=terms, batch=b, parts=p, ranks=ranks))
+        evaluate = partial(evaluate_bound, unet, diffusion, x, terms_per_image=terms, batch=batch, parts=parts)
+        assert play(size, lambda ranks, evaluate=evaluate: others.append(evaluate(ranks=ranks))) == [None] * size
         assert len(parts.present()) == 3  # 11 images in parts of 4, and of a third where one batch would hold them all
     assert len(others) == 2 + 2 + 3
     for other in others:
@@ -102,7 +93,8 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bits(terms, tmp_path):
         evaluate_bound(interrupted, DIFFUSION, x, terms_per_image=terms, batch=3, parts=parts)
     assert parts.missing(10, 3) == [range(6, 9), range(9, 10)]
     seen = []
-    resumed = evaluate_bound(model, DIFFUSION, x, terms_per_image=terms, batch=3, parts=parts, report=lambda done, of: seen.append((done, of)))
+    report = lambda done, of: seen.append((done, of))  # noqa: E731
+    resumed = evaluate_bound(model, DIFFUSION, x, terms_per_image=terms, batch=3, parts=parts, report=report)
     assert seen[-1] == (2 * (terms or T),) * 2  # of what was left
     for name in ("prior", "terms", "mse", "first", "counts"):
         assert torch.equal(getattr(resumed, name), getattr(whole, name))

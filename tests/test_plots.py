@@ -166,7 +166,8 @@ def test_bound_plot_of_degenerate_terms(tmp_path, terms):
 
 def test_rate_distortion_plot(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
-    write_rate_distortion_plot(tmp_path / "a.png", torch.tensor([0, 9, 4]), torch.tensor([2.0, 0.1, 1.0]), torch.tensor([3.0, 80.0, 20.0]), title="digits")
+    t, rates, errors = torch.tensor([0, 9, 4]), torch.tensor([2.0, 0.1, 1.0]), torch.tensor([3.0, 80.0, 20.0])
+    write_rate_distortion_plot(tmp_path / "a.png", t, rates, errors, title="digits")
     curve, distortion, rate = figures[0].axes
     assert curve.lines[0].get_xdata().tolist() == pytest.approx([0.1, 1, 2]) and curve.lines[0].get_ydata().tolist() == [80, 20, 3]
     assert legend(figures[0]) == ["t = 0: 2 bits/dim, 3"] and "bits/dim" in curve.get_xlabel() and "255" in curve.get_ylabel()

@@ -11,6 +11,7 @@ from torch import nn
 from ddpm_fast.evaluation import evaluate_quality, inception_score, load_features, precision_recall, quality, quality_from_features
 from ddpm_fast.evaluation.features import Features, digits_classifier
 from ddpm_fast.evaluation.quality import load_samples
+from ddpm_fast.sample_writer import write_samples
 from ddpm_fast.training import ImageData, load_data
 
 
@@ -110,13 +111,13 @@ def test_features_that_cannot_be_compared(arguments, message):
 
 
 def test_other_bad_arguments():
-    x = torch.randn(9, 2)
+    x, zeros = torch.randn(9, 2), torch.zeros(9, 1, 8, 8)
     for call, message in (
         (lambda: precision_recall(x, x, 0), "neighbours must be at least 1, got 0"),
         (lambda: quality_from_features(x, x[:3], neighbours=1), "at least 4 images of each kind, got 9 and 3"),
         (lambda: inception_score(x[0]), r"logits must be finite, of shape \(N, K\), got \(2,\)"),
-        (lambda: evaluate_quality(torch.zeros(9, 1, 8, 8), DIGITS, MEANS, reference="all"), "reference must be one of train, test, got 'all'"),
-        (lambda: evaluate_quality(torch.zeros(9, 3, 8, 8), DIGITS, MEANS), r"samples must be \(1, 8, 8\) images like the data, got \(3, 8, 8\)"),
+        (lambda: evaluate_quality(zeros, DIGITS, MEANS, reference="all"), "reference must be one of train, test, got 'all'"),
+        (lambda: evaluate_quality(zeros.expand(-1, 3, -1, -1), DIGITS, MEANS), r"samples must be \(1, 8, 8\) images like the data, got \(3, 8, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -272,7 +273,10 @@ def test_samples_from_files(tmp_path):
     (tmp_path / "png").mkdir()
     for i, image in enumerate(levels):
         Image.fromarray((image[0].double() * 255 / 16).round().to(torch.uint8).numpy()).save(tmp_path / "png" / f"{i}.png")
-    for path in (tmp_path / "samples.npz", tmp_path, tmp_path / "png"):
+    draw = lambda first, count: expected[first : first + count]  # noqa: E731
+    for name, formats in (("a", ("npz", "grid")), ("b", ("png", "grid"))):
+        write_samples(draw, tmp_path / name, count=2, formats=formats, levels=17, settings={})
+    for path in (tmp_path / "samples.npz", tmp_path / "png", tmp_path / "a", tmp_path / "b"):
         torch.testing.assert_close(load_samples(path, DIGITS), expected, rtol=0, atol=0)
     np.save(tmp_path / "x.npy", np.zeros((2, 9, 9), np.uint8))
     with pytest.raises(ValueError, match=r"x.npy must hold \(1, 8, 8\) images like the data, got \(1, 9, 9\)"):

@@ -57,7 +57,8 @@ def test_estimated_curve_agrees_with_the_full_one():
     at = 29 - estimate.t  # where the full curve has these t
     error = 4 * torch.hypot(full.rate_standard_error[at], estimate.rate_standard_error)
     assert ((full.rate[at] - estimate.rate).abs() <= error + 1e-12).all()
-    assert ((full.distortion[at] - estimate.distortion).abs() < 0.1 * full.distortion[at])[1:].all()  # beyond the last middle it is only held
+    # Beyond the last middle it is only held.
+    assert ((full.distortion[at] - estimate.distortion).abs() < 0.1 * full.distortion[at])[1:].all()
     assert (full.rate.diff() >= 0).all()  # bits are never given back
 
 
@@ -67,7 +68,10 @@ def test_files_say_what_was_measured(tmp_path):
     with paths["table"].open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["first_t"]) for row in rows] == [0, 1, 2] and {row["count_t"] for row in rows} == {"1"}
-    for name, values in (("mean_term", [6.0, 2.0, 2.0]), ("term_standard_error", [2.0, 0.0, 1.0]), ("mean_mse", [0.01, 0.25, 2.0]), ("mse_standard_error", [0.01, 0.0, 1.0])):
+    for name, values in (
+        ("mean_term", [6.0, 2.0, 2.0]), ("term_standard_error", [2.0, 0.0, 1.0]),
+        ("mean_mse", [0.01, 0.25, 2.0]), ("mse_standard_error", [0.01, 0.0, 1.0]),
+    ):  # fmt: skip
         assert [float(row[name]) for row in rows] == pytest.approx(values)
     summary = json.loads(paths["summary"].read_text())
     assert summary["data"] == "digits" and summary["rmse"] == pytest.approx(12.75)

@@ -2,7 +2,6 @@
 import errno
 import json
 import os
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from played_ranks import play
 
 from ddpm_fast import Noise, files
 from ddpm_fast.files import atomic_files, atomic_write
 from ddpm_fast.image_store import ImageStore
-from ddpm_fast.ranks import Ranks
 from ddpm_fast.sample_writer import write_samples
 from ddpm_fast.training import load_data
 from ddpm_fast.training.readers import read_folder, to_levels
@@ -249,39 +248,6 @@ def test_errors_name_the_file_that_was_to_be_written(tmp_path):
         raise OSError(errno.ENOSPC, "full")
     assert caught.value.filename == str(tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
-
-
-@dataclass(frozen=True)
-class Played(Ranks):
-    """A rank that is a thread of this process."""
-
-    meeting: threading.Barrier | None = None
-    words: list | None = None
-
-    def agree(self, well):
-        self.words[self.rank] = well
-        self.meeting.wait(20)
-        result = all(self.words)
-        self.meeting.wait(20)
-        return result
-
-
-def play(size, act):
-    """What each rank's ``act(rank)`` raised, or None."""
-    meeting, words, outcome = threading.Barrier(size), [True] * size, [None] * size
-
-    def run(rank):
-        try:
-            act(Played(rank, size, rank, meeting=meeting, words=words))
-        except BaseException as error:
-            outcome[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return outcome
 
 
 @pytest.mark.parametrize("formats", [ALL, ("npz",)])

@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     from ddpm_fast.training import ImageData, TrainedModel
 
 
+FEATURES_HELP = (
+    "What it is measured on: digits, inception, or package.module:attribute from images (N, C, H, W) in [-1, 1] to (N, F). "
+    "By default digits for digits, else inception."
+)
+
+
 @app.command("eval")
 def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Data whose held-out part is evaluated; by default what the run was trained on.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is written; by default the run's.")] = None,
     no_bound: Annotated[bool, typer.Option("--no-bound", help="Leave the bound out, with --samples.")] = False,
-    terms: Annotated[int | None, typer.Option(min=2, help="Terms of the bound for each image: an unbiased estimate. By default all T.")] = None,
+    terms: Annotated[int | None, typer.Option(min=2, help="Of the bound for each image: an unbiased estimate. By default all T.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The bound of only the first so many images.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a pass, and between two saves of what is done; it changes no result.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a pass and a save of what is done; it changes no result.")] = 256,
     clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Clip the model's guess of the image to [-1, 1].")] = True,
-    samples: Annotated[Path | None, typer.Option(help="Also the quality of these samples: a .npz of images, or a folder of images.")] = None,
-    features: Annotated[str | None, typer.Option(help="What it is measured on: digits, inception, or package.module:attribute from images (N, C, H, W) in [-1, 1] to (N, F). By default digits for digits, else inception.")] = None,
-    inception_weights: Annotated[Path | None, typer.Option(help="File of Inception's weights; by default PyTorch's cache, or a download.")] = None,
-    reference: Annotated[str, typer.Option(help="Part of the data that samples are compared with: train or test.")] = "train",
+    samples: Annotated[Path | None, typer.Option(help="Also the quality of these: a .npz or a folder of images.")] = None,
+    features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="Inception's file; by default PyTorch's cache, or a download.")] = None,
+    reference: Annotated[str, typer.Option(help="What samples are compared with: train, as is usual for FID, or test.")] = "train",
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
@@ -58,21 +64,29 @@ def evaluate(
         source = data or trained.config.data
         images = load_data(source, image_size=trained.config.image_size, levels=trained.config.levels)
         if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
-            raise ValueError(f"the model was trained on {trained.image_shape} with {trained.diffusion.levels} levels, but {source} has {images.image_shape} with {images.levels}")
+            trained_on = f"{trained.image_shape} with {trained.diffusion.levels} levels"
+            raise ValueError(f"the model was trained on {trained_on}, but {source} has {images.image_shape} with {images.levels}")
         out = out or (run if run.is_dir() else run.parent)
-        if ranks.first:
+        extractor = drawn = None
+
+        def prepare() -> None:
+            nonlocal extractor, drawn
             make_folder(out)
             if samples is not None:  # what cannot be read is noticed before the long part
                 drawn = load_samples(samples, images)
-                extractor = load_features(features or (DIGITS if images.name == DIGITS else INCEPTION), trained.device, inception_weights=inception_weights)
+                name = features or (DIGITS if images.name == DIGITS else INCEPTION)
+                extractor = load_features(name, trained.device, inception_weights=inception_weights)
+
+        ranks.lead(prepare)
         if not no_bound:
             settings = dict(
                 checkpoint=trained.fingerprint, diffusion=repr(trained.diffusion), images=fingerprint(images.test),
                 terms=terms, clip=clip, seed=seed,
             )  # fmt: skip
             count = min(limit or len(images.test), len(images.test))
-            evaluate_run(out, trained, images, count, batch, Parts(out / "bound.parts", settings), ranks, dict(data=source, step=trained.step))
-        if ranks.first and samples is not None:
+            parts = Parts(out / "bound.parts", settings)
+            evaluate_run(out, trained, images, count, batch, parts, ranks, dict(data=source, step=trained.step))
+        if extractor is not None:
             measure_samples(out, drawn, images, extractor, reference, batch, seed)
 
 
@@ -87,10 +101,9 @@ def evaluate_run(
         return count - sum(map(len, parts.missing(count, count)))
 
     terms, clip, seed = (parts.settings[name] for name in ("terms", "clip", "seed"))
-    if ranks.first:
-        parts.open()
-        if done():
-            console.print(f"{done()} of {count} images are done already, in {parts.folder}", soft_wrap=True)
+    ranks.lead(parts.open)
+    if ranks.first and done():
+        console.print(f"{done()} of {count} images are done already, in {parts.folder}", soft_wrap=True)
     try:
         with Bar("evaluating", quiet=not ranks.first) as bar:
             bound = evaluate_bound(
@@ -99,7 +112,8 @@ def evaluate_run(
             )  # fmt: skip
     except KeyboardInterrupt:
         if ranks.first:
-            console.print(f"stopped with {done()} of {count} images done, which are in {parts.folder}; the same command goes on from there", soft_wrap=True)
+            text = f"stopped with {done()} of {count} images done, which are in {parts.folder}; the same command goes on from there"
+            console.print(text, soft_wrap=True)
         raise typer.Exit(130) from None
     if ranks.first:
         about = {"images": count, **about, "estimated": terms is not None, "clip": clip, "seed": seed}
@@ -127,7 +141,8 @@ def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Fea
         score, spread = row.get("inception_score"), row.get("inception_score_std")
         table.add_row(
             row["name"], str(row["images"]), f"{row['fid']:.4g}", f"{row['kid_mean']:.4g} ± {row['kid_std']:.2g}",
-            f"{row['precision']:.3f}", f"{row['recall']:.3f}", "" if score is None else f"{score:.3f}" + ("" if spread is None else f" ± {spread:.2g}"),
+            f"{row['precision']:.3f}", f"{row['recall']:.3f}",
+            "" if score is None else f"{score:.3f}" + ("" if spread is None else f" ± {spread:.2g}"),
         )  # fmt: skip
     console.print(table)
     console.print("FID falls with the number of images: compare rows of one number only")

@@ -4,13 +4,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.diffusion import GaussianDiffusion, Model
 from ddpm_fast.noise import FOLD_EVAL_NOISE, FOLD_EVAL_TIMESTEPS, Noise
-from ddpm_fast.parts import Parts
+from ddpm_fast.parts import Parts, pieces
 from ddpm_fast.ranks import Ranks
 
 
@@ -157,7 +158,6 @@ def evaluate_bound(
         raise ValueError(f"{ranks.size} ranks share their work through parts, but there are none")
     first, counts = intervals(len(diffusion), terms_per_image)
     noise_key, t_key = Noise(seed).fold_in(FOLD_EVAL_NOISE), Noise(seed).fold_in(FOLD_EVAL_TIMESTEPS)
-    batch = min(batch, math.ceil(count / ranks.size))  # no rank stays idle
 
     def evaluate(part: range, progress: Callable[[], object]) -> dict[str, Tensor]:
         x, sample = fetch(slice(part.start, part.stop)), part.start
@@ -170,12 +170,11 @@ def evaluate_bound(
             raise ValueError(f"the bound is not finite at t = {int(bad)}: the model's output is NaN or infinite there")
         return dict(prior=prior, terms=terms, mse=mse)
 
-    if parts is not None and ranks.first:
-        parts.open()
-    ranks.wait()
-    missing = parts.missing(count, batch) if parts else [range(at, min(at + batch, count)) for at in range(0, count, batch)]
-    ranks.wait()  # all have the same list before the first part is added
-    turns = ranks.share(missing)
+    if parts is None:
+        turns = pieces(range(count), batch)
+    else:
+        ranks.lead(parts.open)
+        turns = ranks.share_missing(partial(parts.missing, count), batch)
     passes = iter(range(1, len(turns) * len(first) + 1))
     done = []
     for part in turns:

@@ -25,7 +25,9 @@ _IMAGES_PER_SPLIT = 5000  # Salimans et al. 2016: 50,000 images in 10 parts
 _DISTANCES = 2**24  # in memory at a time: 128 MiB
 
 
-def quality_from_features(real: Tensor, generated: Tensor, *, neighbours: int = _NEIGHBOURS, kid_subsets: int = 100, seed: int = 0) -> dict[str, float]:
+def quality_from_features(
+    real: Tensor, generated: Tensor, *, neighbours: int = _NEIGHBOURS, kid_subsets: int = 100, seed: int = 0
+) -> dict[str, float]:
     """Distances between two sets of features.
 
     FID has a bias that falls with the number of images: compare only values from equally many. KID has none; its mean and
@@ -124,7 +126,9 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float | No
     return float(mean), float(deviation) if splits > 1 else None
 
 
-def evaluate_quality(samples: Tensor, data: ImageData, features: Features, *, reference: str = "train", batch: int = 256, seed: int = 0) -> list[dict[str, Any]]:
+def evaluate_quality(
+    samples: Tensor, data: ImageData, features: Features, *, reference: str = "train", batch: int = 256, seed: int = 0
+) -> list[dict[str, Any]]:
     """Samples against the data, and beside them real images that the reference does not hold: what a perfect model would get.
 
     The real ones are of the other part of the data, as many as there are samples, or all; in that case a third row has as
@@ -149,19 +153,23 @@ def evaluate_quality(samples: Tensor, data: ImageData, features: Features, *, re
     if tuple(samples.shape[1:]) != data.image_shape:
         raise ValueError(f"samples must be {data.image_shape} images like the data, got {tuple(samples.shape[1:])}")
     other = REFERENCES[1 - REFERENCES.index(reference)]
-    known = features(data.batch(reference, slice(None))[0], batch)
-    generated = features(samples, batch)
+    device = features.device  # where distances between all pairs are quicker too
+
+    def extract(images: Tensor) -> Tensor:
+        return features(images, batch).to(device)
+
+    known, generated = extract(data.batch(reference, slice(None))[0]), extract(samples)
     others = getattr(data, other)
     # Spread over the part: folders and photos are in order of their classes.
     chosen = torch.linspace(0, len(others) - 1, min(len(samples), len(others)), dtype=torch.float64).round().long()
-    sets = {"samples": generated, f"real ({other})": features(data.batch(other, chosen)[0], batch)}
+    sets = {"samples": generated, f"real ({other})": extract(data.batch(other, chosen)[0])}
     if len(chosen) < len(samples):
         sets[f"first {len(chosen)} samples"] = generated[: len(chosen)]
     rows = []
     for name, found in sets.items():
         row = dict(name=name, images=len(found), **quality_from_features(known, found, seed=seed))
         if features.logits is not None:
-            row["inception_score"], row["inception_score_std"] = inception_score(features.logits(found.float().to(features.device)), seed=seed)
+            row["inception_score"], row["inception_score_std"] = inception_score(features.logits(found.float()), seed=seed)
         rows.append(row)
     return rows
 
@@ -170,8 +178,8 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
     """Samples from files, on the grey levels of the data.
 
     Args:
-        path: a .npz or .npy file as :func:`ddpm_fast.training.load_data` reads (``images``), a folder with samples.npz, or a
-            folder of images, whose black and white are -1 and 1 for any number of levels.
+        path: a .npz or .npy file as :func:`ddpm_fast.training.load_data` reads (``images``), the folder of a ``ddpm-fast sample``,
+            or any folder of images, whose black and white are -1 and 1 for any number of levels.
 
     Returns:
         (N, C, H, W) float32 in [-1, 1].
@@ -182,8 +190,8 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if (path / "samples.npz").exists():
-        path = path / "samples.npz"
+    if (path / "samples.json").exists():  # of `write_samples`, which also puts a grid there
+        path = path / ("samples.npz" if (path / "samples.npz").exists() else "images")
     if path.is_dir():
         images = to_levels(to_unit(torch.from_numpy(read_folder(path, None)[0])), data.levels)
     else:

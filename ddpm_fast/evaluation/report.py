@@ -12,7 +12,9 @@ from ddpm_fast.files import write_csv, write_json
 from ddpm_fast.plots import write_bound_plot, write_rate_distortion_plot
 
 
-def write_bound(folder: str | os.PathLike, bound: Bound, *, about: Mapping[str, Any] | None = None, title: str | None = None) -> dict[str, Path]:
+def write_bound(
+    folder: str | os.PathLike, bound: Bound, *, about: Mapping[str, Any] | None = None, title: str | None = None
+) -> dict[str, Path]:
     """Writes bound.json, bound.csv, bound.png, rate_distortion.csv and rate_distortion.png.
 
     The JSON has the parts of the bound with their standard errors, what ``about`` adds, and the columns of bound.csv as lists:

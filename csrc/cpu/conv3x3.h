@@ -25,7 +25,7 @@ constexpr int group = 12;             // tiles: with two registers a tile 24 sum
 constexpr int64_t block_floats = 128 * 1024, large_block_floats = 320 * 1024, large_weight_floats = 256 * 1024;
 
 // What one more thread is woken for, in multiplications: some microseconds of them.
-constexpr int64_t multiplications_an_element = 24;
+constexpr int64_t multiplications_an_element = 16;
 
 // How one call is cut up. Every tile is computed by itself, so that neither the cut nor the batch changes a bit.
 struct Tiling {

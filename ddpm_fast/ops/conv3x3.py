@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from ddpm_fast.backends import BackendTable, native
 from ddpm_fast.ops._common import FLOATING, check_device
@@ -22,7 +23,6 @@ from ddpm_fast.ops._native import address
 from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch
 
 _LAYOUT = torch.channels_last
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -61,17 +61,32 @@ def _transformed_weight(weight: Tensor) -> Tensor:
 
 
 def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if not _lies_well(x, weight, bias, residual):
-        x, residual = (y if y is None else y.contiguous(memory_format=_LAYOUT) for y in (x, residual))
-        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     samples, in_channels, height, width = x.shape
-    out_channels = weight.shape[0]
-    y = torch.empty((samples, out_channels, height, width), memory_format=_LAYOUT)
-    tensors = (address(bias), address(residual), y.data_ptr(), samples, height, width, in_channels, out_channels, torch.get_num_threads())
-    values = _transformed_weight(weight)
-    while not native.cpu_conv3x3(x.data_ptr(), weight.data_ptr(), values.data_ptr(), *tensors):
+    y = torch.empty((samples, weight.shape[0], height, width), memory_format=_LAYOUT)
+    values, place = _transformed_weight(weight), weight.data_ptr()
+    rest = (address(bias), address(residual), y.data_ptr(), samples, height, width, in_channels, weight.shape[0], torch.get_num_threads())
+    while not native.cpu_conv3x3(x.data_ptr(), place, values.data_ptr(), *rest):
         values = _transform(weight)
     return y
+
+
+def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
+    """Why the kernel cannot serve a call with right arguments; empty where it can."""
+    if goes_through_dispatcher() or in_functorch() or forward_ad._current_level >= 0:
+        return "is not for compiling, tracing or transforming: it is no operator of PyTorch"
+    with_grad = torch.is_grad_enabled()
+    for y in (x, weight, bias, residual):
+        if y is None:
+            continue
+        if type(y) is not Tensor and type(y) is not Parameter:
+            return f"takes plain tensors, got {type(y).__name__}"
+        if y.dtype is not torch.float32:
+            return f"takes float32, got {y.dtype}"
+        if with_grad and y.requires_grad:
+            return "has no gradient; call it under torch.no_grad()"
+    if weight.is_inference():
+        return "takes no weight made in torch.inference_mode(), whose changes nobody counts"
+    return ""
 
 
 def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -84,47 +99,34 @@ def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     )
 
 
-def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
-    """Why the kernel cannot serve a call; empty where it can."""
-    if goes_through_dispatcher() or in_functorch() or forward_ad._current_level >= 0:
-        return "is not for compiling, tracing or transforming: it is no operator of PyTorch"
-    with_grad = torch.is_grad_enabled()
-    for y in (x, weight, bias, residual):
-        if y is None:
-            continue
-        if type(y) not in _PLAIN:
-            return f"takes plain tensors, got {type(y).__name__}"
-        if y.dtype != torch.float32:
-            return f"takes float32, got {y.dtype}"
-        if with_grad and y.requires_grad:
-            return "has no gradient; call it under torch.no_grad()"
-    if weight.is_inference():
-        return "takes no weight made in torch.inference_mode(), whose changes nobody counts"
-    return ""
-
-
 backends = BackendTable("conv3x3", reference=conv3x3_reference, cpu=_forward_cpu)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    for name, y in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
-        if y is None and name in ("bias", "residual"):
-            continue
-        if not isinstance(y, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(y).__name__}")
-        if y.dtype not in FLOATING:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {y.dtype}")
-        check_device(name, y, "x", x)
-    if x.ndim != 4 or 0 in x.shape[1:]:
+    _check_one("x", x, x)
+    _check_one("weight", weight, x)
+    if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
-    if weight.ndim != 4 or weight.shape[0] == 0 or weight.shape[1:] != (x.shape[1], 3, 3):
-        raise ValueError(f"weight must have shape (K, {x.shape[1]}, 3, 3), got {tuple(weight.shape)}")
+    samples, in_channels, height, width = x.shape
+    if weight.dim() != 4 or weight.shape[1:] != (in_channels, 3, 3) or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape (K, {in_channels}, 3, 3), got {tuple(weight.shape)}")
     out_channels = weight.shape[0]
-    if bias is not None and bias.shape != (out_channels,):
-        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
-    expected = (x.shape[0], out_channels, *x.shape[2:])
-    if residual is not None and residual.shape != expected:
-        raise ValueError(f"residual must have shape {expected}, got {tuple(residual.shape)}")
+    if bias is not None:
+        _check_one("bias", bias, x)
+        if bias.shape != (out_channels,):
+            raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
+    if residual is not None:
+        _check_one("residual", residual, x)
+        if residual.shape != (samples, out_channels, height, width):
+            raise ValueError(f"residual must have shape {(samples, out_channels, height, width)}, got {tuple(residual.shape)}")
+
+
+def _check_one(name: str, y: Tensor, x: Tensor) -> None:
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(y).__name__}")
+    if y.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {y.dtype}")
+    check_device(name, y, "x", x)
 
 
 def conv3x3(
@@ -160,10 +162,15 @@ def conv3x3(
     """
     _check(x, weight, bias, residual)
     implementation = backends.choose(x.device, x.dtype, backend)
-    if implementation is _forward_cpu:
-        obstacle = _obstacle(x, weight, bias, residual)
-        if backend is not None and obstacle:
-            raise RuntimeError(f"backend 'cpu' of conv3x3 {obstacle}")
-        if obstacle or (backend is None and (torch.is_autocast_enabled("cpu") or not _lies_well(x, weight, bias, residual))):
-            implementation = conv3x3_reference
-    return implementation(x, weight, bias, residual)
+    if implementation is not _forward_cpu:
+        return implementation(x, weight, bias, residual)
+    obstacle = _obstacle(x, weight, bias, residual)
+    if backend is None:
+        serves = not obstacle and not torch.is_autocast_enabled("cpu") and _lies_well(x, weight, bias, residual)
+        return (_forward_cpu if serves else conv3x3_reference)(x, weight, bias, residual)
+    if obstacle:
+        raise RuntimeError(f"backend 'cpu' of conv3x3 {obstacle}")
+    if not _lies_well(x, weight, bias, residual):
+        x, residual = (y if y is None else y.contiguous(memory_format=_LAYOUT) for y in (x, residual))
+        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    return _forward_cpu(x, weight, bias, residual)

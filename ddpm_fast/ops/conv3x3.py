@@ -23,6 +23,7 @@ from ddpm_fast.ops._native import address
 from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch
 
 _LAYOUT = torch.channels_last
+FEWEST_CHANNELS = 16  # of x: with fewer the transforms cost more than they save, and PyTorch's convolution is mostly faster
 
 
 def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -134,9 +135,9 @@ def conv3x3(
 ) -> Tensor:
     """3 × 3 convolution of stride 1 and padding 1, plus a bias, plus a residual.
 
-    The CPU kernel serves float32 data in channels_last where no gradient is needed; it gives the same bits for any number of
-    threads, and an image's the same in any batch. Everything else (gradients, autocast, other dtypes, layouts and devices,
-    compiling, torch.func) is PyTorch's ``F.conv2d``, differentiable as ever.
+    The CPU kernel serves float32 data in channels_last of at least 16 channels where no gradient is needed; it gives the same bits
+    for any number of threads, and an image's the same in any batch. Everything else (gradients, autocast, other dtypes, layouts and
+    devices, compiling, torch.func) is PyTorch's ``F.conv2d``, differentiable as ever.
 
     The kernel keeps the transformed weight, 16/9 of its memory, as long as the weight lives, and makes it anew when the weight
     has changed. (What is written to a few of its elements through ``weight.data`` or a raw address may go unnoticed.)
@@ -149,7 +150,8 @@ def conv3x3(
         weight: (K, C, 3, 3).
         bias: (K,) or None.
         residual: (N, K, H, W) or None, added to the result.
-        backend: force "reference" or "cpu"; "cpu" makes x and residual channels_last where they are not.
+        backend: force "reference" or "cpu"; "cpu" takes any number of channels, and makes x and residual channels_last where they
+            are not.
 
     Returns:
         (N, K, H, W), from the kernel in channels_last.
@@ -166,7 +168,7 @@ def conv3x3(
         return implementation(x, weight, bias, residual)
     obstacle = _obstacle(x, weight, bias, residual)
     if backend is None:
-        serves = not obstacle and not torch.is_autocast_enabled("cpu") and _lies_well(x, weight, bias, residual)
+        serves = not obstacle and x.shape[1] >= FEWEST_CHANNELS and not torch.is_autocast_enabled("cpu") and _lies_well(x, weight, bias, residual)
         return (_forward_cpu if serves else conv3x3_reference)(x, weight, bias, residual)
     if obstacle:
         raise RuntimeError(f"backend 'cpu' of conv3x3 {obstacle}")

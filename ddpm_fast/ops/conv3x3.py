@@ -72,7 +72,7 @@ def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
-    """Why the kernel cannot serve a call with right arguments; empty where it can."""
+    """Why the kernel cannot serve a call, but for shapes; empty where it can."""
     if goes_through_dispatcher() or in_functorch() or forward_ad._current_level >= 0:
         return "is not for compiling, tracing or transforming: it is no operator of PyTorch"
     with_grad = torch.is_grad_enabled()
@@ -81,6 +81,8 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
             continue
         if type(y) is not Tensor and type(y) is not Parameter:
             return f"takes plain tensors, got {type(y).__name__}"
+        if not y.is_cpu:
+            return f"takes CPU tensors, got {y.device}"
         if y.dtype is not torch.float32:
             return f"takes float32, got {y.dtype}"
         if with_grad and y.requires_grad:
@@ -103,31 +105,28 @@ def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 backends = BackendTable("conv3x3", reference=conv3x3_reference, cpu=_forward_cpu)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    _check_one("x", x, x)
-    _check_one("weight", weight, x)
+def _check_kinds(**tensors: Tensor | None) -> None:
+    for name, y in tensors.items():
+        if y is None and name in ("bias", "residual"):
+            continue
+        if not isinstance(y, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(y).__name__}")
+        if y.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {y.dtype}")
+        check_device(name, y, "x", tensors["x"])
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
     samples, in_channels, height, width = x.shape
     if weight.dim() != 4 or weight.shape[1:] != (in_channels, 3, 3) or weight.shape[0] == 0:
         raise ValueError(f"weight must have shape (K, {in_channels}, 3, 3), got {tuple(weight.shape)}")
     out_channels = weight.shape[0]
-    if bias is not None:
-        _check_one("bias", bias, x)
-        if bias.shape != (out_channels,):
-            raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
-    if residual is not None:
-        _check_one("residual", residual, x)
-        if residual.shape != (samples, out_channels, height, width):
-            raise ValueError(f"residual must have shape {(samples, out_channels, height, width)}, got {tuple(residual.shape)}")
-
-
-def _check_one(name: str, y: Tensor, x: Tensor) -> None:
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(y).__name__}")
-    if y.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {y.dtype}")
-    check_device(name, y, "x", x)
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(f"bias must have shape ({out_channels},), got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != (samples, out_channels, height, width):
+        raise ValueError(f"residual must have shape {(samples, out_channels, height, width)}, got {tuple(residual.shape)}")
 
 
 def conv3x3(
@@ -162,11 +161,13 @@ def conv3x3(
 
     The formula is equation 8 of Lavin & Gray (2016).
     """
-    _check(x, weight, bias, residual)
+    obstacle = _obstacle(x, weight, bias, residual)
+    if obstacle:  # without one they are float32 on the CPU
+        _check_kinds(x=x, weight=weight, bias=bias, residual=residual)
+    _check_shapes(x, weight, bias, residual)
     implementation = backends.choose(x.device, x.dtype, backend)
     if implementation is not _forward_cpu:
         return implementation(x, weight, bias, residual)
-    obstacle = _obstacle(x, weight, bias, residual)
     if backend is None:
         serves = not obstacle and x.shape[1] >= FEWEST_CHANNELS and not torch.is_autocast_enabled("cpu") and _lies_well(x, weight, bias, residual)
         return (_forward_cpu if serves else conv3x3_reference)(x, weight, bias, residual)

@@ -131,6 +131,28 @@ struct GroupNormArguments {
   int threads;
 };
 
+constexpr int conv3x3_panel = 32;  // output channels that a transformed weight has side by side
+constexpr int conv3x3_probe = 64;  // values of the weight itself that are kept before it: whole cache lines
+
+// y = conv(x, weight) + bias + residual: 3 × 3, stride 1, padding 1. All fp32.
+struct Conv3x3Arguments {
+  const float* x;         // (samples, height, width, channels_in)
+  const float* weight;    // transformed: (panels, 16, channels_in, conv3x3_panel)
+  const float* bias;      // (channels_out,), or null
+  const float* residual;  // like y, or null
+  float* y;               // (samples, height, width, channels_out)
+  int64_t samples, height, width, channels_in, channels_out;
+  int threads;
+};
+
+struct Conv3x3WeightArguments {
+  const float* weight;    // (channels_out, channels_in, 3, 3), of these strides
+  int64_t strides[4];
+  int64_t channels_in, channels_out;
+  float* transformed;     // (panels, 16, channels_in, conv3x3_panel)
+  int threads;
+};
+
 // softmax(q kᵀ scale) v, for each sample and head over its tokens.
 struct AttentionArguments {
   View qkv;                       // (samples, tokens, 3, heads, head_channels)

@@ -17,7 +17,9 @@
   K(gaussian_kl, GaussianKLArguments) \
   K(vlb_terms, VlbTermsArguments) \
   K(group_norm, GroupNormArguments) \
-  K(group_norm_backward, GroupNormArguments)
+  K(group_norm_backward, GroupNormArguments) \
+  K(conv3x3, Conv3x3Arguments) \
+  K(conv3x3_weight, Conv3x3WeightArguments)
 
 namespace ddpm_fast::cpu {
 

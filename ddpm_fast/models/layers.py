@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops import attention, group_norm
+from ddpm_fast.ops import attention, conv3x3, group_norm
 
 
 def init_fan_avg_uniform_(weight: Tensor, scale: float = 1.0) -> Tensor:
@@ -37,13 +37,27 @@ def init_fan_avg_uniform_(weight: Tensor, scale: float = 1.0) -> Tensor:
         return weight.zero_() if bound == 0.0 else weight.uniform_(-bound, bound)
 
 
-def conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0,
-         init_scale: float = 1.0) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, init_scale: float = 1.0) -> nn.Conv2d:
     """A Conv2d with the initial weights of Ho et al.: fan-average uniform, zero bias."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride)
     init_fan_avg_uniform_(layer.weight, init_scale)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+class Conv3x3(nn.Conv2d):
+    """A Conv2d of 3x3, stride 1 and padding 1 with the initial weights of Ho et al.: fan-average uniform, zero bias.
+
+    Called with a residual it adds it. Where no gradient is needed it is ddpm_fast.ops.conv3x3's kernel.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, init_scale: float = 1.0) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        init_fan_avg_uniform_(self.weight, init_scale)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return conv3x3(x, self.weight, self.bias, residual=residual)
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:
@@ -176,16 +190,16 @@ class ResidualBlock(nn.Module):
                  norm_groups: int, norm_eps: float) -> None:
         super().__init__()
         self.norm1 = GroupNormAct(norm_groups, in_channels, norm_eps)
-        self.conv1 = conv(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_projection = linear(embedding_channels, out_channels)
         self.norm2 = GroupNormAct(norm_groups, out_channels, norm_eps, dropout=dropout)
-        self.conv2 = conv(out_channels, out_channels, 3, padding=1, init_scale=0.0)
+        self.conv2 = Conv3x3(out_channels, out_channels, init_scale=0.0)
         self.shortcut = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, noise: Noise | None = None) -> Tensor:
         h = self.conv1(self.norm1(x))
         h = self.norm2(h, self.time_projection(embedding), noise)
-        return self.shortcut(x) + self.conv2(h)
+        return self.conv2(h, self.shortcut(x))
 
 
 class Downsample(nn.Module):
@@ -204,7 +218,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

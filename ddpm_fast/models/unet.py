@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.models.layers import Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample, conv
+from ddpm_fast.models.layers import Conv3x3, Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.noise import Noise
 
@@ -161,7 +161,7 @@ class UNet(nn.Module):
         self.time_embedding = TimeEmbedding(base_channels)
         # Row K is the null class: what `y=None` means, and what label dropout trains.
         self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_channels)
-        self.conv_in = conv(in_channels, base_channels, 3, padding=1)
+        self.conv_in = Conv3x3(in_channels, base_channels)
 
         channels = base_channels
         skip_channels = [channels]
@@ -195,7 +195,7 @@ class UNet(nn.Module):
             self.up.append(_UpLevel(blocks, attentions, resample))
 
         self.norm_out = GroupNormAct(norm_groups, channels, norm_eps)
-        self.conv_out = conv(channels, out_channels * (2 if learned_variance else 1), 3, padding=1, init_scale=0.0)
+        self.conv_out = Conv3x3(channels, out_channels * (2 if learned_variance else 1), init_scale=0.0)
         # With weights in the layout of the activations no convolution reorders them on each call.
         self.to(memory_format=torch.channels_last)
 

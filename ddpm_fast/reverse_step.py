@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
+from ddpm_fast.models.unet_plan import UNetPlan, plan_obstacle
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import gather
 from ddpm_fast.ops._output import split_output
@@ -30,6 +31,7 @@ class ReverseStep:
         like: (N, C, ...), a state of the batch: its shape, device and dtype.
         threshold: dynamic thresholding in place of clipping, or None.
         labels: (N,) int64 on the device, or None.
+        planned: make the passes of a UNet on the CPU by a :class:`~ddpm_fast.models.unet_plan.UNetPlan`, where that can be.
 
     Attributes:
         timesteps: (S,) ints, the t that the model is told at each row.
@@ -47,6 +49,7 @@ class ReverseStep:
         threshold: float | None = None,
         labels: Tensor | None = None,
         guidance: Guidance = Guidance(),  # noqa: B008 - immutable
+        planned: bool = True,
     ) -> None:
         self.model, self.table, self.clip, self.threshold = model, table, clip, threshold
         self.rows = table.table.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()
@@ -60,6 +63,9 @@ class ReverseStep:
         self.model_t = table.timesteps.to(like.device)[:, None].expand(-1, 2 * count if guided else count).contiguous()
         self.labels = torch.cat([labels, torch.full_like(labels, guidance.null_label)]) if guided else labels
         self.guided = guided
+        self.plan = None
+        if planned and not plan_obstacle(model, like):
+            self.plan = UNetPlan(model, torch.Size((self.model_t.shape[1], *like.shape[1:])), table.timesteps, self.labels)
         if threshold is not None:
             # p_step then gets x̂0 itself for a prediction.
             self.given_x_start = self.rows.clone()
@@ -69,16 +75,18 @@ class ReverseStep:
         self, row: int, x_t: Tensor, noise: Noise | Tensor, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """From the state at ``row`` to the one before it: (x', x̂0 or None). Without ``keep``, x' is written over x_t where that is possible."""
-        out = self.predict(x_t, self.model_t[row])
+        out = self.plan(self.doubled(x_t), row) if self.plan is not None else self.predict(x_t, self.model_t[row])
         reuse = not keep and x_t.is_contiguous() and out.untyped_storage().data_ptr() != x_t.untyped_storage().data_ptr()  # it may return its input
         into = x_start_previous if x_start_previous is not None and not keep else with_x_start or self.multistep
         return self.apply(x_t, out, self.row_index[row], noise, x_start_previous, x_t if reuse else None, into)
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The model's output: of 2N samples, conditional and not, where it is guided. ``t`` is a row of ``model_t``."""
-        if self.labels is None:
-            return self.model(x_t, t)
-        return self.model(torch.cat([x_t, x_t]) if self.guided else x_t, t, self.labels)
+        return self.model(x_t, t) if self.labels is None else self.model(self.doubled(x_t), t, self.labels)
+
+    def doubled(self, x_t: Tensor) -> Tensor:
+        """What the model gets: every sample twice where it is guided."""
+        return torch.cat([x_t, x_t]) if self.guided else x_t
 
     def apply(
         self, x_t: Tensor, out: Tensor, row: Tensor, noise: Noise | Tensor, x_start_previous: Tensor | None, x_next: Tensor | None, x_start: Tensor | bool

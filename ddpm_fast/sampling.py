@@ -212,10 +212,13 @@ class Sampler:
         return x.clone() if isinstance(step, StepGraph) else x  # a graph's own memory serves its next batch
 
     def _step(self, x: Tensor, labels: Tensor | None) -> ReverseStep | StepGraph:
-        def make() -> ReverseStep:
-            return ReverseStep(self.model, self.table, x, clip=self.clip, threshold=self.threshold, labels=labels, guidance=self.guidance)
-
         captures = x.is_cuda and isinstance(self.model, torch.nn.Module) if self.graph is None else self.graph
+
+        def make() -> ReverseStep:
+            return ReverseStep(
+                self.model, self.table, x, clip=self.clip, threshold=self.threshold, labels=labels, guidance=self.guidance, planned=not captures
+            )
+
         if not captures:
             return make()
         place = x.shape, x.device, labels is None

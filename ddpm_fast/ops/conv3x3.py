@@ -9,6 +9,7 @@ convolution does, which is the reference twin. The kernel is csrc/cpu/conv3x3.cp
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,13 +63,24 @@ def _transformed_weight(weight: Tensor) -> Tensor:
 
 
 def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    samples, in_channels, height, width = x.shape
+    samples, _, height, width = x.shape
     y = torch.empty((samples, weight.shape[0], height, width), memory_format=_LAYOUT)
-    values, place = _transformed_weight(weight), weight.data_ptr()
-    rest = (address(bias), address(residual), y.data_ptr(), samples, height, width, in_channels, weight.shape[0], torch.get_num_threads())
-    while not native.cpu_conv3x3(x.data_ptr(), place, values.data_ptr(), *rest):
-        values = _transform(weight)
+    (function, arguments), _ = conv3x3_cpu_call(x, weight, bias, residual, y)
+    while not function(*arguments):
+        arguments = (*arguments[:2], _transform(weight).data_ptr(), *arguments[3:])
     return y
+
+
+def conv3x3_cpu_call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> tuple[tuple[Callable, tuple], tuple]:
+    """The kernel and its arguments for tensors that lie well for it, y by its memory alone; and what must live as long as the call is made.
+
+    A call gives False, and has done nothing, where the weight has changed since.
+    """
+    samples, in_channels, height, width = x.shape
+    values = _transformed_weight(weight)
+    addresses = x.data_ptr(), weight.data_ptr(), values.data_ptr(), address(bias), address(residual), y.data_ptr()
+    arguments = (*addresses, samples, height, width, in_channels, weight.shape[0], torch.get_num_threads())
+    return (native.cpu_conv3x3, arguments), (x, weight, values, bias, residual, y)
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:

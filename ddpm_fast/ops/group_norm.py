@@ -12,6 +12,7 @@ twin is here; the kernels are csrc/cpu/group_norm*.cpp and csrc/cuda/group_norm*
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,9 @@ class _Call:
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         return _results(self.x, self.groups)
 
+    def cpu_arguments(self, y: Tensor, mean: Tensor, rstd: Tensor) -> tuple:
+        return (self.x.data_ptr(), y.data_ptr(), *self.common, mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads())
+
     def gradients(self, needs: tuple) -> tuple[dict[int, Tensor], tuple]:
         """By position, in the dtype that the kernels take the tensor in; and their addresses in the kernels' order."""
         made = {i: torch.empty_like(y) for i, y in zip(_op.differentiable, self.taken, strict=True) if needs[i]}
@@ -127,9 +131,18 @@ def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(arguments)
-    y, mean, rstd = call.results()
-    native.cpu_group_norm(call.x.data_ptr(), y.data_ptr(), *call.common, mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads())
-    return y, mean, rstd
+    results = call.results()
+    native.cpu_group_norm(*call.cpu_arguments(*results))
+    return results
+
+
+def group_norm_cpu_call(
+    x: Tensor, y: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, pre_bias: Tensor | None
+) -> tuple[tuple[Callable, tuple], tuple]:
+    """The kernel and its arguments for tensors that lie well for it, and what must live as long as the call is made."""
+    call = _Call((x, groups, weight, bias, pre_bias, None, None, eps, silu, 0.0, None))
+    statistics = call.results()[1:]
+    return (native.cpu_group_norm, call.cpu_arguments(y, *statistics)), (call, y, statistics)
 
 
 def _forward_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,146 @@
+"""Planned passes of the UNet: what UNet.forward gives, for every architecture, and when there is no plan."""
+import copy
+
+import pytest
+import torch
+from numerics import assert_bits_equal, assert_close_to_exact
+
+from ddpm_fast import EMA, GaussianDiffusion, NoiseSchedule, Sampler, UNet, sample
+from ddpm_fast.backends import native_missing
+from ddpm_fast.models.unet_plan import UNetPlan, plan_obstacle
+from ddpm_fast.reverse_step import ReverseStep
+from ddpm_fast.step_tables import make_table
+
+pytestmark = pytest.mark.skipif(bool(native_missing), reason=f"plans call the CPU kernels: {native_missing}")
+STEPS = torch.tensor([0, 500, 999])
+SMALL = dict(in_channels=2, base_channels=8, norm_groups=4, image_size=8)
+ARCHITECTURES = [
+    dict(channel_mult=(1,), num_blocks=1, attention_resolutions=()),  # one level: nothing is resampled
+    dict(channel_mult=(1, 2, 3), num_blocks=2, attention_resolutions=(4, 8), num_heads=2),
+    dict(channel_mult=(2, 2), num_blocks=1, attention_resolutions=(4,), head_channels=4, learned_variance=True),  # shortcuts that are the input
+    dict(channel_mult=(1, 2), num_blocks=1, attention_resolutions=(), num_classes=3, dropout=0.5),
+]
+
+
+def network(**arguments):
+    """Noise where a new network has zeros, which would hide its inputs."""
+    torch.manual_seed(0)
+    net = UNet(**{**SMALL, **arguments}).eval()
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def images(n, size=(8, 8)):
+    return torch.randn(n, 2, *size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("n, size", [(1, (8, 8)), (3, (8, 8)), (2, (4, 12))], ids=str)
+@pytest.mark.parametrize("arguments", ARCHITECTURES, ids=str)
+@torch.no_grad()
+def test_a_planned_pass_is_the_pass(arguments, n, size):
+    net, x = network(**arguments), images(n, size)
+    labels = [None, torch.arange(n)] if net.num_classes else [None]
+    for y in labels:
+        plan = UNetPlan(net, x.shape, STEPS, y)
+        for row in (2, 0, 1, 0):  # in any order: nothing is left over from the pass before
+            got = plan(x, row)
+            assert got.is_contiguous()
+            t = torch.full((n,), int(STEPS[row]))
+            expected = copy.deepcopy(net).double()(x.double(), t, y)
+            eager = (net(x, t, y).double() - expected).abs().max().item()
+            assert_close_to_exact(got, expected, atol=2 * eager + 1e-6)
+
+
+@torch.no_grad()
+def test_a_plan_leaves_its_input_and_serves_other_layouts():
+    net, x = network(**ARCHITECTURES[1]), images(2)
+    plan, before = UNetPlan(net, x.shape, STEPS, None), x.clone()
+    expected = plan(x, 1).clone()
+    assert_bits_equal(x, before)
+    assert_bits_equal(plan(x.contiguous(memory_format=torch.channels_last), 1), expected)
+
+
+@torch.no_grad()
+def test_memory_is_used_again():
+    net = network(channel_mult=(1, 1), num_blocks=6, attention_resolutions=())
+    taken = []
+
+    class Counted(UNetPlan):
+        def _take(self, *shape):
+            before = sum(map(len, self._free.values()))
+            taken.append(before > 0 and bool(self._free.get(shape)))
+            return super()._take(*shape)
+
+    Counted(net, (2, 2, 8, 8), STEPS, None)
+    assert sum(taken) > 0.6 * len(taken)  # the others are the skips and the first of their shape
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_sampling_by_a_plan_is_sampling(sampler, guided):
+    net = network(**ARCHITECTURES[3])
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(20, 1e-3, 0.3))
+    options = dict(sampler=sampler, steps=5, guidance=3.0 if guided else 1.0, null_label=3)
+    labels = torch.tensor([0, 2, 1]) if guided else None
+    call = lambda x, t, y=None: net(x, t, y)  # noqa: E731 - not a UNet: it has no plan
+    got = sample(net, diffusion, (3, 2, 8, 8), 4, labels=labels, **options)
+    assert_close_to_exact(got, sample(call, diffusion, (3, 2, 8, 8), 4, labels=labels, **options).double(), atol=2e-5)
+    alone = sample(net, diffusion, (1, 2, 8, 8), 4, labels=None if labels is None else labels[1:2], first_sample=1, **options)
+    assert_close_to_exact(alone, got[1:2].double(), atol=2e-5)
+
+
+def test_a_sampler_sees_the_weights_of_now():
+    net = network(**ARCHITECTURES[0])
+    draw = Sampler(net, GaussianDiffusion(NoiseSchedule.linear(20, 1e-3, 0.3)), "ddim", steps=3)
+    before = draw((2, 2, 8, 8))
+    other = network(**ARCHITECTURES[0])
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    changes = [lambda: net.load_state_dict(other.state_dict()), lambda: EMA(network(**ARCHITECTURES[0])).copy_to(net)]
+    for change, expected in zip(changes, (draw.__class__(other, draw.diffusion, "ddim", steps=3)((2, 2, 8, 8)), before), strict=True):
+        change()
+        assert_bits_equal(draw((2, 2, 8, 8)), expected)
+
+
+class Inherited(UNet):
+    pass
+
+
+def changed(net, change):
+    change(net)
+    return net
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: lambda x, t: x, "plans are for the UNet"),
+        (lambda: Inherited(**{**SMALL, **ARCHITECTURES[0]}).eval(), "plans are for the UNet"),
+        (lambda: network(**ARCHITECTURES[0]).train(), "training"),
+        (lambda: network(**ARCHITECTURES[0]).double(), "not plain float32"),
+        (lambda: changed(network(**ARCHITECTURES[0]), lambda m: m.conv_in.register_forward_hook(lambda *_: None)), "hooks"),
+        (lambda: changed(network(**ARCHITECTURES[0]), lambda m: setattr(m, "conv_out", torch.nn.Sequential(m.conv_out))), "changed: Sequential"),
+        (lambda: changed(network(**ARCHITECTURES[0]), lambda m: setattr(m.conv_in, "forward", lambda x: x)), "changed: Conv3x3"),
+        (lambda: changed(network(**ARCHITECTURES[0]), lambda m: m.compile()), "something else"),
+    ],
+)
+def test_what_is_not_planned(make, reason):
+    assert reason in plan_obstacle(make(), images(2))
+
+
+def test_other_data_and_autocast_are_not_planned():
+    net = network(**ARCHITECTURES[0])
+    assert plan_obstacle(net, images(2)) == ""
+    assert plan_obstacle(net, images(2).double()) and plan_obstacle(net, images(2).to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plan_obstacle(net, images(2))
+    table = make_table(GaussianDiffusion(NoiseSchedule.linear(20)), steps=2)
+    assert ReverseStep(net, table, images(2)).plan is not None and ReverseStep(net, table, images(2), planned=False).plan is None
+
+
+def test_bad_inputs_are_named_as_by_the_network():
+    with pytest.raises(ValueError, match=r"x_t must have shape \(N, 2, H, W\), got \(2, 3, 8, 8\)"):
+        sample(network(**ARCHITECTURES[0]), GaussianDiffusion(NoiseSchedule.linear(20)), (2, 3, 8, 8))

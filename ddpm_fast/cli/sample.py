@@ -30,7 +30,7 @@ def sample(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of other settings that are in --out.")] = False,
     gif: Annotated[bool, typer.Option("--gif", help="Also draw the reverse process of the first images.")] = False,
     progressive: Annotated[bool, typer.Option("--progressive", help="Also draw how the first images' x̂0 takes shape.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network: a minute at first; no gain was measured on CPUs.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network, for CUDA; on CPUs it is slower than the kernels' calls that sampling makes by itself.")] = False,
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,

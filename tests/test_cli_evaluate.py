@@ -122,7 +122,7 @@ def test_both_at_once_on_features_of_ones_own(run, tmp_path, monkeypatch, comman
         (["--features", "digits"], "go with --samples, which is missing"),
         (["--samples", "nowhere.npz"], "no such file or folder: nowhere.npz"),
         (["--samples", "{run}/loss.png"], "data must be a built-in name, a folder, a .npy or a .npz file"),
-        (["--samples", "{samples}", "--features", "nothing"], "features must be digits, inception or package.module:attribute, got 'nothing'"),
+        (["--samples", "{samples}", "--features", "nothing"], "must be digits, inception or package.module:attribute, got 'nothing'"),
         (["--samples", "{samples}", "--reference", "all"], "--reference must be one of train, test, got 'all'"),
         (["--samples", "{samples}", "--inception-weights", "w.pth"], "Inception's weights go with the features 'inception'"),
     ],

@@ -107,7 +107,8 @@ def test_parts_are_the_means_and_errors_of_their_images():
     parts = bound.summary()
     assert parts["bits_per_dim"] == pytest.approx(parts["decoder"] + parts["divergence"] + parts["prior"])
     weighted = bound.terms * bound.counts
-    for name, values in (("decoder_", weighted[:, 0]), ("divergence_", weighted[:, 1:].sum(1)), ("prior_", bound.prior), ("", bound.per_image)):
+    divergence = weighted[:, 1:].sum(1)
+    for name, values in (("decoder_", weighted[:, 0]), ("divergence_", divergence), ("prior_", bound.prior), ("", bound.per_image)):
         assert parts[f"{name}standard_error"] == pytest.approx(float(values.std()) / 3)
     assert math.isnan(evaluate_bound(model, DIFFUSION, grid_images(1)).standard_error)
 

@@ -117,7 +117,7 @@ def test_other_bad_arguments():
         (lambda: quality_from_features(x, x[:3], neighbours=1), "at least 4 images of each kind, got 9 and 3"),
         (lambda: inception_score(x[0]), r"logits must be finite, of shape \(N, K\), got \(2,\)"),
         (lambda: evaluate_quality(zeros, DIGITS, MEANS, reference="all"), "reference must be one of train, test, got 'all'"),
-        (lambda: evaluate_quality(zeros.expand(-1, 3, -1, -1), DIGITS, MEANS), r"samples must be \(1, 8, 8\) images like the data, got \(3, 8, 8\)"),
+        (lambda: evaluate_quality(zeros.expand(-1, 3, 8, 8), DIGITS, MEANS), r"must be \(1, 8, 8\) images .*, got \(3, 8, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

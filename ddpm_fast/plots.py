@@ -272,20 +272,21 @@ def write_study_plot(path: str | os.PathLike, bounds: Sequence[Mapping[str, Any]
     for variant in variants:
         rows = [row for row in bounds if row["variant"] == variant]
         error = [2 * row["standard_error"] for row in rows]
-        left.errorbar([row["steps"] for row in rows], [row["bits_per_dim"] for row in rows], error, color=_ACCENT, ls=styles[variant], marker="o", ms=3, label=f"{variant} variance")
+        x, y = [row["steps"] for row in rows], [row["bits_per_dim"] for row in rows]
+        left.errorbar(x, y, error, color=_ACCENT, ls=styles[variant], marker="o", ms=3, label=f"{variant} variance")
     samplers = list(dict.fromkeys(row["sampler"] for row in quality if row["sampler"]))
     for colour, sampler in zip((_ACCENT, "#c2571a", "#3a8f4d"), samplers):
         for variant in variants:
             rows = [row for row in quality if (row["variant"], row["sampler"]) == (variant, sampler)]
-            right.plot([row["steps"] for row in rows], [1000 * row["kid_mean"] for row in rows], color=colour, ls=styles[variant], marker="o", ms=3, label=f"{sampler}, {variant}")
+            x, y = [row["steps"] for row in rows], [row["fid"] for row in rows]
+            right.plot(x, y, color=colour, ls=styles[variant], marker="o", ms=3, label=f"{sampler}, {variant}")
     for row in (row for row in quality if not row["sampler"]):
-        right.axhline(1000 * row["kid_mean"], color=_INK, lw=0.8, ls=":", label="real held-out images")
-    right.set_yscale("symlog", linthresh=1)
-    for axes, name in ((left, "bound (bits/dim)"), (right, "KID · 1000 to the training images")):
+        right.axhline(row["fid"], color=_INK, lw=0.8, ls=":", label="real held-out images")
+    for axes, name in ((left, "bound (bits/dim)"), (right, "FID to the training images")):
         _label(axes, "steps", name, integers=False)
         axes.set_xscale("log")
+        axes.set_yscale("log")
         axes.legend(edgecolor="none", fontsize=8, labelcolor=_INK)
-    left.set_yscale("log")
     _save(figure, path)
 
 

@@ -38,7 +38,7 @@ def study(
     console.print(shown)
     real = next(row for row in result.quality if row["sampler"] is None)
     print_table({
-        "KID": f"times 1000, of {rows and result.quality[-1]['images']} samples to the training digits; {1000 * real['kid_mean']:.1f} for {real['images']} held-out digits",
+        "FID": f"of {result.quality[-1]['images']} samples to the training digits; {real['fid']:.2f} for {real['images']} held-out digits",
         "time": ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items()),
         **result.paths,
     })  # fmt: skip

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from ddpm_fast.noise import FOLD_SAMPLE_KNOWN, FOLD_SAMPLE_START, FOLD_SAMPLE_ST
 from ddpm_fast.ops._common import check_unit_range
 from ddpm_fast.reverse_step import Guidance, ReverseStep
 from ddpm_fast.step_graph import Capture, StepGraph, cuda_capture
-from ddpm_fast.step_tables import make_table, start_row
+from ddpm_fast.step_tables import StepTable, make_table, start_row
 
 if TYPE_CHECKING:
     from ddpm_fast.diffusion import GaussianDiffusion
@@ -30,7 +31,6 @@ def sample_loop(
     x_t: Tensor,
     noise: Noise,
     *,
-    first_row: int | None = None,
     constrain: Callable[[int | None, Tensor], Tensor] | None = None,
     keep: bool = True,
     with_x_start: bool = True,
@@ -41,7 +41,6 @@ def sample_loop(
         step: of the sampler, or the CUDA graph of it.
         x_t: (N, C, ...), the start, usually N(0, I).
         noise: key of the steps' noise: the step at model time t draws from stream t.
-        first_row: where to start in the table; by default its last row.
         constrain: called as constrain(t, x) after each step, t being the time of the chain that x is at, None for the data; gives the
             x to go on with.
         keep: give new tensors at each step; False writes each step over the one before, ``x_t`` first of all, which saves
@@ -53,7 +52,7 @@ def sample_loop(
     """
     timesteps = step.timesteps
     x_start = None
-    for row in range(len(timesteps) - 1 if first_row is None else first_row, -1, -1):
+    for row in range(len(timesteps) - 1, -1, -1):
         x_t, x_start = step(row, x_t, noise.at(stream=timesteps[row]), x_start if step.multistep else None, keep=keep, with_x_start=with_x_start)
         if constrain is not None:
             x_t = constrain(step.chain_times[row - 1] if row else None, x_t)
@@ -67,7 +66,8 @@ class Sampler:
     change a sample by the rounding of the model's own arithmetic only.
 
     Args:
-        model: any callable (x_t, t) -> output, or (x_t, t, labels) -> output where labels are given; put it in eval mode first.
+        model: any callable (x_t, t) -> output, or (x_t, t, labels) -> output where labels are given; put it in eval mode first. It gets
+            x_t in float32: sample a bf16 network under ``torch.autocast``.
         diffusion: what the model was trained for.
         sampler: "ddpm", "ddim" or "dpmpp_2m".
         steps: None for all T, a number of steps, or their ascending list.
@@ -104,7 +104,8 @@ class Sampler:
         null_label: int | None = None,
         graph: bool | None = None,
     ) -> None:
-        self.table = make_table(diffusion, sampler, steps, eta, spacing)
+        self._make_table = partial(make_table, diffusion, sampler, eta=eta)
+        self.table = self._make_table(steps, spacing=spacing)
         if threshold is not None and not 0.0 < threshold <= 1.0:
             raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
         if not math.isfinite(guidance):
@@ -183,48 +184,61 @@ class Sampler:
         """
         if a.shape != b.shape or a.ndim < 2:
             raise ValueError(f"a and b must have one shape (N, C, ...), got {tuple(a.shape)} and {tuple(b.shape)}")
+        if not len(a):
+            raise ValueError("a and b must have at least one image, got none")
         check_unit_range("a", a)
         check_unit_range("b", b)
         weights = [float(weight) for weight in weights]
         if not weights or not all(0.0 <= weight <= 1.0 for weight in weights):
             raise ValueError(f"weights must be one or more numbers in [0, 1], got {weights}")
-        row = start_row(self.table, t)
+        if not 0 <= t < len(self.diffusion):
+            raise ValueError(f"t must lie in 0..{len(self.diffusion) - 1}, got {t}")
+        # A table of its own: its first step has no history, whatever the step in the whole table has.
+        table = self._make_table(self.table.chain_times[: start_row(self.table, t) + 1].tolist(), spacing="even")
         device = self._device(a.device if not isinstance(self.model, torch.nn.Module) else None)
         labels = self._labels(labels, len(a), device)
         key = Noise(seed, first_sample=first_sample)
         noises = [key.fold_in(FOLD_SAMPLE_KNOWN).at(stream=k).materialize(a.shape, device) for k in range(2)]
-        time = torch.full((len(a),), int(self.table.chain_times[row]), device=device)
+        time = torch.full((len(a),), int(table.chain_times[-1]), device=device)
         results = []
         for weight in weights:
             angle = 0.5 * math.pi * weight
             noise = math.cos(angle) * noises[0] + math.sin(angle) * noises[1]
             x = self.diffusion.q_sample(torch.lerp(a.to(device, torch.float32), b.to(device, torch.float32), weight), time, noise)
-            results.append(self._run(x, key, labels, first_row=row))
+            results.append(self._run(x, key, labels, table))
         return torch.stack(results)
 
     @torch.no_grad()
-    def _run(self, x: Tensor, key: Noise, labels: Tensor | None, *, callback: Callback | None = None, keep: bool = False, **options: Any) -> Tensor:
+    def _run(
+        self, x: Tensor, key: Noise, labels: Tensor | None, table: StepTable | None = None, *, callback: Callback | None = None, keep: bool = False,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
         watched = callback is not None
-        step = self._step(x, labels)
-        for t, x, x_start in sample_loop(step, x, key.fold_in(FOLD_SAMPLE_STEPS), keep=watched and keep, with_x_start=watched, **options):  # noqa: B020
+        step = self._step(x, labels, table or self.table)
+        steps = sample_loop(step, x, key.fold_in(FOLD_SAMPLE_STEPS), keep=watched and keep, with_x_start=watched, **options)
+        for t, x, x_start in steps:
             if callback is not None:
                 callback(t, x, x_start)
         return x.clone() if isinstance(step, StepGraph) else x  # a graph's own memory serves its next batch
 
-    def _step(self, x: Tensor, labels: Tensor | None) -> ReverseStep | StepGraph:
+    def _step(self, x: Tensor, labels: Tensor | None, table: StepTable) -> ReverseStep | StepGraph:
         captures = x.is_cuda and isinstance(self.model, torch.nn.Module) if self.graph is None else self.graph
-
-        def make() -> ReverseStep:
-            return ReverseStep(
-                self.model, self.table, x, clip=self.clip, threshold=self.threshold, labels=labels, guidance=self.guidance, planned=not captures
-            )
-
+        options = dict(clip=self.clip, threshold=self.threshold, labels=labels, guidance=self.guidance, planned=not captures)
         if not captures:
-            return make()
-        place = x.shape, x.device, labels is None
+            return ReverseStep(self.model, table, x, **options)
+        place = x.shape, x.device, labels is None, len(table), self._state_of_model()
         if place not in self._graphs:
-            self._graphs = {place: StepGraph(make(), x, self._capture)}  # one at a time: a graph holds the memory of a whole pass
+            self._graphs.clear()  # one at a time: a graph holds the memory of a whole pass
+            self._graphs[place] = StepGraph(ReverseStep(self.model, table, x, **options), x, self._capture)
         return self._graphs[place].set_labels(labels)
+
+    def _state_of_model(self) -> tuple:
+        """What a recorded pass depends on: where the weights are, not what they are, and the modes that choose kernels."""
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        if not isinstance(self.model, torch.nn.Module):
+            return autocast
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return (*autocast, *(module.training for module in self.model.modules()), *(tensor.data_ptr() for tensor in tensors))
 
     def _device(self, device: torch.device | str | None) -> torch.device:
         if device is None:

@@ -30,6 +30,8 @@ def cuda_capture(body: Callable[[], None]) -> Callable[[], None]:
     try:
         with torch.cuda.graph(graph):
             body()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RuntimeError(f"a step of this model cannot be captured in a CUDA graph ({error}); sample with graph=False") from error
     return graph.replay
@@ -55,7 +57,7 @@ class StepGraph:
         self._replay = capture(self._body)
 
     def _body(self) -> None:
-        # The history of a first step is multiplied by zero: any finite memory will do.
+        # A table's first step multiplies its history by zero: any finite memory will do.
         history = self.x_start if self.multistep else None
         out = self.step.predict(self.x, self.t)
         if out.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr():

@@ -156,12 +156,12 @@ def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int |
     if eta and sampler != "ddim":
         raise ValueError(f"eta is a part of sampler 'ddim', got {eta} for {sampler!r}")
     T = len(diffusion)
-    if isinstance(steps, (Sequence, Tensor)) and not isinstance(steps, str):
-        timesteps = torch.as_tensor(steps)  # respace checks it
-    else:
-        timesteps = spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.snr.log())
-    if len(timesteps) == T:
-        timesteps = None
+    listed = isinstance(steps, (Sequence, Tensor)) and not isinstance(steps, str)
+    if (steps is None or listed) and spacing != "even":
+        raise ValueError(f"spacing is of a number of steps, got {spacing!r} for {'a list of them' if listed else 'all of them'}")
+    timesteps = torch.as_tensor(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.snr.log())
+    if not timesteps.is_floating_point() and torch.equal(timesteps, torch.arange(T)):
+        timesteps = None  # else respacing checks it
     if sampler == "ddim":
         return ddim_table(diffusion, timesteps, eta)
     return ddpm_table(diffusion, timesteps) if sampler == "ddpm" else dpm_solver_table(diffusion, timesteps)

@@ -49,7 +49,7 @@ class Study:
         bounds: rows of variant, steps, bits_per_dim and its standard error, decoder, divergence and prior.
         quality: rows of variant, sampler, steps, images and what :func:`ddpm_fast.evaluation.quality_from_features` gives, with the
             neighbour_ratio; the one of real held-out digits has no sampler.
-        seconds: of each part.
+        seconds: that this call took for each part.
         paths: the files.
     """
 
@@ -70,7 +70,8 @@ def run_study(
     seed: int = 0,
     quiet: bool = False,
 ) -> Study:
-    """Trains, evaluates, samples, and writes the tables and pictures into ``out``. What an earlier call has finished is not done again.
+    """Trains, evaluates, samples, and writes the tables and pictures into ``out``. Models and samples
+    of an earlier call are not made again; the bound, which takes seconds, is.
 
     Args:
         train_steps: of each model.
@@ -115,7 +116,7 @@ def train(folder: Path, data: ImageData, config: TrainConfig, title: str, quiet:
         raise ValueError(f"{folder} holds a run of other settings; choose another folder with --out")
     if trainer.step < config.steps:
         with Bar(title, quiet=quiet) as bar:
-            trainer.run(folder, report=lambda p: bar.update(p.step, p.steps, p.loss))
+            trainer.run(folder, save_every=250, report=lambda p: bar.update(p.step, p.steps, p.loss))
     return load_trained(folder, trainer.device)
 
 

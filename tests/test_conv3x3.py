@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import math
 from functools import partial
 from unittest import mock
@@ -18,7 +19,7 @@ from ddpm_fast import EMA, UNet
 from ddpm_fast.backends import native
 from ddpm_fast.models import layers
 from ddpm_fast.ops import conv3x3
-from ddpm_fast.ops.conv3x3 import _transformed
+from ddpm_fast.ops.conv3x3 import _Transformed
 
 # (N, H, W, C, K)
 SIZES = [
@@ -187,19 +188,57 @@ def test_a_changed_weight_is_transformed_anew(name):
     assert_as_accurate(after, plain(x, layer.weight.detach(), layer.bias.detach()), exact, floor=8.0)
 
 
+def kept_weights():
+    gc.collect()
+    return sum(type(found) is _Transformed for found in gc.get_objects())
+
+
 @needs_kernel
 def test_is_freed_with_its_weight():
-    gc.collect()
-    count = len(_transformed)
+    count = kept_weights()
     layer, x = layers.Conv3x3(16, 4), channels_last(torch.randn(1, 16, 2, 2))
     twin = copy.deepcopy(layer)
     with torch.no_grad():
         for module in (layer, layer, twin):
             module(x)
-    assert len(_transformed) == count + 2
+    assert kept_weights() == count + 2
     del layer, twin, module
-    gc.collect()
-    assert len(_transformed) == count
+    assert kept_weights() == count
+
+
+@needs_kernel
+@torch.no_grad()
+def test_what_is_kept_goes_nowhere():
+    # Not into a copy, nor into a file, nor in the way of parameters that PyTorch swaps.
+    layer, x = layers.Conv3x3(16, 4), channels_last(torch.randn(1, 16, 2, 2))
+    expected = layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert getattr(other.weight, "_conv3x3_transformed", None) is None
+        assert_bits_equal(other(x), expected)
+    twin = layers.Conv3x3(16, 4)
+    swapped = twin(x)
+    torch.utils.swap_tensors(layer.weight, twin.weight)
+    torch.utils.swap_tensors(layer.bias, twin.bias)
+    assert_bits_equal(layer(x), swapped)
+    assert_bits_equal(twin(x), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@torch.no_grad()
+def test_pytorchs_defaults_change_nothing(dtype):
+    x, weight, bias, residual = make((2, 6, 4, 16, 32))
+    expected = conv3x3(x, weight, bias, residual=residual)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert_bits_equal(conv3x3(x, weight.clone(memory_format=torch.preserve_format), bias, residual=residual), expected)
+    finally:
+        torch.set_default_dtype(before)
 
 
 # What PyTorch's convolution does.

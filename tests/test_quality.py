@@ -283,3 +283,19 @@ def test_samples_from_files(tmp_path):
         load_samples(tmp_path / "x.npy", DIGITS)
     with pytest.raises(FileNotFoundError, match="no such file or folder: .*nowhere"):
         load_samples(tmp_path / "nowhere", DIGITS)
+
+
+def test_of_two_forms_the_one_with_more_samples_is_measured(tmp_path):
+    from PIL import Image
+
+    from ddpm_fast.evaluation.quality import load_samples
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "samples.json").write_text("{}")
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 17 * i, np.uint8)).save(tmp_path / "images" / f"{i:08}.png")
+    assert len(load_samples(tmp_path, DIGITS)) == 3
+    np.savez(tmp_path / "samples.npz", images=np.zeros((2, 1, 8, 8), np.uint8))
+    assert len(load_samples(tmp_path, DIGITS)) == 3
+    np.savez(tmp_path / "samples.npz", images=np.zeros((5, 1, 8, 8), np.uint8))
+    assert len(load_samples(tmp_path, DIGITS)) == 5

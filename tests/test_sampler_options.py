@@ -1,5 +1,6 @@
 """What can be asked of a sampler: guidance, dynamic thresholding, inpainting, interpolation, and the CUDA graph of a step."""
 import math
+import weakref
 
 import pytest
 import torch
@@ -170,6 +171,24 @@ def test_ends_of_an_interpolation_are_the_images_noised_and_sampled_back():
         assert_close_to_exact(mixed[2 * k], x.double(), atol=1e-5)
 
 
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_an_interpolation_of_a_perfect_model_ends_in_its_image(sampler, graph):
+    # A solver with a history has none where an interpolation starts, in the middle of its table: that step is of first order.
+    target = torch.linspace(-1, 1, 30).view(SHAPE)
+    draw = (captured if graph else Sampler)(lambda x, t: target.clone(), GaussianDiffusion(DIFFUSION.schedule, "x_start"), sampler, steps=8)
+    signal, sigma = DIFFUSION.schedule.sqrt_alphas_bar, DIFFUSION.schedule.sqrt_one_minus_alphas_bar
+    key, t = Noise(3).fold_in(FOLD_SAMPLE_KNOWN), int(draw.table.chain_times[5])
+    seen = []
+    draw.model = lambda x, t: seen.append(x.clone()) or target.clone()
+    mixed = draw.interpolate(target, target, [0.0], t=t, seed=3)
+    assert_close_to_exact(mixed[0], target.double(), ulps=4)
+    if not graph:  # on the line between the image and its noise all the way
+        noise = key.at(stream=0).materialize(SHAPE)
+        for x, time in zip(seen, reversed(draw.table.chain_times[:6].tolist()), strict=True):
+            assert_close_to_exact(x, (signal[time] * target + sigma[time] * noise).double(), atol=1e-6)
+
+
 def test_mixture_has_the_variance_of_its_noise_level():
     # Of images that are zero only the noise is left, and one step of DDIM of a model that says 0 only scales it.
     zero = torch.zeros(64, 64)
@@ -200,6 +219,17 @@ def captured(*arguments, **options):
     found = Sampler(*arguments, graph=True, **options)
     found._capture = traced
     return found
+
+
+class Of(torch.nn.Module):
+    """A module as a model."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(x)
 
 
 OPTIONS = [{}, {"threshold": 0.9}, {"guidance": 3.0, "null_label": 4}, {"guidance": 3.0, "null_label": 4, "threshold": 0.9}]
@@ -240,6 +270,33 @@ def test_a_graph_forgets_what_a_broken_batch_left():
     graph = next(iter(draw._graphs.values()))
     graph.x_start.fill_(float("nan"))
     assert_bits_equal(draw(SHAPE), good)
+
+
+def test_a_graph_is_of_the_weights_that_it_was_recorded_with():
+    net = torch.nn.Linear(5, 5)
+    draw = captured(Of(net), DIFFUSION, steps=3)
+    draw(SHAPE)
+    for change in (lambda: setattr(net, "weight", torch.nn.Parameter(torch.zeros(5, 5))), lambda: setattr(net.bias, "data", torch.ones(5)), net.eval):
+        change()
+        assert_bits_equal(draw(SHAPE), Sampler(Of(net), DIFFUSION, steps=3)(SHAPE))
+    with torch.no_grad():
+        net.weight.fill_(0.25)  # in place: the graph reads it where it is
+    graph = next(iter(draw._graphs.values()))
+    assert_bits_equal(draw(SHAPE), Sampler(Of(net), DIFFUSION, steps=3)(SHAPE))
+    assert next(iter(draw._graphs.values())) is graph
+
+
+def test_the_old_graph_goes_before_the_new_one_is_recorded():
+    draw = captured(model, DIFFUSION, steps=3)
+    draw(SHAPE)
+    old = weakref.ref(next(iter(draw._graphs.values())))
+
+    def capture(body):
+        assert old() is None
+        return traced(body)
+
+    draw._capture = capture
+    draw((2, 2, 5))
 
 
 def test_a_model_that_returns_its_input_is_captured_too():
@@ -341,7 +398,9 @@ def test_a_mask_of_numbers_is_refused():
         ((torch.zeros(2, 3), torch.full((2, 3), 2.0), [0.5], 5), r"b must be finite and lie in \[-1, 1\]"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), [], 5), r"weights must be one or more numbers in \[0, 1\], got \[\]"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), [1.5], 5), r"weights must be one or more numbers in \[0, 1\], got \[1.5\]"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3), [0.5], -1), "t must be at least the first of the sampler's time steps, 0, got -1"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), [0.5], -1), r"t must lie in 0\.\.19, got -1"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), [0.5], 20), r"t must lie in 0\.\.19, got 20"),
+        ((torch.zeros(0, 3), torch.zeros(0, 3), [0.5], 5), "a and b must have at least one image, got none"),
     ],
 )
 def test_bad_interpolations_are_named(arguments, message):

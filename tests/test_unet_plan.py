@@ -105,6 +105,16 @@ def test_a_sampler_sees_the_weights_of_now():
         assert_bits_equal(draw((2, 2, 8, 8)), expected)
 
 
+def test_pytorchs_defaults_change_nothing():
+    net, diffusion = network(**ARCHITECTURES[3]), GaussianDiffusion(NoiseSchedule.linear(20, 1e-3, 0.3))
+    expected = sample(net, diffusion, (2, 2, 8, 8), steps=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_bits_equal(sample(net, diffusion, (2, 2, 8, 8), steps=3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class Inherited(UNet):
     pass
 

@@ -30,6 +30,7 @@ def sample(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of other settings that are in --out.")] = False,
     gif: Annotated[bool, typer.Option("--gif", help="Also draw the reverse process of the first images.")] = False,
     progressive: Annotated[bool, typer.Option("--progressive", help="Also draw how the first images' x̂0 takes shape.")] = False,
+    graph: Annotated[bool | None, typer.Option("--graph/--no-graph", help="Capture a step in a CUDA graph: by default on CUDA.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the network, for CUDA; on CPUs it is slower than the kernels' calls that sampling makes by itself.")] = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -54,7 +55,7 @@ def sample(
     with launched_ranks() as ranks:
         trained = load_trained(run, resolve_device(ranks.device(device)))
         labels = parse_label(label, trained.model.num_classes)
-        draw = Sampler(trained.model, trained.diffusion, sampler, steps=chosen, spacing=spacing, eta=eta, threshold=threshold, guidance=guidance)
+        draw = Sampler(trained.model, trained.diffusion, sampler, steps=chosen, spacing=spacing, eta=eta, threshold=threshold, guidance=guidance, graph=graph)
         if guidance != 1.0 and labels is None:
             raise ValueError("--guidance needs --class")
         if compiled:
@@ -93,7 +94,8 @@ def sample(
                     overwrite=overwrite, ranks=ranks, report=advance,
                 )  # fmt: skip
             except KeyboardInterrupt:
-                console.print(f"stopped; what is complete is in {out}, and the same command goes on from there", soft_wrap=True)
+                if ranks.first:
+                    console.print(f"stopped; what is complete is in {out}, and the same command goes on from there", soft_wrap=True)
                 raise typer.Exit(130) from None
         if not ranks.first:
             return

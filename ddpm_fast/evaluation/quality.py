@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -191,7 +192,7 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if (path / "samples.json").exists():  # of `write_samples`, which also puts a grid there
-        path = path / ("samples.npz" if (path / "samples.npz").exists() else "images")
+        path = _larger_set(path)
     if path.is_dir():
         images = to_levels(to_unit(torch.from_numpy(read_folder(path, None)[0])), data.levels)
     else:
@@ -199,6 +200,16 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
     if tuple(images.shape[1:]) != data.image_shape:
         raise ValueError(f"{path} must hold {data.image_shape} images like the data, got {tuple(images.shape[1:])}")
     return to_unit(images, data.levels)
+
+
+def _larger_set(folder: Path) -> Path:
+    """Of the two forms that ``ddpm-fast sample`` writes, the one with more images: a later run may have extended one of them."""
+    archive, images = folder / "samples.npz", folder / "images"
+    files = len(list(images.glob("*.png"))) if images.is_dir() else 0
+    if not archive.exists():
+        return images
+    with np.load(archive) as file:
+        return images if files > len(file["images"]) else archive
 
 
 class _Given(nn.Module):

@@ -67,9 +67,9 @@ class UNetPlan:
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
         self._kept: list[Any] = []  # tensors whose addresses the calls have
         self._prepare_time(model, timesteps, labels)
-        self._input = torch.empty(self._samples, *shape[2:], shape[1])
+        self._input = _floats(self._samples, *shape[2:], shape[1])
         last = self._network(model)
-        self._output = torch.empty(self._samples, last.shape[3], *shape[2:])
+        self._output = _floats(self._samples, last.shape[3], *shape[2:])
         self._add(self._output.copy_, last.permute(0, 3, 1, 2))
 
     @torch.no_grad()
@@ -89,12 +89,12 @@ class UNetPlan:
         bias = torch.cat([block.time_projection.bias for block in blocks])
         embedding = model.time_embedding(timesteps)
         if model.label_embedding is None:
-            projected, rows = torch.addmm(bias, F.silu(embedding), weight.t()), torch.empty(1, len(bias))
+            projected, rows = torch.addmm(bias, F.silu(embedding), weight.t()), _floats(1, len(bias))
             self._set_time = lambda row: rows.copy_(projected[row])
         else:
             null = model.label_embedding.weight[model.num_classes :]
             classes = null if labels is None else model.label_embedding(labels)
-            rows = torch.empty(len(classes), len(bias))
+            rows = _floats(len(classes), len(bias))
             self._set_time = lambda row: torch.addmm(bias, F.silu(embedding[row] + classes), weight.t(), out=rows)
         widths = [block.time_projection.out_features for block in blocks]
         self._added = {id(block): part.expand(self._samples, -1) for block, part in zip(blocks, rows.split(widths, 1), strict=True)}
@@ -194,12 +194,16 @@ class UNetPlan:
 
     def _take(self, height: int, width: int, channels: int) -> Tensor:
         free = self._free.get((height, width, channels))
-        return free.pop() if free else torch.empty(self._samples, height, width, channels)
+        return free.pop() if free else _floats(self._samples, height, width, channels)
 
     def _give(self, *tensors: Tensor) -> None:
         """What no later call reads: the next one that wants its shape writes there."""
         for x in tensors:
             self._free.setdefault(tuple(x.shape[1:]), []).append(x)
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever PyTorch's defaults are
 
 
 def _blocks(model: UNet) -> Iterator[layers.ResidualBlock]:

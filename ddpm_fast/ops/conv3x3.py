@@ -8,9 +8,7 @@ convolution does, which is the reference twin. The kernel is csrc/cpu/conv3x3.cp
 """
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,38 +31,36 @@ def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: 
     return y if residual is None else residual + y
 
 
-class _Transformed(NamedTuple):
-    """What a weight became, and which state of which weight that was."""
+class _Transformed:
+    """What a weight became, and which state of it that was. Kept as an attribute of the weight, with which it goes; it is not pickled."""
 
-    source: weakref.ref
-    version: int
-    place: int
-    values: Tensor
+    def __init__(self, weight: Tensor, values: Tensor) -> None:
+        self.version, self.place, self.values = weight._version, weight.data_ptr(), values
 
-
-_transformed: dict[int, _Transformed] = {}  # by the weight's id
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 def _transform(weight: Tensor) -> Tensor:
     out_channels, in_channels = weight.shape[:2]
-    values = torch.empty((native.cpu_conv3x3_floats(in_channels, out_channels),))
-    version, place, key = weight._version, weight.data_ptr(), id(weight)
-    native.cpu_conv3x3_weight(place, weight.stride(), in_channels, out_channels, values.data_ptr(), torch.get_num_threads())
-    _transformed[key] = _Transformed(weakref.ref(weight, lambda _: _transformed.pop(key, None)), version, place, values)
+    values = torch.empty((native.cpu_conv3x3_floats(in_channels, out_channels),), dtype=torch.float32, device="cpu")
+    kept = _Transformed(weight, values)  # of before: what is written meanwhile is noticed
+    native.cpu_conv3x3_weight(weight.data_ptr(), weight.stride(), in_channels, out_channels, values.data_ptr(), torch.get_num_threads())
+    weight._conv3x3_transformed = kept
     return values
 
 
 def _transformed_weight(weight: Tensor) -> Tensor:
     """Of now: PyTorch counts what is written to a tensor, except through ``.data`` or an address, which the kernel's probe notices."""
-    kept = _transformed.get(id(weight))
-    if kept is not None and kept.source() is weight and kept.version == weight._version and kept.place == weight.data_ptr():
+    kept = getattr(weight, "_conv3x3_transformed", None)
+    if kept is not None and kept.version == weight._version and kept.place == weight.data_ptr():
         return kept.values
     return _transform(weight)
 
 
 def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     samples, _, height, width = x.shape
-    y = torch.empty((samples, weight.shape[0], height, width), memory_format=_LAYOUT)
+    y = torch.empty((samples, weight.shape[0], height, width), dtype=torch.float32, device="cpu", memory_format=_LAYOUT)
     (function, arguments), _ = conv3x3_cpu_call(x, weight, bias, residual, y)
     while not function(*arguments):
         arguments = (*arguments[:2], _transform(weight).data_ptr(), *arguments[3:])

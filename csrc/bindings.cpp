@@ -232,8 +232,8 @@ bool cpu_conv3x3(uintptr_t x, uintptr_t weight, uintptr_t transformed, uintptr_t
                  int64_t height, int64_t width, int64_t channels_in, int64_t channels_out, int threads) {
   const Probe now = probe(floats(weight), 9 * channels_in * channels_out);
   if (std::memcmp(now.data(), floats(transformed), sizeof now)) return false;
-  cpu::kernels().conv3x3({floats(x), floats(transformed) + conv3x3_probe, floats(bias), floats(residual), pointer<float>(y), samples, height,
-                          width, channels_in, channels_out, threads});
+  cpu::kernels().conv3x3({floats(x), floats(transformed) + conv3x3_probe, floats(bias), floats(residual), pointer<float>(y), samples,
+                          height, width, channels_in, channels_out, threads});
   return true;
 }
 

@@ -1,4 +1,4 @@
-"""conv3x3: the CPU kernel against float64, its bits, the transformed weight that is kept, what PyTorch's convolution does instead, errors."""
+"""conv3x3: the CPU kernel against float64, its bits, the transformed weight that it keeps, what is left to PyTorch, errors."""
 from __future__ import annotations
 
 import copy
@@ -82,11 +82,14 @@ def test_weights_of_one_place_are_exact(isa):
         for j in range(3):
             weight = torch.zeros(4, 5, 3, 3)
             weight[:, :, i, j] = 4 * torch.randint(-8, 8, (4, 5))
-            assert_bits_equal(conv3x3(x, weight, backend="cpu") + 0.0, F.conv2d(x.double(), weight.double(), padding=1).float() + 0.0, f"tap {i}, {j}")
+            exact = F.conv2d(x.double(), weight.double(), padding=1).float()
+            assert_bits_equal(conv3x3(x, weight, backend="cpu") + 0.0, exact + 0.0, f"tap {i}, {j}")
 
 
 @needs_kernel
-@pytest.mark.parametrize("make_other", [torch.Tensor.contiguous, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)], ids=["NCHW", "strided"])
+@pytest.mark.parametrize(
+    "make_other", [torch.Tensor.contiguous, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)], ids=["NCHW", "strided"]
+)
 def test_forced_on_other_layouts(make_other):
     x, weight, bias, residual = make((2, 6, 4, 5, 7))
     expected = conv3x3(x, weight, bias, residual=residual, backend="cpu")
@@ -169,7 +172,9 @@ def changed_by(name, layer):
         weight.detach().numpy()[:] *= 3.0
 
 
-CHANGES = ["load_state_dict", "Adam", "Adam, foreach", "Adam, fused", "EMA", "inference_mode", "one element", "data", "new data", "to", "numpy"]
+CHANGES = [
+    "load_state_dict", "Adam", "Adam, foreach", "Adam, fused", "EMA", "inference_mode", "one element", "data", "new data", "to", "numpy",
+]  # fmt: skip
 
 
 @needs_kernel
@@ -260,7 +265,9 @@ def refusals():
         with torch.autocast("cpu", torch.bfloat16):
             return function(x, weight, bias, residual=residual)
 
-    compiled = lambda function: torch.compile(lambda *a: function(*a, residual=residual), backend="eager", fullgraph=True)(x, weight, bias)  # noqa: E731
+    def compiled(function):
+        return torch.compile(lambda *a: function(*a, residual=residual), backend="eager", fullgraph=True)(x, weight, bias)
+
     return {
         "gradient of x": lambda f: f(leaf(x), weight, bias, residual=residual),
         "gradient of the weight": lambda f: f(x, leaf(weight), bias, residual=residual),

@@ -35,7 +35,8 @@ DDPM_INLINE void transform_window(const float* const (&pixels)[points], int64_t 
 }
 
 // V of `count` tiles from `first` on. Pixels beyond the image's edge are read from `zeros`.
-DDPM_INLINE void transform_tiles(const Conv3x3Arguments& a, const Tiling& tiling, int64_t first, int64_t count, const float* zeros, float* v) {
+DDPM_INLINE void transform_tiles(const Conv3x3Arguments& a, const Tiling& tiling, int64_t first, int64_t count, const float* zeros,
+                                 float* v) {
   const int64_t stride = tiling.v_stride();
   int64_t column = first % tiling.columns, row = first / tiling.columns % tiling.rows, sample = first / tiling.columns / tiling.rows;
   for (int64_t i = 0; i < count; ++i) {
@@ -96,7 +97,8 @@ DDPM_INLINE void multiply_some(int rows, const float* v, const float* u, int64_t
 constexpr int tiles_at_once = lanes == 16 ? group : group / 2;
 
 // M of a panel whose first `used` channels are wanted.
-DDPM_INLINE void multiply_panel(const Conv3x3Arguments& a, const Tiling& tiling, int64_t tiles, int used, const float* v, const float* u, float* m) {
+DDPM_INLINE void multiply_panel(const Conv3x3Arguments& a, const Tiling& tiling, int64_t tiles, int used, const float* v, const float* u,
+                                float* m) {
   for (int point = 0; point < points; ++point, u += a.channels_in * panel)
     for (int64_t i = 0; i < tiles; i += tiles_at_once) {
       const int rows = tiles - i < tiles_at_once ? int(tiles - i) : tiles_at_once;
@@ -110,8 +112,8 @@ DDPM_INLINE void multiply_panel(const Conv3x3Arguments& a, const Tiling& tiling,
 
 // Aᵀ M A + bias + residual for the channels of a register, of the pixels of the tile that are inside the image.
 template <bool partial>
-DDPM_INLINE void transform_register(const Conv3x3Arguments& a, const float* m, int64_t m_stride, const int64_t (&pixels)[tile_size * tile_size],
-                                    int64_t channel, int count) {
+DDPM_INLINE void transform_register(const Conv3x3Arguments& a, const float* m, int64_t m_stride,
+                                    const int64_t (&pixels)[tile_size * tile_size], int64_t channel, int count) {
   Vec columns[window][tile_size];
   for (int j = 0; j < window; ++j) {
     const Vec down[window] = {load(m + j * m_stride), load(m + (window + j) * m_stride), load(m + (2 * window + j) * m_stride),

@@ -18,7 +18,7 @@ namespace {
 constexpr int tile_size = 2, window = 4, points = window * window;
 constexpr int panel = conv3x3_panel;  // output channels of one task: two registers of AVX-512
 constexpr int chunk = 16;             // input channels
-constexpr int group = 12;             // tiles: with two registers a tile 24 sums, which with what they are made of fill AVX-512's 32 registers
+constexpr int group = 12;             // tiles: at two registers each 24 sums, and what they are made of: AVX-512's 32 registers
 
 // Of V and M of a block of tiles, which are read as soon as they are written: with U they fit the second-level cache. Where U alone
 // does not, each block fetches it from the third level, so that blocks are as large as the second level lets them be.

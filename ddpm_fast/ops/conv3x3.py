@@ -177,8 +177,8 @@ def conv3x3(
     if implementation is not _forward_cpu:
         return implementation(x, weight, bias, residual)
     if backend is None:
-        serves = not obstacle and x.shape[1] >= FEWEST_CHANNELS and not torch.is_autocast_enabled("cpu") and _lies_well(x, weight, bias, residual)
-        return (_forward_cpu if serves else conv3x3_reference)(x, weight, bias, residual)
+        worth_it = not obstacle and x.shape[1] >= FEWEST_CHANNELS and not torch.is_autocast_enabled("cpu")
+        return (_forward_cpu if worth_it and _lies_well(x, weight, bias, residual) else conv3x3_reference)(x, weight, bias, residual)
     if obstacle:
         raise RuntimeError(f"backend 'cpu' of conv3x3 {obstacle}")
     if not _lies_well(x, weight, bias, residual):

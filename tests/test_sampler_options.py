@@ -1,41 +1,14 @@
-"""What can be asked of a sampler: guidance, dynamic thresholding, inpainting, interpolation, and the CUDA graph of a step."""
+"""What can be asked of a sampler: guidance, dynamic thresholding, inpainting, interpolation."""
 import math
-import weakref
 
 import pytest
 import torch
 from numerics import assert_bits_equal, assert_close_to_exact
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from sampled import DIFFUSION, LABELS, SAMPLERS, SHAPE, T, captured, model, network
 
-from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, Sampler, UNet, sample
+from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, Sampler, sample
 from ddpm_fast.noise import FOLD_SAMPLE_KNOWN
 from ddpm_fast.reverse_step import dynamic_threshold
-
-T = 20
-DIFFUSION = GaussianDiffusion(NoiseSchedule.linear(T, 1e-3, 0.3))
-SAMPLERS = ["ddpm", "ddim", "dpmpp_2m"]
-SHAPE = (3, 2, 5)
-
-
-def model(x, t, labels=None):
-    """Elementwise; label 4 stands for no class."""
-    shift = 0.0 if labels is None else 0.1 * labels.view(-1, 1, 1)
-    return torch.tanh(x) * (0.5 + 0.02 * t.view(-1, 1, 1)) + shift
-
-
-def network(**overrides):
-    """A small UNet, with noise where a new one has zeros that would hide its inputs."""
-    torch.manual_seed(0)
-    net = UNet.from_preset("digits", **overrides).eval()
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return net
-
-
-LABELS = torch.tensor([0, 3, 1])
-
 
 # Guidance.
 
@@ -194,172 +167,6 @@ def test_mixture_has_the_variance_of_its_noise_level():
     zero = torch.zeros(64, 64)
     mixed = Sampler(lambda x, t: torch.zeros_like(x), DIFFUSION, "ddim", steps=[12], clip=False).interpolate(zero, zero, [0.0, 0.25, 0.5, 1.0], t=12)
     assert (mixed.std((1, 2)) / mixed[0].std() - 1).abs().max() < 0.05
-
-
-# The CUDA graph. There is no device here: the step is recorded by tracing its operations on fixed tensors, which like a capture
-# fails on whatever the host would have to read, and keeps whatever Python knew while recording.
-
-
-def traced(body):
-    body()  # as the warm-up: kernels are chosen
-    nothing = torch.zeros(())
-    module = make_fx(lambda _: body())(nothing)
-    return lambda: module(nothing)
-
-
-class NoReading(TorchDispatchMode):
-    """Fails on operations that make the host wait for a device."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        assert function.overloadpacket._qualified_op_name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"), function
-        return function(*arguments, **(kwargs or {}))
-
-
-def captured(*arguments, **options):
-    found = Sampler(*arguments, graph=True, **options)
-    found._capture = traced
-    return found
-
-
-class Of(torch.nn.Module):
-    """A module as a model."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, t):
-        return self.net(x)
-
-
-OPTIONS = [{}, {"threshold": 0.9}, {"guidance": 3.0, "null_label": 4}, {"guidance": 3.0, "null_label": 4, "threshold": 0.9}]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_replayed_steps_are_the_steps(sampler, options):
-    labels = LABELS if "guidance" in options else None
-    draw = captured(model, DIFFUSION, sampler, **options)
-    plain = Sampler(model, DIFFUSION, sampler, graph=False, **options)
-    # Twice, with other seeds and labels: the second batch goes through the same recording.
-    for seed, first in ((4, 0), (5, 3)):
-        got = draw(SHAPE, seed, first_sample=first, labels=labels)
-        assert_bits_equal(got, plain(SHAPE, seed, first_sample=first, labels=labels))
-        assert len(draw._graphs) == 1
-        labels = None if labels is None else labels.flip(0)
-    draw((2, 2, 5), labels=None if labels is None else labels[:2])
-    assert len(draw._graphs) == 1  # of the last shape: an old one gives its memory back
-
-
-def test_replayed_steps_with_callback_inpainting_and_interpolation():
-    known = (torch.zeros(SHAPE), torch.rand(SHAPE) < 0.5)
-    draw, plain = captured(model, DIFFUSION, "dpmpp_2m", steps=7), Sampler(model, DIFFUSION, "dpmpp_2m", steps=7)
-    seen, expected = [], []
-    draw(SHAPE, known=known, callback=lambda t, x, x_start: seen.append((x, x_start)))
-    plain(SHAPE, known=known, callback=lambda t, x, x_start: expected.append((x, x_start)))
-    for (x, x_start), (y, y_start) in zip(seen, expected, strict=True):
-        assert_bits_equal(x, y)
-        assert_bits_equal(x_start, y_start)
-    a, b = torch.zeros(SHAPE), torch.ones(SHAPE)
-    assert_bits_equal(draw.interpolate(a, b, [0.3, 0.6], 15), plain.interpolate(a, b, [0.3, 0.6], 15))
-
-
-def test_a_graph_forgets_what_a_broken_batch_left():
-    draw = captured(model, DIFFUSION, "dpmpp_2m", steps=4)
-    good = draw(SHAPE)
-    graph = next(iter(draw._graphs.values()))
-    graph.x_start.fill_(float("nan"))
-    assert_bits_equal(draw(SHAPE), good)
-
-
-def test_a_graph_is_of_the_weights_that_it_was_recorded_with():
-    net = torch.nn.Linear(5, 5)
-    draw = captured(Of(net), DIFFUSION, steps=3)
-    draw(SHAPE)
-    for change in (lambda: setattr(net, "weight", torch.nn.Parameter(torch.zeros(5, 5))), lambda: setattr(net.bias, "data", torch.ones(5)), net.eval):
-        change()
-        assert_bits_equal(draw(SHAPE), Sampler(Of(net), DIFFUSION, steps=3)(SHAPE))
-    with torch.no_grad():
-        net.weight.fill_(0.25)  # in place: the graph reads it where it is
-    graph = next(iter(draw._graphs.values()))
-    assert_bits_equal(draw(SHAPE), Sampler(Of(net), DIFFUSION, steps=3)(SHAPE))
-    assert next(iter(draw._graphs.values())) is graph
-
-
-def test_the_old_graph_goes_before_the_new_one_is_recorded():
-    draw = captured(model, DIFFUSION, steps=3)
-    draw(SHAPE)
-    old = weakref.ref(next(iter(draw._graphs.values())))
-
-    def capture(body):
-        assert old() is None
-        return traced(body)
-
-    draw._capture = capture
-    draw((2, 2, 5))
-
-
-def test_a_model_that_returns_its_input_is_captured_too():
-    draw = captured(lambda x, t: x, DIFFUSION)
-    assert_bits_equal(draw(SHAPE), sample(lambda x, t: x.clone(), DIFFUSION, SHAPE))
-
-
-def test_the_unet_is_captured_whole():
-    net = network()
-    got = captured(net, DIFFUSION, steps=3)((2, 1, 8, 8))
-    assert_close_to_exact(got, sample(net, DIFFUSION, (2, 1, 8, 8), steps=3).double(), atol=1e-4)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("graph", [False, True])
-def test_the_loop_never_waits_for_the_device(sampler, graph):
-    draw = captured(model, DIFFUSION, sampler, threshold=0.9) if graph else Sampler(model, DIFFUSION, sampler, threshold=0.9)
-    draw(SHAPE)  # tables are made, and a graph recorded
-
-    with NoReading():
-        draw(SHAPE)
-
-
-def test_capture_runs_warms_up_aside_and_records_once(monkeypatch):
-    # The calls to torch.cuda, in their order, with stand-ins.
-    from ddpm_fast import step_graph
-
-    log, fail = [], []
-
-    class Stream:
-        def wait_stream(self, other):
-            log.append("wait")
-
-        def __enter__(self):
-            log.append("aside")
-
-        def __exit__(self, *_):
-            log.append("back")
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-
-    class Capturing(Stream):
-        def __enter__(self):
-            log.append("begin")
-            if fail:
-                raise RuntimeError("operation not permitted when stream is capturing")
-
-        def __exit__(self, *_):
-            log.append("end")
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: Capturing())
-    replay = step_graph.cuda_capture(lambda: log.append("body"))
-    replay()
-    assert log == ["wait", "aside", "body", "body", "body", "back", "wait", "begin", "body", "end", "replay"]
-    fail.append(True)
-    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph .*not permitted.*; sample with graph=False"):
-        step_graph.cuda_capture(lambda: None)
 
 
 # What is refused.

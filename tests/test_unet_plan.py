@@ -105,6 +105,15 @@ def test_a_sampler_sees_the_weights_of_now():
         assert_bits_equal(draw((2, 2, 8, 8)), expected)
 
 
+def test_weights_that_change_under_a_plan_are_noticed():
+    net = network(channel_mult=(2,), num_blocks=1, attention_resolutions=())
+    plan = UNetPlan(net, (2, 2, 8, 8), STEPS, None)
+    with torch.no_grad():
+        net.mid.block1.conv1.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="the network's weights have changed while it was sampled from"):
+        plan(images(2), 0)
+
+
 def test_pytorchs_defaults_change_nothing():
     net, diffusion = network(**ARCHITECTURES[3]), GaussianDiffusion(NoiseSchedule.linear(20, 1e-3, 0.3))
     expected = sample(net, diffusion, (2, 2, 8, 8), steps=3)

@@ -78,7 +78,8 @@ class UNetPlan:
         self._input.copy_(x.permute(0, 2, 3, 1))
         self._set_time(row)
         for function, arguments in self._calls:
-            function(*arguments)
+            if function(*arguments) is False:  # a convolution, whose weight is not the one that was transformed
+                raise RuntimeError("the network's weights have changed while it was sampled from")
         return self._output
 
     # What the blocks add for the time, and the class.

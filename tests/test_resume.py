@@ -95,6 +95,15 @@ def test_metrics_that_are_not_the_trainers_are_refused_before_any_step(stopped):
     assert trainer.step == 3 and (out / "metrics.jsonl").read_text() == text
 
 
+@pytest.fixture
+def listening():
+    """Ctrl-C interrupts, also where the tests were started in the background, whose processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_interruption_within_a_step_keeps_whole_steps(tmp_path):
     trainer = Trainer(config(steps=6, timestep_sampler="loss_aware"), images())
     update = trainer.ema.update

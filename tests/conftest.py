@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from interpreter import INTERPRETED, round_to_bfloat16
 from machine import ISAS, SIMULATED_ARCHS, isa_missing, nvcc_missing, nvcc_version, triton_missing, triton_version
 
 from ddpm_fast.backends import DEFAULTS, TAKES, missing, native, native_missing, tables
+
+MOST_WORKERS = 8  # each takes a gigabyte with PyTorch, and where there is a GPU, memory of that
 
 
 class Backend(NamedTuple):
@@ -27,7 +30,20 @@ def pytest_addoption(parser):
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="of the tensors of op_cases.py: what test_ops_*.py ask of every op")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in worker processes, one a core, where pytest-xdist is there and nothing else is asked for (``-n 0``)."""
+    whole = all(Path(argument).is_dir() for argument in config.args)
+    if whole and not INTERPRETED and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        config.option.numprocesses = min(cores, MOST_WORKERS) if cores > 1 else 0
+        config.option.dist = "worksteal" if cores > 1 else "no"
+
+
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # cores are shared out: teams that wait for each other would spend them waiting
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     op_cases.DEVICE = torch.device(config.getoption("--device"))
     if INTERPRETED:
         round_to_bfloat16()

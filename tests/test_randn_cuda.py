@@ -25,6 +25,7 @@ SIZES = [
     (1, 1),  # the smallest
     (2, 3),  # less than a counter block
     (3, 4),  # just one, stored as a vector
+    (3, 6),  # rows that a vector of two would fit, but not one of four
     (2, 1023),  # a tail of three, and rows that end in the middle of a vector
     (5, 1024),  # every thread of one block
     (2, 1028),  # one thread in the second block

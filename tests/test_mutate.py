@@ -2,8 +2,7 @@
 from pathlib import Path
 
 import pytest
-from machine import nvcc_missing, triton_missing
-from mutate import ROOT, Tree, is_built, mutated
+from mutate import ROOT, mutated
 from mutations import MUTATIONS
 
 # One of each kind, by kernels that are compiled in seconds, with the test that is the quickest to catch it.

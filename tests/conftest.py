@@ -51,6 +51,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # the longest first, so that workers end together
+
+
 def pytest_report_header(config):
     isas = [isa if not isa_missing(isa) else f"no {isa} ({isa_missing(isa)})" for isa in ISAS]
     simulator = f"yes, {nvcc_version()} for {' '.join(SIMULATED_ARCHS)}" if not nvcc_missing() else f"no: {nvcc_missing()}"

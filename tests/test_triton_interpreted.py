@@ -36,16 +36,21 @@ def run(what):
 
 
 @pytest.fixture(scope="module")
-def runs():
-    """All of them, two at a time."""
+def runs(request):
+    """Gives what each run came to. In a worker of the suite each is made when it is asked for, else all of them, two at a time."""
+    if hasattr(request.config, "workerinput"):
+        yield run
+        return
     with ThreadPoolExecutor(2) as pool:
-        yield {what: pool.submit(run, what) for what in RUNS}
+        started = {what: pool.submit(run, what) for what in RUNS}
+        yield lambda what: started[what].result()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.slow
 @pytest.mark.parametrize("what", RUNS)
 def test_in_the_interpreter(what, runs):
-    done = runs[what].result()
+    done = runs(what)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed >= RUNS[what][2], done.stdout[-500:]

@@ -1,8 +1,14 @@
-"""The one comparison of the suite: every test that looks at numbers ends in one of these three functions.
+"""The one comparison of the suite: every test that looks at numbers ends in one of these functions.
 
 An ulp of a dtype at a value x is eps·max(|x|, smallest normal number): one to two times the spacing of the numbers there.
+
+Where another kernel's error is no measure, because its algorithm differs from processor to processor, the limit is derived: the
+formula is computed with :class:`Rounded` numbers, which carry a bound on what rounding may do to them.
 """
 from __future__ import annotations
+
+import copy
+import math
 
 import torch
 from torch import Tensor
@@ -42,6 +48,104 @@ def assert_close_to_exact(actual: Tensor, exact: Tensor, *, ulps: float = 0.0, r
     finite = _same_nonfinite(actual, exact, what)
     allowed = ulps * _ulp(exact, actual.dtype) + rtol * exact.abs() + atol
     _within(actual, exact, finite, allowed, f"{ulps:g} ulp + {rtol:g} relative + {atol:g}", what)
+
+
+class Rounded:
+    """What fp32 arithmetic may make of a float64 value: running error analysis (Wilkinson; Higham 2002, section 3.3).
+
+    Each operation adds its own rounding, half an ulp of its exact result, to the errors that its operands bring along. For sums in an
+    unknown order over n terms the bound is the smaller of (n - 1) and 6 √n halves of an ulp of the sum of magnitudes: roundings
+    without a bias stay below the second with probability 1 - 3e-8 (Higham & Mary 2019, theorem 2.4).
+    """
+
+    def __init__(self, value: Tensor, error: Tensor | float = 0.0):
+        self.value, self.error = value.double(), torch.as_tensor(error, dtype=torch.float64).expand(value.shape)
+
+    def __add__(self, other: Rounded) -> Rounded:
+        return Rounded(self.value + other.value, self.error + other.error).stored()
+
+    def __sub__(self, other: Rounded) -> Rounded:
+        return self + Rounded(-other.value, other.error)
+
+    def __mul__(self, other: Rounded) -> Rounded:
+        crossed = self.error * other.value.abs() + self.value.abs() * other.error
+        return Rounded(self.value * other.value, crossed + self.error * other.error).stored()
+
+    def __matmul__(self, other: Rounded) -> Rounded:
+        """Products, and their sums in any order."""
+        a, b = self.value.abs(), other.value.abs()
+        crossed = self.error @ b + (a + self.error) @ other.error
+        return Rounded(self.value @ other.value, crossed + (_growth(a.shape[-1]) + 1) * UNIT * (a @ b)).stored()
+
+    def __getitem__(self, index) -> Rounded:
+        return Rounded(self.value[index], self.error[index])
+
+    @property
+    def mT(self) -> Rounded:
+        return Rounded(self.value.mT, self.error.mT)
+
+    def stored(self, dtype: torch.dtype = torch.float32) -> Rounded:
+        """Rounded to a dtype once more."""
+        unit = torch.finfo(dtype).eps / 2
+        return Rounded(self.value, self.error + unit * (self.value.abs() + self.error).clamp_min(torch.finfo(dtype).tiny))
+
+    def sum(self, dim: int) -> Rounded:
+        """In any order; the dimension is kept."""
+        total = lambda x: x.sum(dim, keepdim=True)  # noqa: E731
+        return Rounded(total(self.value), total(self.error) + _growth(self.value.shape[dim]) * UNIT * total(self.value.abs() + self.error))
+
+    def sum_in_order(self, dim: int) -> Rounded:
+        """One after the other: each partial sum is rounded once. The dimension is dropped."""
+        partial, error = self.value.cumsum(dim), self.error.sum(dim)
+        return Rounded(partial.select(dim, -1), error + UNIT * (partial.abs().sum(dim) + self.value.shape[dim] * error))
+
+    def exp(self, ulps: float = 2.0) -> Rounded:
+        """By a function that errs by so many ulps."""
+        value = self.value.exp()
+        return Rounded(value, value * (self.error.expm1() + 2 * ulps * UNIT * self.error.exp()))
+
+    def reciprocal(self) -> Rounded:
+        value = 1 / self.value
+        return Rounded(value, value.abs() * self.error / (self.value.abs() - self.error)).stored()
+
+
+UNIT = torch.finfo(torch.float32).eps / 2
+
+
+def _growth(n: int) -> float:
+    return min(n - 1, 6 * math.sqrt(n))
+
+
+def networks_rounding(network, call, upstream: Tensor | None = None, draws: int = 4) -> dict[str, tuple[Tensor, float]]:
+    """Results of ``call(network)`` in float64, and how far fp32 arithmetic may be from each.
+
+    A layer whose sums have n terms gives the exact result for weights that differ by 6 √n halves of an ulp at most (Higham & Mary
+    2019, as above), by a sixth of it as a rule. Such weights are drawn, and the largest change is taken four times: what no draw
+    shows, and the roundings of what has no weights. The same on every processor, since nothing of it is computed in fp32. Where
+    ``call(network, upstream)`` gives gradients, ``upstream`` (N, C, H, W) is drawn likewise: they are sums of N H W terms of it.
+    """
+    wide = copy.deepcopy(network).double()
+    given = () if upstream is None else (upstream.double(),)
+    exact, changes = call(wide, *given), {}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(draws):
+        near = lambda x, terms: x * (1 + UNIT * math.sqrt(terms) * torch.randn(x.shape, generator=generator, dtype=x.dtype))  # noqa: E731
+        other = copy.deepcopy(wide)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.copy_(near(p, p[0].numel()))
+        for name, x in call(other, *(near(x, x[:, 0].numel()) for x in given)).items():
+            changes[name] = max(changes.get(name, 0.0), float((x - exact[name]).abs().max()))
+    return {name: (x.detach(), 4 * changes[name]) for name, x in exact.items()}
+
+
+def assert_within_rounding(actual: Tensor, derived: Rounded, what: str = "") -> None:
+    """``actual`` lies within the derived bound of the exact value, and half an ulp of its own dtype where that is less than fp32."""
+    if actual.dtype != torch.float32:
+        derived = derived.stored(actual.dtype)
+    _exact_kind(actual, derived.value, what)
+    finite = _same_nonfinite(actual, derived.value, what)
+    _within(actual, derived.value, finite, derived.error, "derived from the roundings of the formula", what)
 
 
 def assert_bits_equal(actual: Tensor, expected: Tensor, what: str = "") -> None:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_bits_equal, assert_close_to_exact
+from numerics import UNIT, Rounded, assert_bits_equal, assert_close_to_exact, assert_within_rounding
 from torch.utils.checkpoint import checkpoint
 
 import ddpm_fast.ops.attention  # noqa: F401 - the module, which the function of its name hides
@@ -33,26 +33,38 @@ def make(size, dtype=torch.float32, seed=0):
     return torch.randn(n, tokens, 3, heads, d, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def run(qkv, backend=None, **options):
+def run(qkv, backend=None, *, upstream_dtype=None, **options):
     leaf = qkv.detach().requires_grad_()
     out = attention(leaf, backend=backend, **options)
-    return {"out": out.detach(), "grad": torch.autograd.grad(out, leaf, upstream(out))[0]}
+    return {"out": out.detach(), "grad": torch.autograd.grad(out, leaf, upstream(out, upstream_dtype or qkv.dtype).to(out))[0]}
 
 
-def upstream(out):
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+def upstream(out, dtype):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
-def of_two_equal_sums(qkv, exact):
-    """How far from 0 rounding may leave the gradient of query and key of a single token: √d⁻¹ (Σ g v - Σ g v) k.
+def derived(qkv, scale=None):
+    """Both results in float64, with a bound on the rounding of any algorithm that computes softmax and its sums in fp32.
 
-    Both are sums of the same d products, which a kernel may add up in two orders; each sum errs by at most d - 1 halves of an ulp of
-    the sum of magnitudes.
+    Probabilities, and in backward the gradients of logits, are rounded to the data's dtype before they are multiplied by 16-bit
+    values. An online softmax multiplies by one more exponential for each block of keys, of at least 32.
     """
-    query, key, value = qkv.double().unbind(2)
-    d = qkv.shape[-1]
-    magnitudes = (upstream(exact).view(value.shape) * value).abs().sum(-1).max()
-    return float((d - 1) * torch.finfo(qkv.dtype).eps * magnitudes * max(query.abs().max(), key.abs().max()) / d**0.5)
+    n, tokens, heads, d = qkv.shape[0], qkv.shape[1], *qkv.shape[3:]
+    query, key, value = (Rounded(x) for x in qkv.double().permute(2, 0, 3, 1, 4))
+    factor = Rounded(torch.tensor(d**-0.5 if scale is None else scale, dtype=torch.float64)).stored()
+    logits = query @ key.mT * factor
+    largest = Rounded(logits.value.amax(-1, keepdim=True))  # any number will do: what is taken from all is divided out again
+    weights = (logits - largest).exp()
+    p = (weights * weights.sum(-1).reciprocal()).stored(qkv.dtype)
+    out = p @ value
+    out = Rounded(out.value, out.error + tokens // 32 * 5 * UNIT * (p.value @ value.value.abs())).stored(qkv.dtype)
+    flat = lambda x: x.transpose(1, 2).flatten(2)  # noqa: E731
+    g = Rounded(upstream(flat(out.value), qkv.dtype).view(n, tokens, heads, d).transpose(1, 2))
+    grad_logits = (p * (g @ value.mT - (g * out).sum(-1))).stored(qkv.dtype)
+    grads = [(grad_logits @ key) * factor, (grad_logits.mT @ query) * factor, p.mT @ g]
+    packed = lambda xs: torch.stack([x.transpose(1, 2) for x in xs], 2)  # noqa: E731
+    grad = Rounded(packed([x.value for x in grads]), packed([x.error for x in grads]))
+    return {"out": Rounded(flat(out.value), flat(out.error)), "grad": grad}
 
 
 @pytest.mark.backends("attention", without=("reference",))
@@ -62,15 +74,31 @@ def test_against_float64(size, dtype, backend):
     if backend.name == "cuda" and size[3] % 8:
         size = (*size[:3], 8)
     qkv = make(size, dtype).to(backend.device)
-    got, baseline, exact = run(qkv, backend.name), run(qkv, "reference"), run(qkv.double(), "reference")
+    got, expected, exact = run(qkv, backend.name), derived(qkv.cpu()), run(qkv.double(), "reference", upstream_dtype=dtype)
     for name, x in got.items():
         assert x.is_contiguous()
-        # The flash kernels round the probabilities to the data's 16 bits, each to within half an ulp of the largest.
-        rounded = 0.0 if dtype == torch.float32 else 0.5 * torch.finfo(dtype).eps * float(exact[name].abs().max())
-        error = 2 * float((baseline[name].double() - exact[name]).abs().max())
-        if size[1] == 1 and dtype == torch.float32 and name == "grad":  # where relative to the truth, 0, nothing is near
-            error += of_two_equal_sums(qkv, exact["out"])
-        assert_close_to_exact(x, exact[name], ulps=8.0, atol=rounded + error, what=name)
+        assert_close_to_exact(expected[name].value, exact[name].cpu(), atol=1e-12)  # the steps are attention's
+        assert_within_rounding(x.cpu(), expected[name], name)
+
+
+FAULTS = {
+    "a channel is dropped": lambda q, k, v: (q * torch.ones(q.shape[-1]).index_fill_(0, torch.tensor(3), 0.0), k, v),
+    "a key is missing": lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]),
+    "keys in bfloat16": lambda q, k, v: (q, k.bfloat16().double(), v),
+    "values in bfloat16": lambda q, k, v: (q, k, v.bfloat16().double()),
+    "another scale": lambda q, k, v: (q * 1.001, k, v),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("size", [(2, 17, 3, 8), (1, 256, 1, 256)], ids=str)
+def test_the_limit_notices(size, fault):
+    """Faults in float64, where rounding hides nothing."""
+    qkv = make(size)
+    query, key, value = FAULTS[fault](*qkv.double().permute(2, 0, 3, 1, 4))
+    wrong = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    with pytest.raises(AssertionError, match="too far off"):
+        assert_within_rounding(wrong.float(), derived(qkv)["out"])
 
 
 def test_reference_is_pytorchs():
@@ -85,9 +113,9 @@ def test_reference_is_pytorchs():
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.0])
 def test_scale(scale):
     qkv = make((2, 9, 2, 8))
-    got, exact = run(qkv, scale=scale), run(qkv.double(), "reference", scale=scale)
-    for name, x in got.items():
-        assert_close_to_exact(x, exact[name], atol=3e-6)
+    expected = derived(qkv, scale)
+    for name, x in run(qkv, scale=scale).items():
+        assert_within_rounding(x, expected[name], name)
 
 
 def test_heads_of_a_packed_tensor():

@@ -2,16 +2,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import math
-from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_accurate, assert_bits_equal
+from numerics import Rounded, assert_bits_equal, assert_close_to_exact, assert_within_rounding, networks_rounding
 from op_cases import thread_count
 from torch import nn
 
@@ -62,16 +62,73 @@ def wide(*tensors):
     return [None if x is None else x.double() for x in tensors]
 
 
+def winograd(x, weight):
+    """Every step of F(2×2, 3×3) in the order of csrc/cpu/conv3x3.cpp, in float64, with a bound on each one's rounding.
+
+    The weight's transform is rounded once; tiles of x, products and results as they come. Without contraction a product is rounded
+    before it is added, with it only the sum: the bound holds for both.
+    """
+    (n, c, h, w), k = x.shape, weight.shape[0]
+    rows, columns = (h + 1) // 2, (w + 1) // 2
+    tiles = F.pad(x.double(), (1, 2 * columns - w + 1, 1, 2 * rows - h + 1)).unfold(2, 4, 2).unfold(3, 4, 2)
+    d = Rounded(tiles.permute(4, 5, 0, 2, 3, 1).reshape(4, 4, -1, c))  # (4, 4, tiles, channels)
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    u = Rounded(torch.einsum("ia,jb,kcab->ijck", g, g, weight.double())).stored()
+
+    enter = lambda a: [a[0] - a[2], a[1] + a[2], a[2] - a[1], a[1] - a[3]]  # noqa: E731
+    leave = lambda a: [a[0] + a[1] + a[2], a[1] - a[2] - a[3]]  # noqa: E731
+    down_columns = [enter([d[i, j] for i in range(4)]) for j in range(4)]
+    v = [enter([down_columns[j][i] for j in range(4)]) for i in range(4)]
+    m = [[(v[i][j][:, :, None] * u[i, j]).sum_in_order(1) for j in range(4)] for i in range(4)]
+    across = [leave([m[i][j] for i in range(4)]) for j in range(4)]
+    y = [leave([across[j][i] for j in range(4)]) for i in range(2)]
+
+    def image(part):
+        of = torch.stack([torch.stack([part(z) for z in line]) for line in y])  # (2, 2, tiles, K)
+        return of.view(2, 2, n, rows, columns, k).permute(2, 5, 3, 0, 4, 1).reshape(n, k, 2 * rows, 2 * columns)[:, :, :h, :w]
+
+    return Rounded(image(lambda z: z.value), image(lambda z: z.error))
+
+
+def with_bias(y, bias):
+    return y + Rounded(bias[:, None, None].expand(y.value.shape))
+
+
 @pytest.mark.backends("conv3x3", without=("reference",))
 @every_size
 def test_against_float64(size, backend):
-    for given in (4, 3, 2):  # with the residual, without, and without a bias
-        tensors = [*make(size)[:given], *[None] * (4 - given)]
-        x, weight, bias, residual = tensors
-        y = conv3x3(x, weight, bias, residual=residual, backend=backend.name)
+    _, _, bias, residual = make(size)
+    exact = derived(size)
+    for given, expected in {2: exact, 3: with_bias(exact, bias), 4: with_bias(exact, bias) + Rounded(residual)}.items():
+        tensors = [*make(size)[:given], *[None] * (4 - given)]  # without a bias and a residual, with the one, with both
+        y = conv3x3(*tensors[:3], residual=tensors[3], backend=backend.name)
         assert y.is_contiguous(memory_format=torch.channels_last)
-        # Six roundings of sums of up to nine values before and after the products, whatever the baseline's luck with a single one.
-        assert_as_accurate(y, plain(*tensors), plain(*wide(*tensors)) + 0.0, floor=8.0, what=f"{given} tensors")
+        assert_close_to_exact(expected.value, plain(*wide(*tensors)), rtol=1e-13, atol=1e-13)  # the steps are the convolution's
+        assert_within_rounding(y, expected, f"{given} tensors")
+
+
+@functools.cache
+def derived(size):
+    return winograd(*make(size)[:2])
+
+
+FAULTS = {
+    "a channel is dropped": lambda x, w: (x, torch.cat([w[:, :-1], 0 * w[:, -1:]], 1)),
+    "a tap is missing": lambda x, w: (x, w * torch.ones(3, 3).index_put_((torch.tensor(2), torch.tensor(0)), torch.tensor(0.0))),
+    "x in bfloat16": lambda x, w: (x.bfloat16().float(), w),
+    "the weight in TF32": lambda x, w: (x, (w.view(torch.int32) & -0x2000).view(torch.float32)),
+    "a pixel is its neighbour": lambda x, w: (x.roll(1, 3), w),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("size", [(2, 5, 7, 3, 5), (1, 4, 4, 512, 256)], ids=str)
+def test_the_limit_notices(size, fault):
+    """Faults in float64, where rounding hides nothing."""
+    x, weight, bias, _ = make(size)
+    wrong = plain(*wide(*FAULTS[fault](x, weight), bias)).float()
+    with pytest.raises(AssertionError, match="too far off"):
+        assert_within_rounding(wrong, with_bias(derived(size), bias))
 
 
 @needs_kernel
@@ -188,9 +245,9 @@ def test_a_changed_weight_is_transformed_anew(name):
         assert_bits_equal(layer(x), before)
     changed_by(name, layer)
     with torch.no_grad():
-        after, exact = layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+        after = layer(x)
     assert not torch.equal(after, before)
-    assert_as_accurate(after, plain(x, layer.weight.detach(), layer.bias.detach()), exact, floor=8.0)
+    assert_within_rounding(after, with_bias(winograd(x, layer.weight.detach()), layer.bias.detach()))
 
 
 def kept_weights():
@@ -327,10 +384,10 @@ def test_unet_in_evaluation():
         got = model(x_t, t)
         assert calls.call_count == 19
         assert sum(call.kwargs["residual"] is not None for call in calls.call_args_list) == 8  # one a residual block
-        with mock.patch.object(layers, "conv3x3", partial(conv3x3, backend="reference")):
-            baseline, exact = model(x_t, t), copy.deepcopy(model).double()(x_t.double(), t)
-    assert not torch.equal(got, baseline)
-    assert_as_accurate(got, baseline, exact, factor=4.0, floor=16.0)
+        with mock.patch.object(layers, "conv3x3", functools.partial(conv3x3, backend="reference")):
+            assert not torch.equal(got, model(x_t, t))
+    exact, rounding = networks_rounding(model, lambda wide: {"out": wide(x_t.double(), t).detach()})["out"]
+    assert_close_to_exact(got, exact, atol=rounding)
 
 
 # Errors.
@@ -373,5 +430,5 @@ def test_wrong_input(changes, error, message):
 )
 def test_forced_where_it_cannot(name, message):
     with pytest.raises(RuntimeError) as caught:
-        refusals()[name](partial(conv3x3, backend="cpu"))
+        refusals()[name](functools.partial(conv3x3, backend="cpu"))
     assert str(caught.value) == f"backend 'cpu' of conv3x3 {message}"

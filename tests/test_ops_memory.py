@@ -26,7 +26,7 @@ def measured():
         pytest.skip("/proc/self/clear_refs, which resets the peak of the resident set, cannot be written here")
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = os.environ | peak_memory.ENVIRONMENT | {"PYTHONPATH": path}
-    run = subprocess.run([sys.executable, str(Path(peak_memory.__file__))], env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, str(Path(peak_memory.__file__))], env=environment, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stderr[-2000:]
     return {(name, given, dtype): sizes for name, given, dtype, sizes in json.loads(run.stdout)}
 

@@ -111,7 +111,7 @@ def test_safe_in_a_forked_child(name, given):
     child = context.Process(target=run_in_child, args=(answers, case), daemon=True)
     child.start()
     try:
-        assert answers.get(timeout=60) == here
+        assert answers.get(timeout=600) == here
         child.join(60)
         assert child.exitcode == 0
     except queue.Empty:

@@ -218,7 +218,7 @@ class DrawOneSample(torch.utils.data.Dataset):
 def test_dataloader_workers_draw_the_same():
     """Workers are forked after this process has used OpenMP, whose threads do not survive that."""
     whole = randn((6, 3, 40000), KEY.at(first_sample=0))
-    loader = torch.utils.data.DataLoader(DrawOneSample(), batch_size=2, num_workers=1, multiprocessing_context="fork", timeout=60)
+    loader = torch.utils.data.DataLoader(DrawOneSample(), batch_size=2, num_workers=1, multiprocessing_context="fork", timeout=600)
     assert_bits_equal(torch.cat(list(loader)), whole)
 
 

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_accurate, assert_bits_equal
+from numerics import assert_bits_equal, assert_close_to_exact, networks_rounding
 from test_randn import count_compilations
 from torch import nn
 
@@ -35,10 +35,13 @@ def inputs(dtype=torch.float32):
     return torch.randn(4, 3, 8, 8, generator=generator).to(dtype), torch.tensor([0, 5, 77, 999]), torch.tensor([0, 1, 2, 3])
 
 
-def everything(model, dtype=torch.float32, **options):
+UPSTREAM = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def everything(model, dtype=torch.float32, upstream=UPSTREAM, **options):
     x_t, t, y = inputs(dtype)
     out = model(x_t, t, y, **options)
-    grads = torch.autograd.grad(out, list(model.parameters()), torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
+    grads = torch.autograd.grad(out, list(model.parameters()), upstream.to(out))
     return {"out": out.detach()} | {name: grad for (name, _), grad in zip(model.named_parameters(), grads, strict=True)}
 
 
@@ -50,9 +53,25 @@ def test_output_and_every_gradient_are_those_of_the_reference_twins():
     model = network()
     got = everything(model, dropout=KEY)
     with on_references():
-        baseline, exact = everything(model, dropout=KEY), everything(network().double(), torch.float64, dropout=KEY)
+        expected = networks_rounding(model, lambda wide, upstream: everything(wide, torch.float64, upstream, dropout=KEY), UPSTREAM)
     for name, x in got.items():
-        assert_as_accurate(x, baseline[name], exact[name], factor=4.0, floor=16.0, what=name)
+        exact, rounding = expected[name]
+        assert_close_to_exact(x, exact, atol=rounding, what=name)
+
+
+def test_the_limit_notices_wrong_weights():
+    exact, rounding = networks_rounding(network(), lambda wide: everything(wide, torch.float64, dropout=KEY))["out"]
+    faults = [
+        lambda net: net.conv_in.weight.copy_(net.conv_in.weight.bfloat16()),
+        lambda net: net.mid.block1.conv1.weight[0, 0, 0, 0].zero_(),  # one tap of one channel
+        lambda net: net.mid.attention.qkv.weight.mul_(1.001),
+    ]
+    for change in faults:
+        wrong = network().double()
+        with torch.no_grad():
+            change(wrong)
+        with pytest.raises(AssertionError, match="too far off"):
+            assert_close_to_exact(everything(wrong, torch.float64, dropout=KEY)["out"], exact, atol=rounding)
 
 
 def test_operators_are_those_of_plain_pytorch():

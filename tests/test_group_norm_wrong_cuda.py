@@ -56,6 +56,12 @@ FORWARD = {
         Case(2, 16, 1024, 4, True),
         (RaceError, UninitialisedRead),
     ),
+    "no barrier of the warp between reading the centre and writing it": (
+        "__syncwarp();  // all lanes have read the centre",
+        "// all lanes have read the centre",
+        SMALL,
+        RaceError,
+    ),
     "moments of pixels, not of elements": (
         "count = high > low ? float(high - low) * float(pixels)",
         "count = high > low ? float(pixels)",
@@ -98,7 +104,7 @@ BACKWARD = {
         "place.sample * tile.position_tiles + place.position_part",
         "place.sample * tile.position_tiles",
         CUT,
-        UninitialisedRead,
+        RaceError,
     ),
     "grad_pre_bias without the mean": ("float(a.pixels) * constant + sums", "sums", SMALL, AssertionError),
 }

@@ -15,10 +15,10 @@ from .memory import (
     SHARED_BASE,
     AccessError,
     MemoryFault,
-    RaceDetector,
     RaceError,
     UninitialisedRead,
 )
+from .races import CTA, STRONG, THREAD, WARP
 
 WINDOWS = {SHARED_BASE >> 40: ("shared", SHARED_BASE), LOCAL_BASE >> 40: ("local", LOCAL_BASE),
            PARAM_BASE >> 40: ("param", PARAM_BASE)}
@@ -103,75 +103,91 @@ class Access:
             self.launch.warned.add(self.pc)
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def load(self, space, address, width, lanes, g):
+    def load(self, space, address, width, lanes, g, kind="read"):
         """`lanes` vector elements of `width` bytes for every active thread: compact unsigned arrays."""
         parts = self.resolve(space, address, g)
         if parts[0][3] is None:
-            return self._load(parts[0][0], parts[0][1], width, lanes, g)
+            return self._load(parts[0][0], parts[0][1], width, lanes, g, kind)
         out = [np.zeros(g.n, UNSIGNED[width]) for _ in range(lanes)]
         for name, a, sub, chosen in parts:
-            for whole, piece in zip(out, self._load(name, a, width, lanes, sub)):
+            for whole, piece in zip(out, self._load(name, a, width, lanes, sub, kind)):
                 whole[chosen] = piece
         return out
 
-    def _load(self, space, address, width, lanes, g):
+    def _load(self, space, address, width, lanes, g, kind):
         nbytes = width * lanes
         mem, flat = self._flat(space, address, nbytes, g, ALLOCATED | INITIALISED)
         if space == "global":
             self.count_global("load", flat, nbytes, g)
         elif space == "shared":
             self.count_shared("load", flat, nbytes, g.index)
-            self.race(flat, nbytes, g, "read")
         elif space == "local":
             self.report.local_requests += g.warps
+        self.race(space, flat, nbytes, g, kind)
         return [mem.gather(flat + k * width if k else flat, width) for k in range(lanes)]
 
-    def store(self, space, address, width, values, g):
+    def store(self, space, address, width, values, g, kind="write"):
         for name, a, sub, chosen in self.resolve(space, address, g):
             picked = values if chosen is None else [v if v.size == 1 else v[chosen] for v in values]
-            self._store(name, a, width, picked, sub)
+            self._store(name, a, width, picked, sub, kind)
 
-    def _store(self, space, address, width, values, g):
+    def _store(self, space, address, width, values, g, kind):
         nbytes = width * len(values)
         if space in ("const", "param"):
             raise MemoryFault(f"write to {space} memory by {self.whereabouts(int(g.index[0]))}")
         mem, flat = self._flat(space, address, nbytes, g, ALLOCATED)
-        if flat.size == 1 and g.n > 1:
-            values = [v[-1:] for v in values]           # the last thread wins
         if space == "global":
             self.count_global("store", flat, nbytes, g)
         elif space == "shared":
             self.count_shared("store", flat, nbytes, g.index)
-
-            def changed(lanes, others):
-                differ = np.zeros(len(lanes), bool)
-                for k, v in enumerate(values):
-                    v = np.broadcast_to(v, len(flat))
-                    held = mem.gather(flat[lanes] + k * width, width) if others is None else v[others]
-                    differ |= held != v[lanes]
-                return differ
-            self.race(flat, nbytes, g, "write", changed)
         elif space == "local":
             self.report.local_requests += g.warps
+
+        def changed(lanes, others):
+            differ, where = np.zeros(len(lanes), bool), np.broadcast_to(flat, g.n)
+            for k, v in enumerate(values):
+                v = np.broadcast_to(v, g.n)
+                held = mem.gather(where[lanes] + k * width, width) if others is None else v[others]
+                differ |= held != v[lanes]
+            return differ
+        self.race(space, flat, nbytes, g, kind, changed)
+        if flat.size == 1 and g.n > 1:
+            values = [v[-1:] for v in values]           # the last thread wins
         for k, v in enumerate(values):
             mem.scatter(flat + k * width if k else flat, width, v)
 
-    def race(self, flat, nbytes, g, kind, changed=None, index=None):
-        if self.races is None:
+    def race(self, space, flat, nbytes, g, kind, changed=None, index=None):
+        """Tell the race detector of one access per lane; see `RaceDetector.access`."""
+        if space not in self.races:
             return
         index = g.index if index is None else index
-        found = self.races.access(flat, nbytes, self.who[index], self.stamp[index >> 5], self.pc, kind,
-                                  changed or (lambda lanes, others: np.ones(len(lanes), bool)))
+        if flat.size != len(index):
+            flat = np.broadcast_to(flat, len(index))
+        if space not in self.launch.same_value_writes:
+            changed = None
+        found = self.races[space].access(self.order, flat, nbytes, index, self.pc, kind, g.whole, changed)
+        if kind in STRONG:
+            self.order.strong(space, flat, index, kind)
         if found:
-            lane, other, pc, what = found
-            text = (f"shared-memory race: {kind} of {nbytes} bytes at {int(flat[lane]) % self.shared.size:#x} by "
-                    f"{self.whereabouts(int(index[lane]))} and {what} by {RaceDetector.describe(int(other))} at "
-                    f"{self.place(int(pc))} with no barrier between")
+            at, other, thread, distance, pc = found
+            text = (f"{space}-memory race: {kind} of {nbytes} bytes at {self.address_in(space, int(flat[at])):#x} by "
+                    f"{self.whereabouts(int(index[at]))} and {other} by {self.who_is(thread, distance)} at {self.place(int(pc))} "
+                    f"with no barrier between")
             if self.launch.races == "error":
                 raise RaceError(text)
             if self.pc not in self.launch.warned:
                 self.launch.warned.add(self.pc)
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def address_in(self, space, flat):
+        return flat % self.spaces[space].size + self.spaces[space].base
+
+    def who_is(self, thread, distance):
+        """A thread of the grid, or the warp, CTA or grid of which it and others accessed the same bytes."""
+        cta, who = thread // self.padded - self.first, thread % self.padded
+        block = f" of block {self.cta_coordinates(cta)}"
+        return (f"thread {who}{block}" if distance == THREAD else f"threads of warp {who // 32}{block}" if distance == WARP else
+                f"several warps{block}" if distance == CTA else "threads of several blocks")
 
     def count_global(self, kind, flat, nbytes, g, index=None):
         traffic = getattr(self.report, "global_" + kind)

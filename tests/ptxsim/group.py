@@ -5,11 +5,12 @@ import numpy as np
 
 
 class Group:
-    """Threads that execute together. `full`: all living threads; `all`: every lane of the batch."""
-    __slots__ = ("_index", "all", "full", "mask", "n", "sparse", "warps")
+    """Threads that execute together. `full`: all living threads; `all`: every lane of the batch; `whole`: warps that access
+    memory as one."""
+    __slots__ = ("_index", "all", "full", "mask", "n", "sparse", "warps", "whole")
 
-    def __init__(self, mask, alive, n=None):
-        self.mask = mask
+    def __init__(self, mask, alive, n=None, whole=False):
+        self.mask, self.whole = mask, whole
         self.n = int(np.count_nonzero(mask)) if n is None else n
         self.full = self.n == alive
         self.all = self.n == len(mask)

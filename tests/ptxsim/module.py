@@ -12,6 +12,7 @@ from .linker import Kernel
 from .machine import Machine
 from .memory import ALLOCATED, INITIALISED, Device, DeviceArray, Space, UnsupportedInstruction
 from .parser import SIZES, Imm, Name
+from .races import GlobalMarks, RaceDetector
 from .report import Report
 
 
@@ -113,11 +114,12 @@ class Module:
         return DeviceArray(device, self.load(device)[name], shape, dtype)
 
     def launch(self, name, grid, block, args, shared_bytes=0, *, device=None, uninitialised="error", races="error",
-               exited_threads="error", shuffle_check=True, batch_threads=32768, max_branches=50_000_000):
+               same_value_writes=(), exited_threads="error", shuffle_check=True, batch_threads=32768, max_branches=50_000_000):
         """Run a kernel to completion and return its Report.
 
         grid, block: int or up to three ints. args: DeviceArray, numbers, bytes or NumPy scalars, one per parameter.
-        uninitialised, races: 'error', 'warn' or 'ignore'/'off'. exited_threads: 'error' counts threads that have
+        uninitialised, races: 'error', 'warn' or 'ignore'/'off'. same_value_writes: spaces ('shared', 'global') in which
+        several threads may write one value to the same bytes. exited_threads: 'error' counts threads that have
         exited as missing from a barrier, 'ignore' lets the remaining ones pass. batch_threads: simulated together.
         """
         name = self.find(name)
@@ -143,19 +145,19 @@ class Module:
             run.params.data[offset:offset + p.size] = np.frombuffer(_pack(p, value), np.uint8)
         run.dynamic_base = -(-kernel.shared_bytes // 128) * 128
         run.shared_size = run.dynamic_base + run.shared_bytes if run.shared_bytes else kernel.shared_bytes
-        run.uninitialised, run.races, run.exited_threads, run.shuffle_check = (
-            uninitialised,
-            races,
-            exited_threads,
-            shuffle_check,
-        )
+        run.uninitialised, run.races, run.same_value_writes = uninitialised, races, same_value_writes
+        run.exited_threads, run.shuffle_check = exited_threads, shuffle_check
         run.fuel = run.max_branches = max_branches
         run.report = Report(name, run.grid, run.block)
         run.threads_at, run.warps_at = [0] * len(kernel.steps), [0] * len(kernel.steps)
         run.divergence, run.warned = 0, set()
+        run.now, run.messages, run.global_races = 1, {}, {}             # see Order
+        if races != "off":
+            run.global_races["global"] = RaceDetector(GlobalMarks, run.device.heap.size, kernel.granules["global"])
         run.touched = {kind: np.zeros(run.device.heap.size >> 5, bool) for kind in ("load", "store")}
         padded = -(-threads // 32) * 32
-        per_cta = 40 * run.shared_size + 2 * padded * kernel.local_bytes
+        marks = (16 * padded // 32 + 40) * run.shared_size // kernel.granules["shared"]
+        per_cta = 2 * run.shared_size + marks + 2 * padded * kernel.local_bytes
         batch = max(1, min(batch_threads // padded, (1 << 28) // max(per_cta, 1)))
         with np.errstate(all="ignore"):
             for first in range(0, blocks, batch):

@@ -167,8 +167,6 @@ def createpolicy(k, ins):
 
 
 @op(
-    "membar",
-    "fence",
     "prefetch",
     "prefetchu",
     "discard",

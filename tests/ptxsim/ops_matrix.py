@@ -42,11 +42,11 @@ def ldmatrix(k, ins):
         lanes = warps[:, :8 * count].reshape(-1)
         mask = np.zeros(m.total, bool)
         mask[lanes] = True
-        sub = Group(mask, m.living)
+        sub = Group(mask, m.living, whole=True)
         space, flat = m._flat("shared", address, 16, sub, ALLOCATED | (INITIALISED if load else 0))
         m.count_shared("load" if load else "store", flat, 16, sub.index)
         if load:
-            m.race(flat, 16, sub, "read")
+            m.race("shared", flat, 16, sub, "read")
             rows = space.read_rows(flat, 16).view(U16).reshape(-1, count, 8, 8)
             if transposed:
                 rows = np.ascontiguousarray(rows.transpose(0, 1, 3, 2))
@@ -59,7 +59,7 @@ def ldmatrix(k, ins):
             if transposed:
                 rows = rows.transpose(0, 1, 3, 2)
             rows = np.ascontiguousarray(rows).reshape(-1, 8).view(np.uint8)
-            m.race(flat, 16, sub, "write", rows_changed(space, flat, rows))
+            m.race("shared", flat, 16, sub, "write", rows_changed(space, flat, rows))
             space.write_rows(flat, rows)
     return warp_synchronous(k, None, run)
 
@@ -140,6 +140,7 @@ def wmma(k, ins):
 
     def run(m, g):
         whole_warps(m, g)
+        g = Group(g.mask, m.living, g.n, whole=True)
         address = m.address_of(base, offset, g)
         places = [address + o for o in wmma_elements(g, t, layout, m.value(*stride, g).astype(np.uint64))]
         if load:

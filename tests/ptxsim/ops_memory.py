@@ -18,6 +18,33 @@ def space_of(ins):
     return "generic"
 
 
+def is_strong(ins):
+    """volatile counts as weak: it orders nothing, and the hardware promises no more than that it happens."""
+    return bool({"relaxed", "acquire", "release"} & set(ins.op))
+
+
+def with_fences(ins, run):
+    """The step of an access with the fences that its .acquire or .release stands for."""
+    if not {"acquire", "release", "acq_rel"} & set(ins.op) or "cta" in ins.op:
+        return run
+
+    def fenced(m, g):
+        if "acquire" not in ins.op:
+            m.order.fence(g.index)
+        run(m, g)
+        if "release" not in ins.op:
+            m.order.fence(g.index)
+    return fenced
+
+
+@op("membar", "fence")
+def fence(k, ins):
+    """Those of the GPU's scope or wider; a narrower one is taken to order nothing."""
+    if {"gl", "gpu", "sys"} & set(ins.op) and "proxy" not in ins.op:
+        return lambda m, g: m.order.fence(g.index)
+    return lambda m, g: None
+
+
 @op("ld", "ldu")
 def ld(k, ins):
     dst, t = ins.args[0], ins.op[-1]
@@ -26,11 +53,12 @@ def ld(k, ins):
     slots = [k.target(d) for d in (dst.items if isinstance(dst, Vec) else [dst])]
     space, base, offset = k.address(ins.args[1], space_of(ins))
     width, signed = SIZES[t], DTYPES[t] if t[0] == "s" else None
+    kind = "strong read" if is_strong(ins) else "read"
 
     def run(m, g):
-        for slot, v in zip(slots, m.load(space, m.address_of(base, offset, g), width, len(slots), g)):
+        for slot, v in zip(slots, m.load(space, m.address_of(base, offset, g), width, len(slots), g, kind)):
             m.put_compact(slot, v.view(signed) if signed else v, g)
-    return run
+    return with_fences(ins, run)
 
 
 @op("st")
@@ -40,11 +68,12 @@ def st(k, ins):
         k.unsupported()
     width = SIZES[t]
     slots = [k.source(a, UNSIGNED[width]) for a in (src.items if isinstance(src, Vec) else [src])]
+    kind = "strong write" if is_strong(ins) else "write"
     space, base, offset = k.address(ins.args[0], space_of(ins))
 
     def run(m, g):
-        m.store(space, m.address_of(base, offset, g), width, [m.value(s, t, g) for s, t in slots], g)
-    return run
+        m.store(space, m.address_of(base, offset, g), width, [m.value(s, t, g) for s, t in slots], g, kind)
+    return with_fences(ins, run)
 
 
 def _float_sum(t):
@@ -107,8 +136,8 @@ def atom(k, ins):
         old = [np.zeros(g.n, DTYPES[t]) for _ in slots]
         for where, a, sub, chosen in m.resolve(space, address, g):
             mem, flat = m._flat(where, a, width * len(slots), sub, ALLOCATED | INITIALISED)
+            m.race(where, flat, width * len(slots), sub, "atomic" if returns else "strong write")
             if where == "shared":
-                m.race(flat, width * len(slots), sub, "atomic")
                 m.report.shared_atomics += sub.n * len(slots)
             else:
                 m.report.global_atomics += sub.n * len(slots)
@@ -124,7 +153,7 @@ def atom(k, ins):
         for j, slot in enumerate(slots):
             if need[j]:
                 m.put_compact(slot, old[j], g)
-    return run
+    return with_fences(ins, run)
 
 
 @op("cp")
@@ -177,8 +206,10 @@ def cp_async(k, ins):
                 rows[chosen, j:j + step] = mem.read_rows(there, step)
                 if j == 0:
                     m.count_global("load", there, int(count), sub)
+                if step == size or j % 4 == 0:
+                    m.race("global", there, step, sub, "read")
         m.count_shared("store", flat, size, g.index)
-        m.race(flat, size, g, "write", rows_changed(space, flat, rows))
+        m.race("shared", flat, size, g, "write", rows_changed(space, flat, rows))
         space.state[flat[:, None] + np.arange(size)] = ALLOCATED
         m.copies.append((g.index, m.commits[g.index], flat, rows))
     return run
@@ -200,7 +231,7 @@ def land_copies(m, g, pending, everything):
         done = g.mask[index] & (number < m.commits[index] - pending)
         if done.any():
             there, data = flat[done], rows[done]
-            m.race(there, data.shape[1], g, "write", rows_changed(m.shared, there, data), index[done])
+            m.race("shared", there, data.shape[1], g, "write", rows_changed(m.shared, there, data), index[done])
             m.shared.write_rows(there, data)
         if not done.all():
             keep = ~done

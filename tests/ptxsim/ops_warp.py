@@ -7,6 +7,7 @@ from .core import BOOL, DTYPES, I32, U32, UNSIGNED, fetch, op
 from .group import Group
 from .memory import BarrierError
 from .ops_float import is_float
+from .order import ballot
 from .parser import SIZES, Imm, Name, Pair
 
 
@@ -18,7 +19,6 @@ def warp_synchronous(k, member, run):
     def step(m, g):
         members = fetch(m.regs[slot], U32)
         now = m.warp_group(g, members)
-        m.warp_synced(now.mask)
         if now.n and members.size > 1 and (rows_of(members, m) != members[::32, None])[now.mask.reshape(-1, 32)].any():
             for one in np.unique(members[now.mask]):            # several member masks side by side in a warp
                 run(m, Group(now.mask & (members == one), m.living))
@@ -75,11 +75,6 @@ def shfl(k, ins):
         if len(slots) > 1:
             m.put(slots[1], np.broadcast_to(ok, m.total), g)
     return warp_synchronous(k, ins.args[4], run)
-
-
-def ballot(rows):
-    """(warps, 32) bool -> per-warp bit mask."""
-    return np.packbits(rows, axis=1, bitorder="little").view(U32).reshape(-1)
 
 
 @op("vote")

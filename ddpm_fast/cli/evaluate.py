@@ -62,7 +62,7 @@ def evaluate(
     with launched_ranks() as ranks:
         trained = load_trained(run, resolve_device(ranks.device(device)))
         source = data or trained.config.data
-        images = load_data(source, image_size=trained.config.image_size, levels=trained.config.levels)
+        images = load_data(source, **trained.config.data_options)
         if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
             trained_on = f"{trained.image_shape} with {trained.diffusion.levels} levels"
             raise ValueError(f"the model was trained on {trained_on}, but {source} has {images.image_shape} with {images.levels}")

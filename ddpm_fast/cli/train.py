@@ -1,6 +1,7 @@
 """``ddpm-fast train``."""
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +33,9 @@ def train(
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images at random: on but for digits; wrong for text.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the moving average of the weights.")] = None,
     class_conditional: Annotated[bool | None, typer.Option("--class-conditional/--unconditional", help="Give the network the labels.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Crop and resize the images of a folder to this side.")] = None,
-    levels: Annotated[int | None, typer.Option(min=2, max=256, help="Grey levels of the data in a .npy or .npz file.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="Crop and resize the images of a folder to this side, or to HEIGHTxWIDTH.")] = None,
+    value_range: Annotated[tuple[float, float] | None, typer.Option("--range", metavar="LOW HIGH", help="Values of a folder or file that are black and white, say 0 4095; by default what their type spans.")] = None,
+    levels: Annotated[int | None, typer.Option(min=2, max=256, help="Grey levels of a folder or file; by default one for each integer of --range, at most 256.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; the end always writes one.")] = None,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
@@ -45,13 +47,14 @@ def train(
     from ddpm_fast.plots import write_loss_curve
     from ddpm_fast.progress import Bar
     from ddpm_fast.training import TrainConfig, Trainer, load_data
-    from ddpm_fast.training.data import BUILT_IN
+    from ddpm_fast.training.data import BUILT_IN, DataWarning
 
     set_threads(threads)
+    warnings.simplefilter("ignore", DataWarning)  # printed as notes
     if Path(data).exists() and data not in BUILT_IN:
         data = str(Path(data).resolve())  # the run can then be evaluated from any folder
     options = dict(
-        data=data, image_size=image_size, levels=levels, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
+        data=data, image_size=parse_size(image_size), levels=levels, value_range=value_range, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
         preset=preset, schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss, weight=weight,
         timestep_sampler=timestep_sampler, flip=flip, ema=ema, class_conditional=class_conditional, precision=precision,
         device=device, seed=seed, network=None if dropout is None else {"dropout": dropout},
@@ -73,15 +76,17 @@ def train(
         if not overwrite and any(path.exists() and path.stat().st_size for path in old):
             raise ValueError(f"{out} already holds a run; go on with it by --resume, choose another folder with --out, or pass --overwrite")
         config = TrainConfig.for_data(**{**options, "loss": loss or implied_loss(variance)})
-        trainer = Trainer(config, load_data(data, image_size=image_size, levels=levels))
+        trainer = Trainer(config, load_data(data, **config.data_options))
         for path in old:
             path.unlink(missing_ok=True)  # a run that fails early must not leave new metrics beside an old checkpoint
     config = trainer.config
     left = float(trainer.diffusion.schedule.alphas_bar[-1])
     if left > 0.01:
         console.print(f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it")
+    for line in trainer.data.summary:
+        console.print(line, soft_wrap=True)
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(f"{trainer.data.name}: {len(trainer.data.train)} images, network {config.preset} with {parameters:,} parameters, on {trainer.device}")
+    console.print(f"network {config.preset} with {parameters:,} parameters, on {trainer.device}")
     try:
         with Bar("training") as bar:
             history = trainer.run(out, log_every=log_every, save_every=save_every, report=lambda p: bar.update(p.step, p.steps, p.loss))
@@ -91,6 +96,14 @@ def train(
         raise typer.Exit(130) from None
     write_loss_curve(out / "loss.png", [line["step"] for line in history], [line["loss"] for line in history], ylabel=f"{config.loss} loss")
     print_table({"loss": f"{history[-1]['loss']:.4f}", "images/s": history[-1]["images_per_s"], "checkpoint": out / "checkpoint.safetensors", "metrics": out / "metrics.jsonl", "loss curve": out / "loss.png"})
+
+
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """ "32", or "32x48": a side, or height and width."""
+    sides = [] if text is None else text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"--image-size must be a side such as 32, or a height and a width such as 32x48, got {text!r}")
+    return None if text is None else int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def implied_loss(variance: str | None) -> str | None:

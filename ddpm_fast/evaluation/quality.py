@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.evaluation.features import Features
+from ddpm_fast.training.array_files import read_array_file
 from ddpm_fast.training.data import ImageData, to_levels, to_unit
-from ddpm_fast.training.readers import read_array_file, read_folder
+from ddpm_fast.training.grey_levels import Scale
+from ddpm_fast.training.readers import read_folder
 
 REFERENCES = ("train", "test")
 _NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
@@ -194,9 +196,9 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
     if (path / "samples.json").exists():  # of `write_samples`, which also puts a grid there
         path = _larger_set(path)
     if path.is_dir():
-        images = to_levels(to_unit(torch.from_numpy(read_folder(path, None)[0])), data.levels)
+        images = to_levels(to_unit(torch.from_numpy(read_folder(path, None, Scale()).train)), data.levels)
     else:
-        images = torch.from_numpy(read_array_file(path, data.levels)[0])
+        images = torch.from_numpy(read_array_file(path, Scale(levels=data.levels)).train)
     if tuple(images.shape[1:]) != data.image_shape:
         raise ValueError(f"{path} must hold {data.image_shape} images like the data, got {tuple(images.shape[1:])}")
     return to_unit(images, data.levels)

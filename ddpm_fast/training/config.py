@@ -22,8 +22,9 @@ class TrainConfig:
 
     Attributes:
         data: "digits", "photos", a folder of images, or a .npy or .npz file.
-        image_size: side to resize a folder's images to, or None.
-        levels: grey levels of an array file, or None for what the data has.
+        image_size: side, or (height, width), to crop and resize a folder's images to, or None.
+        levels: grey levels of a folder or file, or None for what the data have.
+        value_range: (low, high), the values in a folder or file that are black and white, or None for what their type spans.
         preset: network, a name of :data:`ddpm_fast.models.PRESETS`; ``network`` overrides its arguments.
         schedule, timesteps, schedule_options: of :meth:`NoiseSchedule.from_name`.
         prediction, variance: of :class:`GaussianDiffusion`.
@@ -42,8 +43,9 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    image_size: int | None = None
+    image_size: int | tuple | None = None
     levels: int | None = None
+    value_range: tuple | None = None
     preset: str = "cifar10"
     network: dict[str, Any] = field(default_factory=dict)
     schedule: str = "linear"
@@ -119,7 +121,7 @@ class TrainConfig:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"the training configuration has entries that this version does not know: {', '.join(unknown)}")
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # JSON has no tuples
 
     def continued(self, **changes: Any) -> TrainConfig:
         """The configuration with which a run goes on. ``steps`` and ``device`` may change; the rest may only be what it was.
@@ -144,6 +146,11 @@ class TrainConfig:
             )
         return dataclasses.replace(self, **{name: given[name] for name in ("steps", "device") if name in given})
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The arguments of `load_data` beside the source."""
+        return dict(image_size=self.image_size, levels=self.levels, value_range=self.value_range)
+
     def make_diffusion(self, levels: int) -> GaussianDiffusion:
         schedule = NoiseSchedule.from_name(self.schedule, self.timesteps, **self.schedule_options)
         return GaussianDiffusion(schedule, self.prediction, self.variance, levels)
@@ -157,12 +164,14 @@ class TrainConfig:
         arguments = {**preset, "in_channels": channels, "image_size": height, "attention_resolutions": [height // level for level in levels]}
         arguments.update(self.network)
         divisor = 2 ** (len(arguments["channel_mult"]) - 1)
-        if height % divisor:
-            raise ValueError(f"preset {self.preset!r} halves images {len(arguments['channel_mult']) - 1} times and needs sides divisible by {divisor}, got {height}; resize a folder with image_size")
-        if height != width:
-            raise ValueError(f"images must be square for the UNet, got {height}x{width}; use image_size")
+        if height % divisor or width % divisor:
+            raise ValueError(
+                f"preset {self.preset!r} halves images {len(arguments['channel_mult']) - 1} times and needs sides divisible by {divisor}, "
+                f"got {height}x{width}; crop or resize them (image_size does it for a folder), or choose a preset that halves less often"
+            )
         if self.class_conditional and data.num_classes is None:
-            raise ValueError(f"class_conditional needs labels, and {data.name} has none")
+            why = f": {data.origin.unlabelled}" if data.origin.unlabelled else ""
+            raise ValueError(f"class_conditional needs labels, and {data.name} has none{why}")
         arguments["learned_variance"] = self.variance in ("learned", "learned_range")
         arguments["num_classes"] = data.num_classes if self.class_conditional else None
         return UNet(**arguments)

@@ -34,6 +34,14 @@ class TrainedModel:
         return fingerprint(*self.model.state_dict().values())
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in order of their numbers, which stand for names that the run did not have; None without classes."""
+        count, names = self.model.num_classes, self.meta.get("classes")
+        if count is None:
+            return None
+        return tuple(map(str, names if isinstance(names, list) and len(names) == count else range(count)))
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

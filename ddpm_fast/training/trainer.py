@@ -98,7 +98,7 @@ class Trainer:
         if config.steps < step:
             raise ValueError(f"steps must be at least the {step} that are done, got {config.steps}")
         if images is None:
-            images = load_data(config.data, image_size=config.image_size, levels=config.levels)
+            images = load_data(config.data, **config.data_options)
         _check_images(images, checkpoint)
         trainer = cls(config, images)
         try:
@@ -261,6 +261,7 @@ class Trainer:
             network=self.model.config,
             levels=self.data.levels,
             image_shape=list(self.data.image_shape),
+            classes=None if self.data.classes is None else list(self.data.classes),
             images=len(self.data.train),
             train=dataclasses.asdict(self.config),
             ema_updates=ema["num_updates"],

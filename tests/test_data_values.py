@@ -80,7 +80,7 @@ def test_files_of_images_and_arrays_are_alike(tmp_path, name):
 @pytest.mark.parametrize("which", [0, 1])
 def test_eight_bits_of_a_part_of_the_range_get_a_note(tmp_path, which):
     path = save_both(tmp_path, integers(np.uint8, 0, 16))[which]
-    with pytest.warns(DataWarning, match=r"values 0..16, a part of 0..255: .* give value_range=\(0, 16\) \(--range 0 16\), else value_range=\(0, 255\)"):
+    with pytest.warns(DataWarning, match=r"values 0..16, a part of 0..255, .* give value_range=\(0, 16\) \(--range 0 16\), else value_range=\(0, 255\)"):
         data = load_data(path)
     assert data.levels == 256 and len(data.origin.notes) == 1 and data.summary[-1] == f"note: {data.origin.notes[0]}"
     assert "(values found: 0..16 in 0..255)" in data.summary[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_fast.image_store import GRID_IMAGES, MAX_PNGS, ImageStore
 from ddpm_fast.ranks import Ranks
-from ddpm_fast.training.readers import to_levels
+from ddpm_fast.training.grey_levels import to_levels
 
 Labels = Callable[[int, int], np.ndarray]
 FORMATS = ("png", "grid", "npz")

@@ -106,7 +106,7 @@ def test_the_content_says_what_a_file_is(images, monkeypatch):
     assert len(load_data(folder).train) == 3
     for content in (EPS, b"P5 4 4 255 " + bytes(16)):
         (folder / "a" / "1.png").write_bytes(content)
-        with pytest.raises(DataError, match="cannot read image .*1.png: its content is not PNG, JPEG, WEBP, BMP, GIF or TIFF"):
+        with pytest.raises(DataError, match="cannot read image .*1.png: by its content it is no PNG or JPEG or WEBP or BMP or GIF or TIFF,"):
             load_data(folder)
 
 

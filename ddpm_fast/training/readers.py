@@ -33,7 +33,7 @@ def open_image(path: Path, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
     try:
         return Image.open(path, formats=formats)
     except Image.UnidentifiedImageError:
-        raise OSError(f"its content is not {', '.join(formats[:-1])}{' or ' if len(formats) > 1 else ''}{formats[-1]}") from None
+        raise OSError(f"by its content it is no {' or '.join(formats)}, or a damaged one") from None
 
 
 def read_folder(folder: Path, image_size: tuple[int, int] | None, scale: Scale) -> Contents:

@@ -33,7 +33,7 @@ class ImageData:
 
     Attributes:
         name: the built-in name, or the name of the folder or file.
-        train: (N, C, H, W) uint8, grey levels 0..levels-1, contiguous, on the CPU.
+        train: (N, C, H, W) uint8, grey levels 0..levels-1, contiguous, on the CPU; empty where all were to be held out.
         test: (M, C, H, W) uint8, likewise; never empty.
         levels: number of grey levels, for the decoder's bins: 256, or 17 for digits.
         train_labels: (N,) int64, or None.
@@ -150,7 +150,7 @@ def load_data(
         image_size: folders: every image is cropped to its central square and resized (Lanczos) to
             this size. Elsewhere it may only repeat the size that the data has.
         test_fraction: folders and files without a test part: share held out, in proportion from
-            each class; at least one image is held out and one kept.
+            each class; at least one image is held out and, below 1, one kept.
         seed: of that split, 0..2**64-1. A run must keep it when it resumes.
         levels: files: number of grey levels, 2..256, by default 256. Elsewhere it may only repeat
             what the data has.
@@ -159,8 +159,8 @@ def load_data(
         DataError: the source is missing, unreadable, empty, inconsistent or out of range.
     """
     _check_seed(seed)
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction must be between 0 and 1, got {test_fraction}")
+    if not 0 < test_fraction <= 1:
+        raise DataError(f"test_fraction must be more than 0 and at most 1, got {test_fraction}")
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
     if levels is not None and not 2 <= levels <= 256:
@@ -189,12 +189,12 @@ def load_data(
             f"{source} has images of {width}x{height}, got image_size={image_size}; only folders are resized"
         )
     if test is None:
-        if len(train) < 2:
+        if len(train) < 2 and test_fraction < 1:
             raise DataError(f"{source} must have at least 2 images, one to train and one to test on, got {len(train)}")
         if source == "digits":
             count, seed = _DIGITS_TEST, 0  # fixed, so that results on digits can be compared
         else:
-            count = min(max(round(len(train) * test_fraction), 1), len(train) - 1)
+            count = min(max(round(len(train) * test_fraction), 1), len(train) - (test_fraction < 1))
         held_out = _held_out(len(train), count, seed, labels)
         train, test = train[~held_out], train[held_out]
         if labels is not None:

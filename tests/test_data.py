@@ -289,7 +289,7 @@ def test_source_errors(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"test_fraction": 0.0}, "test_fraction must be more than 0 and at most 1, got 0.0"),
+        ({"test_fraction": 0.0}, "test_fraction must be between 0 and 1, got 0.0"),
         ({"image_size": 0}, r"image_size must be a side of at least 1, or \(height, width\), got 0"),
         ({"levels": 1}, r"levels must be in 2..256, got 1"),
         ({"levels": 256}, "digits has 17 grey levels, got levels=256"),

@@ -237,9 +237,9 @@ def test_configuration_that_does_not_fit(changes, data, message):
         Trainer(config(**changes), data)
 
 
-def test_images_that_are_not_square():
-    x = torch.zeros(8, 1, 8, 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="images must be square for the UNet, got 8x16"):
+def test_images_whose_width_cannot_be_halved():
+    x = torch.zeros(8, 1, 8, 15, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="needs sides divisible by 2, got 8x15; crop or resize them"):
         Trainer(config(), ImageData("wide", x, x[:2], 17))
 
 

@@ -97,7 +97,7 @@ def sample(
             except KeyboardInterrupt:
                 if ranks.first:
                     console.print(f"stopped; what is complete is in {out}, and the same command goes on from there", soft_wrap=True)
-                raise typer.Exit(130) from None
+                raise
         if not ranks.first:
             return
         if gif or progressive:

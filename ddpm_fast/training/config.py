@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import numbers
+import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ddpm_fast.diffusion import LOSSES, GaussianDiffusion
 from ddpm_fast.models import PRESETS, UNet
@@ -14,6 +17,9 @@ from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 
 PRECISIONS = ("fp32", "bf16")
 DECAYS = ("constant", "cosine")
+SHARE = 8  # a recipe's warm-up takes at most one part in so many of a run, and its average of the weights looks back over one
+# Far beyond any use: more is a slip or a damaged file, and would fill the memory with tables or take hours to count out.
+_MOST = {"timesteps": 1_000_000, "batch": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,18 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
+        for name in ("network", "schedule_options"):
+            try:
+                json.dumps(getattr(self, name))
+            except (TypeError, ValueError) as error:  # else the first checkpoint would fail
+                raise TypeError(f"{name} must hold JSON values: {error}") from None
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         for name, low in (("steps", 1), ("batch", 1), ("timesteps", 1), ("warmup", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -95,6 +113,10 @@ class TrainConfig:
     def for_data(cls, data: str, **overrides: Any) -> TrainConfig:
         """The recipe for a data set, with what is given (not None) replaced; another schedule starts from its own defaults.
 
+        Recipes are for runs of their own length. In shorter ones the warm-up, unless it is given, takes no more than an eighth of
+        ``steps``, or the learning rate would never be reached; and the average of the weights, unless ``ema`` is given, looks back
+        (over 1 / (1 - ema) steps) no further than an eighth, or it would be of weights that had hardly learnt.
+
         Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss.
         """
         recipe = RECIPES.get(data, {})
@@ -104,12 +126,15 @@ class TrainConfig:
         if given.get("loss") == "vlb":
             recipe = {**recipe, "weight": "uniform", "timestep_sampler": "loss_aware"}
         config = cls(**{**recipe, "data": data, **given})
+        short = dict(warmup=min(config.warmup, config.steps // SHARE), ema=min(config.ema, max(0.0, 1 - SHARE / config.steps)))
+        config = dataclasses.replace(config, **{name: value for name, value in short.items() if name not in given})
         if config.schedule == "linear" and "timesteps" in given and "schedule_options" not in given:
             # A chain of another length destroys as much as the recipe's: the betas scale with 1/T.
             T, options = (recipe.get("timesteps", 1000), recipe.get("schedule_options", {})) if "schedule" not in given else (1000, {})
-            start, end = options.get("beta_start", 1e-4), options.get("beta_end", 0.02)
-            scaled = dict(beta_start=start * T / config.timesteps, beta_end=end * T / config.timesteps)
-            config = dataclasses.replace(config, schedule_options=scaled)
+            start, end = options.get("beta_start", 1e-4) * T, options.get("beta_end", 0.02) * T
+            if end >= config.timesteps:
+                raise ValueError(f"timesteps must be more than {end:.4g} for schedule 'linear', whose last beta is {end:.4g} / timesteps, got {config.timesteps}; schedule 'cosine' takes fewer")
+            config = dataclasses.replace(config, schedule_options=dict(beta_start=start / config.timesteps, beta_end=end / config.timesteps))
         return config
 
     @classmethod
@@ -157,6 +182,10 @@ class TrainConfig:
 
     def make_network(self, data: ImageData) -> UNet:
         """The preset, fitted to the data's channels and size and to the variance's head. Weights are random."""
+        return UNet(**self.network_arguments(data))
+
+    def network_arguments(self, data: ImageData) -> dict[str, Any]:
+        """Of :meth:`make_network`'s UNet."""
         channels, height, width = data.image_shape
         preset = PRESETS[self.preset]
         # Attention stays at the level, not at the resolution, that the preset has it at.
@@ -174,7 +203,21 @@ class TrainConfig:
             raise ValueError(f"class_conditional needs labels, and {data.name} has none{why}")
         arguments["learned_variance"] = self.variance in ("learned", "learned_range")
         arguments["num_classes"] = data.num_classes if self.class_conditional else None
-        return UNet(**arguments)
+        return arguments
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as its annotation says; numbers of NumPy's become Python's, which JSON can hold."""
+    kinds = get_args(hint) if get_origin(hint) is not dict else (dict,)
+    kinds = kinds or (hint,)
+    if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
+        return value
+    if not isinstance(value, bool):
+        if int in kinds and hasattr(value, "__index__"):
+            return operator.index(value)
+        if float in kinds and isinstance(value, numbers.Real):
+            return float(value)
+    raise TypeError(f"{name} must be {' or '.join('None' if kind is type(None) else kind.__name__ for kind in kinds)}, got {value!r}")
 
 
 # What the two built-in data sets are trained with unless told otherwise; other data get the class's defaults.

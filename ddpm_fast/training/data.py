@@ -237,7 +237,7 @@ def load_data(
     """
     _check_seed(seed)
     if not 0 < test_fraction <= 1:
-        raise DataError(f"test_fraction must be more than 0 and at most 1, got {test_fraction}")
+        raise DataError(f"test_fraction must be between 0 and 1, got {test_fraction}")
     size = None if image_size is None else _size(image_size)
     scale, path = Scale(value_range, levels), Path(source)
     if source in BUILT_IN:

@@ -167,12 +167,23 @@ def test_images_of_unknown_settings_are_refused(tmp_path):
         write(tmp_path / "other", Draw())
 
 
+def test_an_archive_with_a_damaged_header_is_named(tmp_path):
+    write(tmp_path, Draw())
+    path = tmp_path / "samples.npz"
+    content = path.read_bytes()
+    start = content.index(b"{'descr'")
+    path.write_bytes(content[:start] + b"(" * 20 + content[start + 20 :])
+    with pytest.raises(ValueError, match=r"cannot read .*samples.npz"):
+        write(tmp_path, Draw(), 30)
+
+
 def test_damaged_png_is_named(tmp_path):
     write(tmp_path, Draw(), formats=["png"])
     path = tmp_path / "images" / "00000005.png"
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"00000005.png .* remove it"):
-        write(tmp_path, Draw())
+    for content in (path.read_bytes()[:50], b"%!PS-Adobe-3.0 EPSF-3.0\n"):  # for the second Pillow would start Ghostscript
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"00000005.png .* remove it"):
+            write(tmp_path, Draw())
     path.unlink()
     write(tmp_path, Draw())
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["images"], expected())

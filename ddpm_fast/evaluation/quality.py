@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.evaluation.features import Features
-from ddpm_fast.training.array_files import read_array_file
+from ddpm_fast.training.array_files import read_array_file, reading
 from ddpm_fast.training.data import ImageData, to_levels, to_unit
 from ddpm_fast.training.grey_levels import Scale
 from ddpm_fast.training.readers import read_folder
@@ -210,7 +210,7 @@ def _larger_set(folder: Path) -> Path:
     files = len(list(images.glob("*.png"))) if images.is_dir() else 0
     if not archive.exists():
         return images
-    with np.load(archive) as file:
+    with reading(str(archive)), np.load(archive, allow_pickle=False) as file:
         return images if files > len(file["images"]) else archive
 
 

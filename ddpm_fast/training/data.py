@@ -160,7 +160,7 @@ def load_data(
     """
     _check_seed(seed)
     if not 0 < test_fraction <= 1:
-        raise DataError(f"test_fraction must be more than 0 and at most 1, got {test_fraction}")
+        raise DataError(f"test_fraction must be between 0 and 1, got {test_fraction}")
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
     if levels is not None and not 2 <= levels <= 256:

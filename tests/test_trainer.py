@@ -237,12 +237,6 @@ def test_configuration_that_does_not_fit(changes, data, message):
         Trainer(config(**changes), data)
 
 
-def test_images_whose_width_cannot_be_halved():
-    x = torch.zeros(8, 1, 8, 15, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="needs sides divisible by 2, got 8x15; crop or resize them"):
-        Trainer(config(), ImageData("wide", x, x[:2], 17))
-
-
 def test_auto_device():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -36,7 +36,7 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
             continue
         word = rf"(?<![\w./'\"-]){name}"
         text = re.sub(rf"{word}=(?=\S)", f"{option} ", text)
-        text = re.sub(rf"{word}(?![\w/])" if "_" in name else rf"(?:network )?{word}(?= must\b| needs\b)", option, text)
+        text = re.sub(rf"{word}(?![\w/]|\.\w)" if "_" in name else rf"(?:network )?{word}(?= must\b| needs\b)", option, text)
     return text
 
 

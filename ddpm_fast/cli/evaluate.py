@@ -91,8 +91,8 @@ def evaluate(
             count = min(limit or len(images.test), len(images.test))
             parts = Parts(out / "bound.parts", settings)
             part = "held-out" if len(images.train) else "all"
-            if ranks.first:
-                console.print(f"{count} of {len(images.test)} {'held-out ' * (part == 'held-out')}images of {source}", soft_wrap=True)
+            if ranks.first and part == "all":
+                console.print(f"evaluating {count} of all {len(images.test)} images of {source}", soft_wrap=True)
             evaluate_run(out, trained, images, count, batch, parts, ranks, dict(data=source, part=part, step=trained.step))
         if extractor is not None:
             measure_samples(out, drawn, compared, extractor, reference, batch, seed)

@@ -293,7 +293,7 @@ def test_source_errors(tmp_path):
         ({"image_size": 0}, r"image_size must be a side of at least 1, or \(height, width\), got 0"),
         ({"levels": 1}, r"levels must be in 2..256, got 1"),
         ({"levels": 256}, "digits has 17 grey levels, got levels=256"),
-        ({"image_size": 32}, "digits has images of 8x8, got image_size=32; only a folder's images are resized"),
+        ({"image_size": 32}, "digits has images of 8x8, got image_size=32; only folders are resized"),
         ({"seed": -1}, r"seed must be in 0..2\*\*64-1, got -1"),
     ],
 )

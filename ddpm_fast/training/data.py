@@ -9,6 +9,7 @@ NumPy keeps the same across its versions, unlike the output of its `permutation`
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -247,21 +248,15 @@ def load_data(
         own_levels = 17 if source == "digits" else 256
         if levels not in (None, own_levels):
             raise DataError(f"{source} has {own_levels} grey levels, got levels={levels}")
-    else:
-        try:
-            if path.is_dir():
-                kind, contents = "folder", read_folder(path, size, scale)
-            elif path.is_file():
-                kind, contents = "file", read_array_file(path, scale)
-            else:
-                raise DataError(_not_found(source))
-        except MemoryError:
-            raise DataError(f"{source} does not fit into memory") from None
+    elif path.is_dir() or path.is_file():
+        kind, contents = ("folder", read_folder(path, size, scale)) if path.is_dir() else ("file", read_array_file(path, scale))
         own_levels = scale.levels
+    else:
+        raise DataError(_not_found(source))
     train, labels, test, test_labels = contents[:4]
     if size is not None and train.shape[2:] != size:
         raise DataError(
-            f"{source} has images of {train.shape[2]}x{train.shape[3]}, got image_size={image_size}; only a folder's images are resized"
+            f"{source} has images of {train.shape[2]}x{train.shape[3]}, got image_size={image_size}; only folders are resized"
         )
     notes = tuple(scale.notes(str(source)))
     if test is None:
@@ -288,10 +283,14 @@ def load_data(
 
 
 def _size(image_size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+    sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    try:
+        height, width = map(operator.index, sides)  # NumPy's integers too
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
         raise DataError(f"image_size must be a side of at least 1, or (height, width), got {image_size}")
-    return sides
+    return height, width
 
 
 def _check_seed(seed: int) -> None:

@@ -139,8 +139,8 @@ def _decode(path: Path, mode: str, image_size: tuple[int, int] | None, scale: Sc
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             values = np.asarray(image.convert(mode))
         levels = scale(values[None], str(path))[0]
-        image = Image.fromarray(levels).convert(mode)
         if image_size is not None:
+            image = Image.fromarray(levels)
             # Cropped before resizing: ImageOps.fit would let pixels outside the part bleed in.
             height, width = image_size
             across = min(image.width, _rounded(image.height * width, height))
@@ -148,8 +148,8 @@ def _decode(path: Path, mode: str, image_size: tuple[int, int] | None, scale: Sc
             left, top = (image.width - across) // 2, (image.height - down) // 2
             image = image.crop((left, top, left + across, top + down))
             image = image.resize((width, height), Image.Resampling.LANCZOS)
-        pixels = np.minimum(np.asarray(image), scale.levels - 1)  # Lanczos overshoots
-    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+            levels = np.minimum(np.asarray(image), scale.levels - 1)  # Lanczos overshoots
+    return levels[None] if levels.ndim == 2 else levels.transpose(2, 0, 1)  # grey goes into three channels as into one
 
 
 def _wide_values(path: Path, image: Image.Image) -> np.ndarray | None:

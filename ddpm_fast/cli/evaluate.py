@@ -77,7 +77,7 @@ def evaluate(
             nonlocal extractor, drawn, compared
             held.enter_context(exclusive(out, "evaluation"))
             if samples is not None:  # what cannot be read is noticed before the long part
-                compared = images if len(images.train) else load_data(source, image_size=trained.config.image_size, levels=trained.config.levels)
+                compared = images if len(images.train) else load_data(source, **as_trained(source, trained))
                 drawn = load_samples(samples, compared)
                 name = features or (DIGITS if images.name == DIGITS else INCEPTION)
                 extractor = load_features(name, trained.device, inception_weights=inception_weights)
@@ -98,6 +98,12 @@ def evaluate(
             measure_samples(out, drawn, compared, extractor, reference, batch, seed)
 
 
+def as_trained(source: str, trained: TrainedModel) -> dict[str, int | None]:
+    """How data are to be read for a model: those of training had this size and, where a file leaves it open, these levels."""
+    levels = trained.config.levels or (trained.diffusion.levels if Path(source).suffix.lower() in (".npy", ".npz") else None)
+    return dict(image_size=trained.config.image_size, levels=levels)
+
+
 def images_to_evaluate(source: str, trained: TrainedModel) -> ImageData:
     """The held-out part of what the model was trained on; of anything else the test part that it has, else all of it (as ``test``).
 
@@ -108,7 +114,7 @@ def images_to_evaluate(source: str, trained: TrainedModel) -> ImageData:
     from ddpm_fast.training.trained import fingerprint
 
     config, known = trained.config, trained.meta.get("fingerprints")  # which the first version did not keep
-    options = dict(image_size=config.image_size, levels=config.levels)
+    options = as_trained(source, trained)
     own = source == config.data or Path(source).resolve() == Path(config.data).resolve()
     images = load_data(source, **options, **({} if own else {"test_fraction": 1.0}))
     if own:
@@ -180,5 +186,7 @@ def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Fea
             "" if score is None else f"{score:.3f}" + ("" if spread is None else f" ± {spread:.2g}"),
         )  # fmt: skip
     console.print(table)
+    if len(rows) == 1:
+        console.print(f"{images.name} has too few other images to show what real ones would get")
     console.print("FID falls with the number of images: compare rows of one number only")
     print_table({"quality": out / "quality.json"})

@@ -61,6 +61,15 @@ def test_notes_are_printed_once(tmp_path):
     assert code == 0 and "8 grey levels (values found: 0..7 in 0..7)" in text and "note: " not in text
 
 
+def test_a_run_is_evaluated_on_data_read_as_those_of_training(tmp_path):
+    """16 bits are not taken for levels because the model has 256 of them."""
+    for name in ("x", "y"):
+        np.save(tmp_path / f"{name}.npy", np.linspace(0, 65535, 8 * 64).reshape(8, 8, 8).astype(np.uint16))
+    assert run(*TRAIN, "--data", tmp_path / "x.npy", "--out", tmp_path / "run")[0] == 0
+    for options in ((), ("--data", tmp_path / "y.npy")):
+        assert run("eval", tmp_path / "run", "--terms", 2, *options)[0] == 0
+
+
 @pytest.mark.parametrize("text, size", [(None, None), ("32", 32), ("32x48", (32, 48)), ("8X4", (8, 4))])
 def test_sizes(text, size):
     assert parse_size(text) == size

@@ -9,6 +9,8 @@ from PIL import Image
 
 from ddpm_fast.training.data import Batches, DataError, ImageData, load_data, to_levels, to_unit
 
+pytestmark = pytest.mark.filterwarnings("ignore::ddpm_fast.training.data.DataWarning")  # of images that say where they come from by their values
+
 
 def sha256(x: torch.Tensor) -> str:
     return hashlib.sha256(x.numpy().tobytes()).hexdigest()

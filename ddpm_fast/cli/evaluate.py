@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,7 @@ def evaluate(
     from ddpm_fast.parts import Parts
     from ddpm_fast.ranks import launched_ranks
     from ddpm_fast.training import load_data, load_trained
+    from ddpm_fast.training.data import DataWarning
     from ddpm_fast.training.trained import fingerprint
     from ddpm_fast.training.trainer import resolve_device
 
@@ -62,11 +64,14 @@ def evaluate(
     if reference not in REFERENCES:
         raise ValueError(f"--reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
     set_threads(threads)
+    warnings.simplefilter("ignore", DataWarning)  # printed as notes
     with launched_ranks() as ranks, contextlib.ExitStack() as held:
         trained = load_trained(run, resolve_device(ranks.device(device)))
         source = data or trained.config.data
         with reading(source):
             images = images_to_evaluate(source, trained)
+        for note in images.origin.notes if ranks.first else ():
+            console.print(f"note: {note}", soft_wrap=True)
         if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
             trained_on = f"{trained.image_shape} with {trained.diffusion.levels} levels"
             raise ValueError(f"the model was trained on {trained_on}, but {source} has {images.image_shape} with {images.levels}")
@@ -77,7 +82,7 @@ def evaluate(
             nonlocal extractor, drawn, compared
             held.enter_context(exclusive(out, "evaluation"))
             if samples is not None:  # what cannot be read is noticed before the long part
-                compared = images if len(images.train) else load_data(source, **trained.config.data_options)
+                compared = images if len(images.train) else load_data(source, **as_trained(source, trained))
                 drawn = load_samples(samples, compared)
                 name = features or (DIGITS if images.name == DIGITS else INCEPTION)
                 extractor = load_features(name, trained.device, inception_weights=inception_weights)
@@ -98,6 +103,16 @@ def evaluate(
             measure_samples(out, drawn, compared, extractor, reference, batch, seed)
 
 
+def as_trained(source: str, trained: TrainedModel) -> dict[str, Any]:
+    """How data are to be read for a model: as those of training were. Built-in ones have levels that a file leaves open."""
+    from ddpm_fast.training.data import BUILT_IN
+
+    options, levels = trained.config.data_options, trained.diffusion.levels
+    if trained.config.data in BUILT_IN and levels < 256 and Path(source).suffix.lower() in (".npy", ".npz"):
+        return {**options, "levels": levels}
+    return options
+
+
 def images_to_evaluate(source: str, trained: TrainedModel) -> ImageData:
     """The held-out part of what the model was trained on; of anything else the test part that it has, else all of it (as ``test``).
 
@@ -108,7 +123,7 @@ def images_to_evaluate(source: str, trained: TrainedModel) -> ImageData:
     from ddpm_fast.training.trained import fingerprint
 
     config, known = trained.config, trained.meta.get("fingerprints")  # which the first version did not keep
-    options = config.data_options
+    options = as_trained(source, trained)
     own = source == config.data or Path(source).resolve() == Path(config.data).resolve()
     images = load_data(source, **options, **({} if own else {"test_fraction": 1.0}))
     if own:
@@ -180,5 +195,7 @@ def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Fea
             "" if score is None else f"{score:.3f}" + ("" if spread is None else f" ± {spread:.2g}"),
         )  # fmt: skip
     console.print(table)
+    if len(rows) == 1:
+        console.print(f"{images.name} has too few other images to show what real ones would get")
     console.print("FID falls with the number of images: compare rows of one number only")
     print_table({"quality": out / "quality.json"})

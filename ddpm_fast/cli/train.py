@@ -36,7 +36,7 @@ def train(
     timestep_sampler: Annotated[str | None, typer.Option(help="Of t: uniform, stratified, or loss_aware as for loss vlb.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises; by default the recipe's, but at most an eighth of --steps, or a short run would never reach the rate.")] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images at random: on but for digits; wrong for text.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of the moving average of the weights; by default the recipe's, but at most 1 - 8 / --steps: an average over an eighth of the run, as a longer one would keep weights that had hardly learnt.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Largest decay of the moving average of the weights. After k steps it is (1 + k) / (10 + k) where that is less, an average over a ninth of them, so that short runs need no other value.")] = None,
     class_conditional: Annotated[bool | None, typer.Option("--class-conditional/--unconditional", help="Give the network the labels.")] = None,
     image_size: Annotated[str | None, typer.Option(help="Crop and resize the images of a folder to this side, or to HEIGHTxWIDTH.")] = None,
     value_range: Annotated[tuple[float, float] | None, typer.Option("--range", metavar="LOW HIGH", help="Values of a folder or file that are black and white, say 0 4095; by default what their type spans.")] = None,
@@ -121,10 +121,11 @@ def train(
 
 
 def describe(config: TrainConfig) -> str:
-    """What was chosen of the things that a recipe fits to the number of steps."""
-    rate = f"{config.steps} steps of {config.batch} images, learning rate {config.learning_rate:g}"
-    rate += f" after a warm-up of {config.warmup} steps" if config.warmup else ""
-    return f"{rate}, weights averaged with a decay of {config.ema:.6g}" + (f" (over some {1 / (1 - config.ema):.0f} steps)" if config.ema else "")
+    """How fast a run learns and how far its average looks back, which depend on the number of steps."""
+    warmup = f" after a warm-up of {config.warmup}" if config.warmup else ""
+    decay = min(config.ema, config.steps / (config.steps + 9))  # of the last update of `EMA`
+    back = f"in the end the weights of the last {1 / (1 - decay):.0f} or so are averaged"
+    return f"{config.steps} steps of {config.batch} images, learning rate {config.learning_rate:g}{warmup}; {back}"
 
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:

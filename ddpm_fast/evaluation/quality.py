@@ -149,13 +149,18 @@ def evaluate_quality(
         ``inception_score_std`` where the extractor has logits.
 
     Raises:
-        ValueError: for another reference, images of another shape or range, and as :func:`quality_from_features`.
+        ValueError: for another reference, images of another shape or range, and as :func:`quality_from_features`. (Of the other part
+            of the data too few images are no fault of the samples': there are then no rows of real images.)
     """
     if reference not in REFERENCES:
         raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
     if tuple(samples.shape[1:]) != data.image_shape:
         raise ValueError(f"samples must be {data.image_shape} images like the data, got {tuple(samples.shape[1:])}")
-    other = REFERENCES[1 - REFERENCES.index(reference)]
+    other, least = REFERENCES[1 - REFERENCES.index(reference)], _NEIGHBOURS + 1
+    if len(samples) < least:
+        raise ValueError(f"samples must be at least {least} images, got {len(samples)}")
+    if len(getattr(data, reference)) < least:
+        raise ValueError(f"{data.name} must have at least {least} images for {reference} to compare samples with, got {len(getattr(data, reference))}")
     device = features.device  # where distances between all pairs are quicker too
 
     def extract(images: Tensor) -> Tensor:
@@ -165,9 +170,11 @@ def evaluate_quality(
     others = getattr(data, other)
     # Spread over the part: folders and photos are in order of their classes.
     chosen = torch.linspace(0, len(others) - 1, min(len(samples), len(others)), dtype=torch.float64).round().long()
-    sets = {"samples": generated, f"real ({other})": extract(data.batch(other, chosen)[0])}
-    if len(chosen) < len(samples):
-        sets[f"first {len(chosen)} samples"] = generated[: len(chosen)]
+    sets = {"samples": generated}
+    if len(chosen) >= least:
+        sets[f"real ({other})"] = extract(data.batch(other, chosen)[0])
+        if len(chosen) < len(samples):
+            sets[f"first {len(chosen)} samples"] = generated[: len(chosen)]
     rows = []
     for name, found in sets.items():
         row = dict(name=name, images=len(found), **quality_from_features(known, found, seed=seed))
@@ -195,6 +202,8 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
         raise FileNotFoundError(f"no such file or folder: {path}")
     if (path / "samples.json").exists():  # of `write_samples`, which also puts a grid there
         path = _larger_set(path)
+    if path.is_file() and path.suffix.lower() not in (".npy", ".npz"):
+        raise ValueError(f"samples must be a folder of images, a .npz or a .npy file, got {path}")
     if path.is_dir():
         images = to_levels(to_unit(torch.from_numpy(read_folder(path, None, Scale()).train)), data.levels)
     else:

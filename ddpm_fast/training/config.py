@@ -17,7 +17,7 @@ from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 
 PRECISIONS = ("fp32", "bf16")
 DECAYS = ("constant", "cosine")
-SHARE = 8  # a recipe's warm-up takes at most one part in so many of a run, and its average of the weights looks back over one
+WARMUP_SHARE = 8  # a recipe's warm-up takes at most one part in so many of a run
 # Far beyond any use: more is a slip or a damaged file, and would fill the memory with tables or take hours to count out.
 _MOST = {"timesteps": 1_000_000, "batch": 1_000_000}
 
@@ -114,8 +114,8 @@ class TrainConfig:
         """The recipe for a data set, with what is given (not None) replaced; another schedule starts from its own defaults.
 
         Recipes are for runs of their own length. In shorter ones the warm-up, unless it is given, takes no more than an eighth of
-        ``steps``, or the learning rate would never be reached; and the average of the weights, unless ``ema`` is given, looks back
-        (over 1 / (1 - ema) steps) no further than an eighth, or it would be of weights that had hardly learnt.
+        ``steps``, or the learning rate would never be reached. The average of the weights needs no such rule: `EMA` begins with a
+        short memory, of a ninth of the steps so far, whatever ``ema`` is.
 
         Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss.
         """
@@ -126,8 +126,8 @@ class TrainConfig:
         if given.get("loss") == "vlb":
             recipe = {**recipe, "weight": "uniform", "timestep_sampler": "loss_aware"}
         config = cls(**{**recipe, "data": data, **given})
-        short = dict(warmup=min(config.warmup, config.steps // SHARE), ema=min(config.ema, max(0.0, 1 - SHARE / config.steps)))
-        config = dataclasses.replace(config, **{name: value for name, value in short.items() if name not in given})
+        if "warmup" not in given:
+            config = dataclasses.replace(config, warmup=min(config.warmup, config.steps // WARMUP_SHARE))
         if config.schedule == "linear" and "timesteps" in given and "schedule_options" not in given:
             # A chain of another length destroys as much as the recipe's: the betas scale with 1/T.
             T, options = (recipe.get("timesteps", 1000), recipe.get("schedule_options", {})) if "schedule" not in given else (1000, {})

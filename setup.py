@@ -52,7 +52,10 @@ class CMakeBuild(build_ext):
 
 
 def check_compiler() -> None:
-    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    given = os.environ.get("CXX", "")
+    if given and not given.strip():
+        raise SystemExit(f"CXX must name a compiler or be unset, got {given!r}")
+    names = given.split()[:1] or ["c++", "g++", "clang++"]
     if not any(shutil.which(name) for name in names):
         raise SystemExit(NO_COMPILER.format(looked_for=", ".join(names)))
 

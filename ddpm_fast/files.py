@@ -11,9 +11,12 @@ import secrets
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ddpm_fast.signals import uninterrupted
 
 # A temporary folder in which nothing changed for this long belongs to a process that was killed:
 # a live writer keeps moving its modification times.
@@ -94,7 +97,8 @@ def make_folder(folder: str | os.PathLike) -> None:
 def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
     """A folder beside `path` for what will be moved to `destination`; errors name the file as it would be called there."""
     _remove_stale(path)
-    hidden = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    temporary = _Temporary(path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp")
+    hidden = temporary.path
     try:
         hidden.mkdir()
         with named_in_errors(path):
@@ -103,7 +107,25 @@ def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
         _rename_in_error(error, hidden, path, destination)
         raise
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        with uninterrupted():
+            temporary.remove()
+
+
+class _Temporary:
+    """A folder to be removed.
+
+    Ctrl-C may fall anywhere, between an ``except`` and its ``finally`` too. So the removal is arranged before the folder is made: it comes
+    by `remove`, else with the end of this object, else with the end of the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.remove = weakref.finalize(self, _remove, path)
+
+
+def _remove(folder: Path) -> None:
+    with uninterrupted():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rename_in_error(error: OSError, hidden: Path, path: Path, destination: Path) -> None:

@@ -23,7 +23,9 @@ from PIL import Image
 from ddpm_fast.files import atomic_files, atomic_write, make_folder, named_in_errors
 from ddpm_fast.parts import Parts, cover, differences, gaps, pieces
 from ddpm_fast.plots import write_grid
-from ddpm_fast.training.readers import to_unit
+from ddpm_fast.training.array_files import reading
+from ddpm_fast.training.grey_levels import DataError, to_unit
+from ddpm_fast.training.readers import open_image
 
 # Of fixed width, whatever the number of images: sorted by name they are in order, and more can be added.
 _DIGITS = 8
@@ -156,16 +158,16 @@ class ImageStore:
         """Shape of the images in ``samples.npz``, and where in the file their bytes start: uncompressed, they are read in pieces."""
         if not self.npz.exists():
             return None
-        with zipfile.ZipFile(self.npz) as archive, self.npz.open("rb") as raw:
+        with reading(str(self.npz)), zipfile.ZipFile(self.npz) as archive, self.npz.open("rb") as raw:
             if "images.npy" not in archive.namelist():
-                raise ValueError(f"{self.npz} must hold images, got {', '.join(archive.namelist()) or 'nothing'}")
+                raise DataError(f"{self.npz} must hold images, got {', '.join(archive.namelist()) or 'nothing'}")
             info = archive.getinfo("images.npy")
             with archive.open(info) as member:
                 np.lib.format.read_magic(member)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
                 header = member.tell()
             if info.compress_type != zipfile.ZIP_STORED or fortran or dtype != np.uint8 or len(shape) != 4:
-                raise ValueError(f"{self.npz} must be as it was written, uncompressed, with images (N, C, H, W) in uint8")
+                raise DataError(f"{self.npz} must be as it was written, uncompressed, with images (N, C, H, W) in uint8")
             raw.seek(info.header_offset + _LOCAL_HEADER - 4)
             return shape, info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", raw.read(4))) + header
 
@@ -200,9 +202,9 @@ class ImageStore:
         for index in items:
             path = self.images / _png_name(index)
             try:
-                with Image.open(path) as image:
+                with open_image(path, ("PNG",)) as image:
                     array = np.asarray(image)
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
+            except Exception as error:  # a damaged file makes Pillow raise a dozen kinds
                 raise ValueError(f"cannot read {path} ({error}); remove it to have it drawn again") from error
             arrays.append(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
         return self._from_png[np.stack(arrays)]
@@ -229,7 +231,7 @@ class ImageStore:
             try:
                 with np.load(self.npz, allow_pickle=False) as file:
                     text = str(file["settings"]) if "settings" in file.files else "{}"
-            except (ValueError, zipfile.BadZipFile) as error:
+            except Exception as error:  # a damaged file makes NumPy raise a dozen kinds
                 raise ValueError(f"cannot read {self.npz} ({error}); remove it to have it written again") from error
             other = differences(_parse(self.npz, text), self.settings)
         return f"other settings ({other})" if other else ""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.image_store import GRID_IMAGES, MAX_PNGS, ImageStore
+from ddpm_fast.lock import exclusive
 from ddpm_fast.ranks import Ranks
-from ddpm_fast.training.readers import to_levels
+from ddpm_fast.training.grey_levels import to_levels
 
 Labels = Callable[[int, int], np.ndarray]
 FORMATS = ("png", "grid", "npz")
@@ -66,6 +67,7 @@ def write_samples(
 
     Raises:
         ValueError: an argument out of range; images of another shape, or NaN; the folder holds images of other settings.
+        BlockingIOError: another process draws into the folder.
         OSError: the folder cannot be written, which is noticed before anything is drawn; or the disk is full: the message names the
             file and tells how many images are complete.
         SystemExit: in ranks other than the first where the first one has raised.
@@ -78,9 +80,18 @@ def write_samples(
         store = ImageStore(Path(out), json.loads(json.dumps({**settings, "levels": levels})), levels)
     except TypeError as error:
         raise ValueError(f"settings must be JSON values: {error}") from error
-    png = "png" in wanted
-    ranks.lead(partial(store.open, png, overwrite))
+    with contextlib.ExitStack() as held:
+        ranks.lead(lambda: (held.enter_context(exclusive(out, "sampling")), store.open("png" in wanted, overwrite)))
+        _write(store, draw, count, batch, wanted, levels, labels, ranks, report)
+    paths = {"png": store.images, "grid": store.grid, "npz": store.npz}
+    return {name: paths[name] for name in FORMATS if name in wanted} | {"settings": store.record}
 
+
+def _write(
+    store: ImageStore, draw: Callable[[int, int], Tensor], count: int, batch: int, wanted: set[str], levels: int, labels: Labels | None,
+    ranks: Ranks, report: Callable[[int, int], object],
+) -> None:
+    png = "png" in wanted
     share = ranks.share_missing(partial(store.missing, count), batch)
     left = sum(map(len, share)) * ranks.size
     report(max(0, count - left), count)
@@ -97,8 +108,6 @@ def write_samples(
             store.add_png(ranks.share_missing(partial(store.without_png, count), batch))
         ranks.wait()
         ranks.lead(partial(_finish, store, count, batch, wanted, levels, labels))
-    paths = {"png": store.images, "grid": store.grid, "npz": store.npz}
-    return {name: paths[name] for name in FORMATS if name in wanted} | {"settings": store.record}
 
 
 def _check(count: int, batch: int, formats: Collection[str], levels: int) -> set[str]:

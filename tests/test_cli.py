@@ -139,7 +139,7 @@ def test_version():
         (["train", "--data", "nothing"], "unknown data 'nothing'"),
         (["train", "--schedule", "straight"], "schedule must be one of"),
         (["train", "--loss", "hybrid", "--variance", "fixed_small"], "hybrid"),
-        (["train", "--timestep-sampler", "importance"], "timestep_sampler must be one of uniform, stratified, loss_aware, got"),
+        (["train", "--timestep-sampler", "importance"], "--timestep-sampler must be one of uniform, stratified, loss_aware, got"),
         (["sample", "nowhere"], "nowhere"),
         (["sample", "nowhere", "--steps", "few"], "--steps must be a number or a list such as 0,10,50, got 'few'"),
         (["eval", "nowhere"], "nowhere"),
@@ -223,10 +223,11 @@ def test_resume_refuses_what_contradicts_the_run(stopped, tmp_path, command):
     for options, message in (
         (["--batch", 32], "batch must be 8, got 32"),
         (["--seed", 1], "seed must be 0, got 1"),
-        (["--data", "photos", "--no-flip", "--lr", 0.5], "data must be 'digits', got 'photos', learning_rate must be 0.003, got 0.5"),
-        (["--dropout", 0.5], "network dropout must be 0.0, got 0.5"),
-        (["--timestep-sampler", "uniform"], "timestep_sampler must be 'stratified', got 'uniform'"),
-        (["--steps", 9], "steps must be 4, got 9: the learning rate follows a cosine"),
+        (["--data", "photos", "--no-flip", "--lr", 0.5], "a run goes on as it began: --lr must be 0.003, got 0.5"),
+        (["--data", "photos"], "photos must be the 1437 images of (1, 8, 8) with 17 levels that"),
+        (["--dropout", 0.5], "--dropout must be 0.0, got 0.5"),
+        (["--timestep-sampler", "uniform"], "--timestep-sampler must be 'stratified', got 'uniform'"),
+        (["--steps", 9], "--steps must be 4, got 9: the learning rate follows a cosine"),
         (["--overwrite"], "--resume goes on with a run and --overwrite removes it; give one of them"),
     ):
         code, _, error = command("train", "--resume", "--out", out, *options)

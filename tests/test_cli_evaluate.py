@@ -115,13 +115,30 @@ def test_both_at_once_on_features_of_ones_own(run, tmp_path, monkeypatch, comman
     assert "against the 360 images for testing" in text and "bound (bits/dim)" in text and "real (train)" in text
 
 
+def test_quality_of_a_small_set_does_not_blame_the_samples(run, tmp_path, command):
+    pixels = np.random.default_rng(0).integers(0, 17, (20, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "samples.npz", images=pixels)
+    for name, count, options, message in (
+        ("few", 20, [], "few.npy has too few other images to show what real ones would get"),  # 2 of 20 for testing
+        ("few", 20, ["--reference", "test"], "few.npy must have at least 4 images for test to compare samples with, got 2"),
+    ):
+        np.save(tmp_path / f"{name}.npy", pixels[:count])
+        arguments = ["--data", tmp_path / f"{name}.npy", "--features", "digits", "--no-bound", "--threads", 1, *options]
+        code, text, error = command("eval", run, "--samples", tmp_path / "samples.npz", *arguments, "--out", tmp_path / "out")
+        assert (code == 0) == (not options) and message in " ".join((text + error).split()), error
+    assert [row["name"] for row in json.loads((tmp_path / "out" / "quality.json").read_text())["rows"]] == ["samples"]
+    np.savez(tmp_path / "samples.npz", images=pixels[:3])
+    code, _, error = command("eval", run, "--no-bound", "--samples", tmp_path / "samples.npz", "--out", tmp_path / "out")
+    assert code == 2 and "--samples must be at least 4 images, got 3" in error
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--no-bound"], "go with --samples, which is missing"),
         (["--features", "digits"], "go with --samples, which is missing"),
         (["--samples", "nowhere.npz"], "no such file or folder: nowhere.npz"),
-        (["--samples", "{run}/loss.png"], "data must be a built-in name, a folder, a .npy or a .npz file"),
+        (["--samples", "{run}/loss.png"], "--samples must be a folder of images, a .npz or a .npy file, got "),
         (["--samples", "{samples}", "--features", "nothing"], "must be digits, inception or package.module:attribute, got 'nothing'"),
         (["--samples", "{samples}", "--reference", "all"], "--reference must be one of train, test, got 'all'"),
         (["--samples", "{samples}", "--inception-weights", "w.pth"], "Inception's weights go with the features 'inception'"),

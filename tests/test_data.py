@@ -9,6 +9,8 @@ from PIL import Image
 
 from ddpm_fast.training.data import Batches, DataError, ImageData, load_data, to_levels, to_unit
 
+pytestmark = pytest.mark.filterwarnings("ignore::ddpm_fast.training.data.DataWarning")  # of images that say where they come from by their values
+
 
 def sha256(x: torch.Tensor) -> str:
     return hashlib.sha256(x.numpy().tobytes()).hexdigest()
@@ -196,7 +198,7 @@ ARRAY_ERRORS = {
     "NaN": (with_value(np.nan), "must be finite, got 3 NaN or infinite of 32 values"),
     "infinity": (with_value(-np.inf), "must be finite, got 3 NaN or infinite of 32 values"),
     "float range": (with_value(1.01), r"must hold floats in \[-1, 1\], got -0.806452..1.01"),
-    "float from 0": (FLOATS / 2 + 0.5, r"got 0..1, none below 0: for 0 as black save 2x - 1"),
+    "float from 0": (FLOATS / 2 + 0.5, r"that reach both ends, got 0..1; value_range=\(0, 1\) \(--range 0 1\) says what they"),
     "integer range": (np.full((2, 4, 4), 256), r"must hold integers in 0..255, got 256..256"),
     "negative": (np.full((2, 4, 4), -1), r"must hold integers in 0..255, got -1..-1"),
     "two dimensions": (FLOATS[0], r"must have shape \(N, H, W\), .* got \(4, 4\)"),
@@ -228,8 +230,11 @@ NPZ_ERRORS = {
     "no images": ({"picture": ONE}, "must have images under train, x_train, .* got picture"),
     "shapes": ({"x": ONE, "test": ONE[:, :4]}, r"test images must be \(1, 5, 5\) like the others, got \(1, 4, 5\)"),
     "test labels": ({"x": ONE, "y": np.arange(4), "test": ONE}, "labels for both parts or none, got only training"),
-    "label count": ({"x": ONE, "y": np.arange(3)}, r"labels must be \(4,\) integers from 0, got \(3,\) int64"),
-    "label type": ({"x": ONE, "y": np.ones(4)}, r"labels must be \(4,\) integers from 0, got \(4,\) float64"),
+    "label count": ({"x": ONE, "y": np.arange(3)}, r"labels must be \(4,\) integers from 0, or names, got \(3,\) int64"),
+    "negative label": ({"x": ONE, "y": np.arange(4) - 1}, r"labels must be integers from 0 to 2\*\*63-1, got -1"),
+    "label without a sign": ({"x": ONE, "y": np.full(4, 2**64 - 1, np.uint64)}, r"labels must be integers from 0 to 2\*\*63-1, got 1844674407370955"),
+    "labels of two kinds": ({"x": ONE, "y": np.arange(4), "test": ONE, "test_labels": list("abcd")}, "of one kind, got int64 and <U1"),
+    "label type": ({"x": ONE, "y": np.ones(4)}, r"labels must be \(4,\) integers from 0, or names, got \(4,\) float64"),
 }
 
 
@@ -256,7 +261,7 @@ def test_folder_errors(tmp_path):
     with pytest.raises(DataError, match="at least 2 images"):
         load_data(tmp_path)
     save_image(tmp_path / "b.png", size=(5, 4))
-    with pytest.raises(DataError, match=r"got .*a.png of 6x4 and .*b.png of 5x4; image_size=N \(--image-size N\)"):
+    with pytest.raises(DataError, match=r"got .*a.png of 4x6 and .*b.png of 4x5 \(height x width\); image_size=N \(--image-size N,"):
         load_data(tmp_path)
 
 
@@ -287,7 +292,7 @@ def test_source_errors(tmp_path):
     "options, message",
     [
         ({"test_fraction": 0.0}, "test_fraction must be between 0 and 1, got 0.0"),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"image_size": 0}, r"image_size must be a side of at least 1, or \(height, width\), got 0"),
         ({"levels": 1}, r"levels must be in 2..256, got 1"),
         ({"levels": 256}, "digits has 17 grey levels, got levels=256"),
         ({"image_size": 32}, "digits has images of 8x8, got image_size=32; only folders are resized"),

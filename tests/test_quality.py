@@ -299,3 +299,6 @@ def test_of_two_forms_the_one_with_more_samples_is_measured(tmp_path):
     assert len(load_samples(tmp_path, DIGITS)) == 3
     np.savez(tmp_path / "samples.npz", images=np.zeros((5, 1, 8, 8), np.uint8))
     assert len(load_samples(tmp_path, DIGITS)) == 5
+    (tmp_path / "samples.npz").write_bytes((tmp_path / "samples.npz").read_bytes()[:-30])
+    with pytest.raises(ValueError, match="cannot read .*samples.npz"):
+        load_samples(tmp_path, DIGITS)

@@ -16,7 +16,8 @@ from ddpm_fast.files import atomic_files, atomic_write
 from ddpm_fast.image_store import ImageStore
 from ddpm_fast.sample_writer import write_samples
 from ddpm_fast.training import load_data
-from ddpm_fast.training.readers import read_folder, to_levels
+from ddpm_fast.training.grey_levels import Scale, to_levels
+from ddpm_fast.training.readers import read_folder
 
 SETTINGS = {"checkpoint": "abc", "sampler": "ddim", "steps": 50, "eta": 0.0, "seed": 7}
 ALL = ("png", "grid", "npz")
@@ -60,7 +61,7 @@ def test_all_formats_and_what_reads_them_back(tmp_path):
     with np.load(paths["npz"]) as file:
         np.testing.assert_array_equal(file["images"], expected())
         assert json.loads(str(file["settings"])) == {**SETTINGS, "levels": 256} == json.loads(paths["settings"].read_text())
-    images, classes = read_folder(paths["png"], None)
+    images, classes = read_folder(paths["png"], None, Scale())[:2]
     np.testing.assert_array_equal(images, expected())
     assert classes is None
     assert load_data(paths["npz"]).image_shape == (3, 5, 4)
@@ -69,7 +70,7 @@ def test_all_formats_and_what_reads_them_back(tmp_path):
 def test_few_levels_are_spread_over_a_png_and_come_back(tmp_path):
     draw = Draw((1, 8, 8))
     write(tmp_path, draw, levels=17, formats=["png"])
-    images, _ = read_folder(tmp_path / "images", None)
+    images = read_folder(tmp_path / "images", None, Scale()).train
     levels = expected(levels=17, shape=(1, 8, 8))
     np.testing.assert_array_equal(images, np.round(levels * (255 / 16)))
     write(tmp_path, draw, levels=17)
@@ -91,7 +92,7 @@ def test_order_of_names_beyond_a_million(tmp_path):
     images = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1).repeat(8, 2).repeat(8, 3)
     store.save_png(range(999_998, 1_000_002), images)
     store.save_png(range(100_001, 100_002), images[:1] + 9)
-    read, _ = read_folder(store.images, None)
+    read = read_folder(store.images, None, Scale()).train
     assert read[:, 0, 0, 0].tolist() == [9, 0, 1, 2, 3]
     assert store.without_png(1_000_003, 10**6) == [range(100_001), range(100_002, 999_998), range(1_000_002, 1_000_003)]
 
@@ -166,12 +167,23 @@ def test_images_of_unknown_settings_are_refused(tmp_path):
         write(tmp_path / "other", Draw())
 
 
+def test_an_archive_with_a_damaged_header_is_named(tmp_path):
+    write(tmp_path, Draw())
+    path = tmp_path / "samples.npz"
+    content = path.read_bytes()
+    start = content.index(b"{'descr'")
+    path.write_bytes(content[:start] + b"(" * 20 + content[start + 20 :])
+    with pytest.raises(ValueError, match=r"cannot read .*samples.npz"):
+        write(tmp_path, Draw(), 30)
+
+
 def test_damaged_png_is_named(tmp_path):
     write(tmp_path, Draw(), formats=["png"])
     path = tmp_path / "images" / "00000005.png"
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"00000005.png .* remove it"):
-        write(tmp_path, Draw())
+    for content in (path.read_bytes()[:50], b"%!PS-Adobe-3.0 EPSF-3.0\n"):  # for the second Pillow would start Ghostscript
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"00000005.png .* remove it"):
+            write(tmp_path, Draw())
     path.unlink()
     write(tmp_path, Draw())
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["images"], expected())

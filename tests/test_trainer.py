@@ -237,12 +237,6 @@ def test_configuration_that_does_not_fit(changes, data, message):
         Trainer(config(**changes), data)
 
 
-def test_images_that_are_not_square():
-    x = torch.zeros(8, 1, 8, 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="images must be square for the UNet, got 8x16"):
-        Trainer(config(), ImageData("wide", x, x[:2], 17))
-
-
 def test_auto_device():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 

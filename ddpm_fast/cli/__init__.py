@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Annotated
 
 import typer
 
 from ddpm_fast import __version__
 from ddpm_fast.cli._common import app
+from ddpm_fast.signals import terminable
 
 # In the order in which --help lists them. Importing a command registers it.
 for _name in ("train", "sample", "evaluate", "demo", "study", "info"):
@@ -23,9 +23,6 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point. What the user can mend is one line on stderr and exit code 2."""
-    try:
+    """Entry point. What the user can mend is one line on stderr and exit code 2; Ctrl-C is exit code 130, SIGTERM 143."""
+    with terminable():
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"ddpm-fast: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,16 +1,40 @@
 """What every command of ``ddpm-fast`` shares: the app, the options that several have, how results are printed."""
 from __future__ import annotations
 
+import math
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
-from ddpm_fast.files import make_folder as make_folder  # of every command
+from ddpm_fast.cli.errors import explain, options_of
+from ddpm_fast.signals import exit_status
 
-app = typer.Typer(name="ddpm-fast", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, sample and evaluate denoising diffusion models.")
+
+class Commands(TyperGroup):
+    """Runs a command, and ends quietly for what the user did or can mend."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise typer.Exit(exit_status(stop)) from None
+        except Exception as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            batch = next((p.default for p in command.params if p.name == "batch"), None) if command else None
+            text = explain(error, options_of(command) if command else {}, batch)
+            if text is None:
+                raise
+            print(f"ddpm-fast: {text}", file=sys.stderr)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(name="ddpm-fast", cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, sample and evaluate denoising diffusion models.")
 console = Console(highlight=False, markup=False)  # folders may have brackets in their names
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
@@ -23,11 +47,25 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by defaul
 def bound_rows(bound: Any) -> dict[str, str]:
     parts = bound.summary()
     return {
-        "bound (bits/dim)": f"{bound.total:.3f} ± {bound.standard_error:.3f}",
-        "  decoder L_0": f"{bound.decoder:.4f} ± {parts['decoder_standard_error']:.4f}",
-        "  sum of L_t, t > 0": f"{bound.divergence:.4f} ± {parts['divergence_standard_error']:.4f}",
-        "  prior L_T": f"{parts['prior']:.2g} ± {parts['prior_standard_error']:.1g}",
+        "bound (bits/dim)": with_error(f"{bound.total:.3f}", bound.standard_error, ".3f"),
+        "  decoder L_0": with_error(f"{bound.decoder:.4f}", parts["decoder_standard_error"], ".4f"),
+        "  sum of L_t, t > 0": with_error(f"{bound.divergence:.4f}", parts["divergence_standard_error"], ".4f"),
+        "  prior L_T": with_error(f"{parts['prior']:.2g}", parts["prior_standard_error"], ".1g"),
     }
+
+
+def with_error(value: str, error: float, digits: str) -> str:
+    return f"{value}, with an error that one image cannot tell" if math.isnan(error) else f"{value} ± {error:{digits}}"
+
+
+def one_process(command: str) -> None:
+    """Refuses a torchrun of several processes for a command that they would each do whole."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        text = f"{command} runs in one process, and torchrun has started {size} that would each do the same; start it without"
+        if os.environ.get("RANK", "0") == "0":
+            raise ValueError(text)
+        raise typer.Exit(2)  # the first one says why
 
 
 def print_table(rows: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, bound_rows, print_table, set_threads
+from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, bound_rows, one_process, print_table, set_threads
 
 
 @app.command()
@@ -19,9 +19,12 @@ def demo(
 ) -> None:
     """Train on digits, sample, evaluate, draw: the whole method in about two minutes on two cores."""
     from ddpm_fast.demo import run_demo
+    from ddpm_fast.lock import exclusive
 
+    one_process("demo")
     set_threads(threads)
-    result = run_demo(out, seed=seed, steps=steps, device=device)
+    with exclusive(out, "demo"):
+        result = run_demo(out, seed=seed, steps=steps, device=device)
     rows = {
         **bound_rows(result.bound),
         "samples in each class 0-9": " ".join(map(str, result.classes)),

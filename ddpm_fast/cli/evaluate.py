@@ -1,13 +1,16 @@
 """``ddpm-fast eval``."""
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ddpm_fast.cli._common import Device, Run, Seed, Threads, app, bound_rows, console, make_folder, print_table, set_threads
+from ddpm_fast.cli._common import Device, Run, Seed, Threads, app, bound_rows, console, print_table, set_threads
+from ddpm_fast.cli.errors import reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +30,7 @@ FEATURES_HELP = (
 @app.command("eval")
 def evaluate(
     run: Run,
-    data: Annotated[str | None, typer.Option(help="Data whose held-out part is evaluated; by default what the run was trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out data of your own, of which all are evaluated, or the test part that a file has. By default the held-out part of what the run was trained on.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is written; by default the run's.")] = None,
     no_bound: Annotated[bool, typer.Option("--no-bound", help="Leave the bound out, with --samples.")] = False,
     terms: Annotated[int | None, typer.Option(min=2, help="Of the bound for each image: an unbiased estimate. By default all T.")] = None,
@@ -48,9 +51,11 @@ def evaluate(
     """
     from ddpm_fast.evaluation.features import DIGITS, INCEPTION, load_features
     from ddpm_fast.evaluation.quality import REFERENCES, load_samples
+    from ddpm_fast.lock import exclusive
     from ddpm_fast.parts import Parts
     from ddpm_fast.ranks import launched_ranks
     from ddpm_fast.training import load_data, load_trained
+    from ddpm_fast.training.data import DataWarning
     from ddpm_fast.training.trained import fingerprint
     from ddpm_fast.training.trainer import resolve_device
 
@@ -59,21 +64,26 @@ def evaluate(
     if reference not in REFERENCES:
         raise ValueError(f"--reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
     set_threads(threads)
-    with launched_ranks() as ranks:
+    warnings.simplefilter("ignore", DataWarning)  # printed as notes
+    with launched_ranks() as ranks, contextlib.ExitStack() as held:
         trained = load_trained(run, resolve_device(ranks.device(device)))
         source = data or trained.config.data
-        images = load_data(source, image_size=trained.config.image_size, levels=trained.config.levels)
+        with reading(source):
+            images = images_to_evaluate(source, trained)
+        for note in images.origin.notes if ranks.first else ():
+            console.print(f"note: {note}", soft_wrap=True)
         if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
             trained_on = f"{trained.image_shape} with {trained.diffusion.levels} levels"
             raise ValueError(f"the model was trained on {trained_on}, but {source} has {images.image_shape} with {images.levels}")
         out = out or (run if run.is_dir() else run.parent)
-        extractor = drawn = None
+        extractor = drawn = compared = None
 
         def prepare() -> None:
-            nonlocal extractor, drawn
-            make_folder(out)
+            nonlocal extractor, drawn, compared
+            held.enter_context(exclusive(out, "evaluation"))
             if samples is not None:  # what cannot be read is noticed before the long part
-                drawn = load_samples(samples, images)
+                compared = images if len(images.train) else load_data(source, **as_trained(source, trained))
+                drawn = load_samples(samples, compared)
                 name = features or (DIGITS if images.name == DIGITS else INCEPTION)
                 extractor = load_features(name, trained.device, inception_weights=inception_weights)
 
@@ -85,9 +95,49 @@ def evaluate(
             )  # fmt: skip
             count = min(limit or len(images.test), len(images.test))
             parts = Parts(out / "bound.parts", settings)
-            evaluate_run(out, trained, images, count, batch, parts, ranks, dict(data=source, step=trained.step))
+            part = "held-out" if len(images.train) else "all"
+            if ranks.first and part == "all":
+                console.print(f"evaluating {count} of all {len(images.test)} images of {source}", soft_wrap=True)
+            evaluate_run(out, trained, images, count, batch, parts, ranks, dict(data=source, part=part, step=trained.step))
         if extractor is not None:
-            measure_samples(out, drawn, images, extractor, reference, batch, seed)
+            measure_samples(out, drawn, compared, extractor, reference, batch, seed)
+
+
+def as_trained(source: str, trained: TrainedModel) -> dict[str, Any]:
+    """How data are to be read for a model: as those of training were. Built-in ones have levels that a file leaves open."""
+    from ddpm_fast.training.data import BUILT_IN
+
+    options, levels = trained.config.data_options, trained.diffusion.levels
+    if trained.config.data in BUILT_IN and levels < 256 and Path(source).suffix.lower() in (".npy", ".npz"):
+        return {**options, "levels": levels}
+    return options
+
+
+def images_to_evaluate(source: str, trained: TrainedModel) -> ImageData:
+    """The held-out part of what the model was trained on; of anything else the test part that it has, else all of it (as ``test``).
+
+    Raises:
+        ValueError: the data of training have changed, and with them which images are held out.
+    """
+    from ddpm_fast.training import load_data
+    from ddpm_fast.training.trained import fingerprint
+
+    config, known = trained.config, trained.meta.get("fingerprints")  # which the first version did not keep
+    options = as_trained(source, trained)
+    own = source == config.data or Path(source).resolve() == Path(config.data).resolve()
+    images = load_data(source, **options, **({} if own else {"test_fraction": 1.0}))
+    if own:
+        if known is not None and fingerprint(images.test) != known["test"]:
+            raise ValueError(
+                f"{source} has changed since the model was trained on it, so that its held-out part may hold images that it was trained on; "
+                "put images that it has not seen into a folder of their own and give that with --data"
+            )
+        return images
+    if known is not None and not len(images.train) and len(images.test) > trained.meta.get("images", 0):
+        parted = load_data(source, **options)
+        if fingerprint(parted.test) == known["test"]:  # the data of training in another place
+            return parted
+    return images
 
 
 def evaluate_run(
@@ -114,10 +164,10 @@ def evaluate_run(
         if ranks.first:
             text = f"stopped with {done()} of {count} images done, which are in {parts.folder}; the same command goes on from there"
             console.print(text, soft_wrap=True)
-        raise typer.Exit(130) from None
+        raise
     if ranks.first:
         about = {"images": count, **about, "estimated": terms is not None, "clip": clip, "seed": seed}
-        written = write_bound(out, bound, about=about, title=f"held-out {images.name}")
+        written = write_bound(out, bound, about=about, title=f"{'held-out ' * (about['part'] == 'held-out')}{images.name}")
         parts.remove()
         curve = rate_distortion(bound)
         at_end = {"rate, RMSE at t = 0": f"{float(curve.rate[-1]):.3f} bits/dim, {float(curve.distortion[-1]):.3g} of 255"}
@@ -145,5 +195,7 @@ def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Fea
             "" if score is None else f"{score:.3f}" + ("" if spread is None else f" ± {spread:.2g}"),
         )  # fmt: skip
     console.print(table)
+    if len(rows) == 1:
+        console.print(f"{images.name} has too few other images to show what real ones would get")
     console.print("FID falls with the number of images: compare rows of one number only")
     print_table({"quality": out / "quality.json"})

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ def sample(
     spacing: Annotated[str, typer.Option(help="Of a number of steps: even, quadratic or logsnr.")] = "even",
     eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="DDIM's share of noise.")] = 0.0,
     threshold: Annotated[float | None, typer.Option(help="Dynamic thresholding at this quantile, say 0.995, in place of clipping.")] = None,
-    label: Annotated[str | None, typer.Option("--class", help="Class of all images, or 'each' for every class in turn, for a class-conditional model.")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="Class of all images, by name or number from 0, or 'each' for every class in turn, for a class-conditional model; checkpoint.json lists the names.")] = None,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 for none.")] = 1.0,
     formats: Annotated[str, typer.Option(help="Some of png (a file an image), grid (samples.png) and npz (samples.npz).")] = "grid,npz",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of other settings that are in --out.")] = False,
@@ -54,7 +55,7 @@ def sample(
     chosen = parse_steps(steps)
     with launched_ranks() as ranks:
         trained = load_trained(run, resolve_device(ranks.device(device)))
-        labels = parse_label(label, trained.model.num_classes)
+        labels = parse_label(label, trained.classes)
         draw = Sampler(trained.model, trained.diffusion, sampler, steps=chosen, spacing=spacing, eta=eta, threshold=threshold, guidance=guidance, graph=graph)
         if guidance != 1.0 and labels is None:
             raise ValueError("--guidance needs --class")
@@ -96,7 +97,7 @@ def sample(
             except KeyboardInterrupt:
                 if ranks.first:
                     console.print(f"stopped; what is complete is in {out}, and the same command goes on from there", soft_wrap=True)
-                raise typer.Exit(130) from None
+                raise
         if not ranks.first:
             return
         if gif or progressive:
@@ -144,14 +145,18 @@ def parse_steps(text: str | None) -> int | list[int] | None:
     return numbers if "," in text else numbers[0]
 
 
-def parse_label(text: str | None, classes: int | None) -> list[int] | None:
-    """The classes that images take in turn, or None."""
+def parse_label(text: str | None, classes: Sequence[str] | None) -> list[int] | None:
+    """The numbers of the classes that images take in turn, or None. Names that are numbers themselves leave no others to give."""
     if text is None:
         return None
     if classes is None:
         raise ValueError(f"--class must be left out: the model is not class-conditional, got {text}")
     if text == "each":
-        return list(range(classes))
-    if not text.isdecimal() or int(text) >= classes:
-        raise ValueError(f"--class must be 'each' or in 0..{classes - 1}, got {text}")
-    return [int(text)]
+        return list(range(len(classes)))
+    if text in classes:
+        return [classes.index(text)]
+    numbered = list(classes) == [str(index) for index in range(len(classes))]
+    if not any(name.isdecimal() for name in classes) and text.isdecimal() and int(text) < len(classes):
+        return [int(text)]
+    listed = ", ".join(classes[:20]) + (f", ... ({len(classes)} of them)" if len(classes) > 20 else "")
+    raise ValueError("--class must be 'each' or " + (f"in 0..{len(classes) - 1}" if numbered else f"one of {listed}") + f", got {text}")

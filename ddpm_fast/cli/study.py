@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, console, print_table, set_threads
+from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, console, one_process, print_table, set_threads
 
 
 @app.command()
@@ -23,14 +23,17 @@ def study(
 
     Stopped, the same command goes on.
     """
+    from ddpm_fast.lock import exclusive
     from ddpm_fast.study import run_study, table
 
+    one_process("study")
     set_threads(threads)
     try:
-        result = run_study(out, train_steps=train_steps, count=count, device=device, seed=seed)
+        with exclusive(out, "study"):
+            result = run_study(out, train_steps=train_steps, count=count, device=device, seed=seed)
     except KeyboardInterrupt:
         console.print(f"stopped; what is complete is in {out}, and the same command goes on from there", soft_wrap=True)
-        raise typer.Exit(130) from None
+        raise
     heading, *rows = table(result.bounds, result.quality)
     shown = Table(*(column.replace(": ", "\n") for column in heading), box=None, pad_edge=False)
     for row in rows:

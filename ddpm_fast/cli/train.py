@@ -1,12 +1,18 @@
 """``ddpm-fast train``."""
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, console, print_table, set_threads
+from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, console, one_process, print_table, set_threads
+from ddpm_fast.cli.errors import reading
+
+if TYPE_CHECKING:
+    from ddpm_fast.training import TrainConfig
 
 
 @app.command()
@@ -15,7 +21,7 @@ def train(
     data: Annotated[str, typer.Option(help="digits, photos, a folder of images, or a .npy or .npz file.")] = "digits",
     out: Out = Path("runs/train"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already in --out.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; --steps may extend it.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; --steps may extend it, and --data say where the same images now lie.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images in each step.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Adam's learning rate.")] = None,
@@ -28,69 +34,106 @@ def train(
     loss: Annotated[str | None, typer.Option(help="simple, vlb or hybrid.")] = None,
     weight: Annotated[str | None, typer.Option(help="Of the simple loss: uniform, min_snr, p2 or vlb.")] = None,
     timestep_sampler: Annotated[str | None, typer.Option(help="Of t: uniform, stratified, or loss_aware as for loss vlb.")] = None,
-    warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises; by default the recipe's, but at most an eighth of --steps, or a short run would never reach the rate.")] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images at random: on but for digits; wrong for text.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of the moving average of the weights.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Largest decay of the moving average of the weights. After k steps it is (1 + k) / (10 + k) where that is less, an average over a ninth of them, so that short runs need no other value.")] = None,
     class_conditional: Annotated[bool | None, typer.Option("--class-conditional/--unconditional", help="Give the network the labels.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Crop and resize the images of a folder to this side.")] = None,
-    levels: Annotated[int | None, typer.Option(min=2, max=256, help="Grey levels of the data in a .npy or .npz file.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="Crop and resize the images of a folder to this side, or to HEIGHTxWIDTH.")] = None,
+    value_range: Annotated[tuple[float, float] | None, typer.Option("--range", metavar="LOW HIGH", help="Values of a folder or file that are black and white, say 0 4095; by default what their type spans.")] = None,
+    levels: Annotated[int | None, typer.Option(min=2, max=256, help="Grey levels of a folder or file; by default one for each integer of --range, at most 256.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.")] = None,
-    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; the end always writes one.")] = None,
+    save_minutes: Annotated[float, typer.Option(min=0.0, help="Minutes between checkpoints, 0 for none by time. The end, Ctrl-C and SIGTERM always write one.")] = 10.0,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Also a checkpoint every so many steps.")] = None,
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.jsonl.")] = 10,
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """Train a model. Options that are not given come from the recipe for the data."""
+    """Train a model. Options that are not given come from the recipe for the data, and fit it to the number of steps."""
+    from ddpm_fast.lock import exclusive
     from ddpm_fast.plots import write_loss_curve
     from ddpm_fast.progress import Bar
     from ddpm_fast.training import TrainConfig, Trainer, load_data
-    from ddpm_fast.training.data import BUILT_IN
+    from ddpm_fast.training.data import BUILT_IN, DataWarning
 
+    one_process("train")
     set_threads(threads)
+    warnings.simplefilter("ignore", DataWarning)  # printed as notes
     if Path(data).exists() and data not in BUILT_IN:
         data = str(Path(data).resolve())  # the run can then be evaluated from any folder
     options = dict(
-        data=data, image_size=image_size, levels=levels, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
+        data=data, image_size=parse_size(image_size), levels=levels, value_range=value_range, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
         preset=preset, schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss, weight=weight,
         timestep_sampler=timestep_sampler, flip=flip, ema=ema, class_conditional=class_conditional, precision=precision,
         device=device, seed=seed, network=None if dropout is None else {"dropout": dropout},
     )  # fmt: skip
-    if resume:
-        if overwrite:
-            raise ValueError("--resume goes on with a run and --overwrite removes it; give one of them")
-        # Of the options that have a value by default, only those that were typed can contradict the run.
-        # (By the source's name: its class is click's, or that of the copy which newer versions of typer bring.)
-        typed = [name for name in options if name == "network" or context.get_parameter_source(name).name == "COMMANDLINE"]
-        trainer = Trainer.restore(out, **{name: options[name] for name in typed})
-        if trainer.step == trainer.config.steps:
-            further = "; --steps goes further" if trainer.config.decay == "constant" else ""
-            console.print(f"the run in {out} is finished: {trainer.step} of {trainer.config.steps} steps are done{further}")
-            return
-        console.print(f"going on after step {trainer.step} of {trainer.config.steps}")
-    else:
-        old = [out / name for name in ("checkpoint.safetensors", "checkpoint.json", "metrics.jsonl")]
-        if not overwrite and any(path.exists() and path.stat().st_size for path in old):
-            raise ValueError(f"{out} already holds a run; go on with it by --resume, choose another folder with --out, or pass --overwrite")
-        config = TrainConfig.for_data(**{**options, "loss": loss or implied_loss(variance)})
-        trainer = Trainer(config, load_data(data, image_size=image_size, levels=levels))
-        for path in old:
-            path.unlink(missing_ok=True)  # a run that fails early must not leave new metrics beside an old checkpoint
-    config = trainer.config
-    left = float(trainer.diffusion.schedule.alphas_bar[-1])
-    if left > 0.01:
-        console.print(f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it")
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(f"{trainer.data.name}: {len(trainer.data.train)} images, network {config.preset} with {parameters:,} parameters, on {trainer.device}")
-    try:
-        with Bar("training") as bar:
-            history = trainer.run(out, log_every=log_every, save_every=save_every, report=lambda p: bar.update(p.step, p.steps, p.loss))
-    except KeyboardInterrupt:
-        saved = f"; its checkpoint is in {out}, and --resume goes on from there" if trainer.step else ""
-        console.print(f"stopped after step {trainer.step} of {config.steps}{saved}")
-        raise typer.Exit(130) from None
-    write_loss_curve(out / "loss.png", [line["step"] for line in history], [line["loss"] for line in history], ylabel=f"{config.loss} loss")
-    print_table({"loss": f"{history[-1]['loss']:.4f}", "images/s": history[-1]["images_per_s"], "checkpoint": out / "checkpoint.safetensors", "metrics": out / "metrics.jsonl", "loss curve": out / "loss.png"})
+    with contextlib.ExitStack() as held:
+        if out.is_dir():  # another training there is noticed before anything is read, and a new folder made after all checks
+            held.enter_context(exclusive(out, "training"))
+        checkpoint = out / "checkpoint.safetensors"
+        old = [path for path in (checkpoint, checkpoint.with_suffix(".json")) if path.exists()]
+        if resume:
+            if overwrite:
+                raise ValueError("--resume goes on with a run and --overwrite removes it; give one of them")
+            if not old:
+                raise ValueError(f"no checkpoint at {out} to go on from; the same command without --resume starts the run")
+            # Of the options that have a value by default, only those that were typed can contradict the run.
+            # (By the source's name: its class is click's, or that of the copy which newer versions of typer bring.)
+            typed = [name for name in options if name == "network" or context.get_parameter_source(name).name == "COMMANDLINE"]
+            with reading("the data of the run"):
+                trainer = Trainer.restore(out, **{name: options[name] for name in typed})
+            if trainer.step == trainer.config.steps:
+                further = "; --steps goes further" if trainer.config.decay == "constant" else ""
+                console.print(f"the run in {out} is finished: {trainer.step} of {trainer.config.steps} steps are done{further}")
+                return
+            console.print(f"going on after step {trainer.step} of {trainer.config.steps}")
+        else:
+            if old and not overwrite:
+                raise ValueError(f"{out} already holds a run; go on with it by --resume, choose another folder with --out, or pass --overwrite")
+            config = TrainConfig.for_data(**{**options, "loss": loss or implied_loss(variance)})
+            with reading(data):
+                images = load_data(data, **config.data_options)
+            trainer = Trainer(config, images)
+            held.enter_context(exclusive(out, "training"))
+            for path in old:
+                path.unlink()  # a run that fails early must not leave new metrics beside an old checkpoint
+        config = trainer.config
+        left = float(trainer.diffusion.schedule.alphas_bar[-1])
+        if left > 0.01:
+            console.print(f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it")
+        for line in trainer.data.summary:
+            console.print(line, soft_wrap=True)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        console.print(f"network {config.preset} with {parameters:,} parameters, on {trainer.device}")
+        console.print(describe(config))
+        try:
+            with Bar("training") as bar:
+                history = trainer.run(
+                    out, log_every=log_every, save_every=save_every, save_minutes=save_minutes or None,
+                    report=lambda p: bar.update(p.step, p.steps, p.loss),
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            saved = f"; its checkpoint is in {out}, and --resume goes on from there" if trainer.step else ""
+            console.print(f"stopped after step {trainer.step} of {config.steps}{saved}")
+            raise
+        write_loss_curve(out / "loss.png", [line["step"] for line in history], [line["loss"] for line in history], ylabel=f"{config.loss} loss")
+    print_table({"loss": f"{history[-1]['loss']:.4f}", "images/s": history[-1]["images_per_s"], "checkpoint": checkpoint, "metrics": out / "metrics.jsonl", "loss curve": out / "loss.png"})
+
+
+def describe(config: TrainConfig) -> str:
+    """How fast a run learns and how far its average looks back, which depend on the number of steps."""
+    warmup = f" after a warm-up of {config.warmup}" if config.warmup else ""
+    decay = min(config.ema, config.steps / (config.steps + 9))  # of the last update of `EMA`
+    back = f"in the end the weights of the last {1 / (1 - decay):.0f} or so are averaged"
+    return f"{config.steps} steps of {config.batch} images, learning rate {config.learning_rate:g}{warmup}; {back}"
+
+
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """ "32", or "32x48": a side, or height and width."""
+    sides = [] if text is None else text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"--image-size must be a side such as 32, or a height and a width such as 32x48, got {text!r}")
+    return None if text is None else int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def implied_loss(variance: str | None) -> str | None:

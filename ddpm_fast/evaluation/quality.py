@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.evaluation.features import Features
+from ddpm_fast.training.array_files import read_array_file, reading
 from ddpm_fast.training.data import ImageData, to_levels, to_unit
-from ddpm_fast.training.readers import read_array_file, read_folder
+from ddpm_fast.training.grey_levels import Scale
+from ddpm_fast.training.readers import read_folder
 
 REFERENCES = ("train", "test")
 _NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
@@ -147,13 +149,18 @@ def evaluate_quality(
         ``inception_score_std`` where the extractor has logits.
 
     Raises:
-        ValueError: for another reference, images of another shape or range, and as :func:`quality_from_features`.
+        ValueError: for another reference, images of another shape or range, and as :func:`quality_from_features`. (Of the other part
+            of the data too few images are no fault of the samples': there are then no rows of real images.)
     """
     if reference not in REFERENCES:
         raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
     if tuple(samples.shape[1:]) != data.image_shape:
         raise ValueError(f"samples must be {data.image_shape} images like the data, got {tuple(samples.shape[1:])}")
-    other = REFERENCES[1 - REFERENCES.index(reference)]
+    other, least = REFERENCES[1 - REFERENCES.index(reference)], _NEIGHBOURS + 1
+    if len(samples) < least:
+        raise ValueError(f"samples must be at least {least} images, got {len(samples)}")
+    if len(getattr(data, reference)) < least:
+        raise ValueError(f"{data.name} must have at least {least} images for {reference} to compare samples with, got {len(getattr(data, reference))}")
     device = features.device  # where distances between all pairs are quicker too
 
     def extract(images: Tensor) -> Tensor:
@@ -163,9 +170,11 @@ def evaluate_quality(
     others = getattr(data, other)
     # Spread over the part: folders and photos are in order of their classes.
     chosen = torch.linspace(0, len(others) - 1, min(len(samples), len(others)), dtype=torch.float64).round().long()
-    sets = {"samples": generated, f"real ({other})": extract(data.batch(other, chosen)[0])}
-    if len(chosen) < len(samples):
-        sets[f"first {len(chosen)} samples"] = generated[: len(chosen)]
+    sets = {"samples": generated}
+    if len(chosen) >= least:
+        sets[f"real ({other})"] = extract(data.batch(other, chosen)[0])
+        if len(chosen) < len(samples):
+            sets[f"first {len(chosen)} samples"] = generated[: len(chosen)]
     rows = []
     for name, found in sets.items():
         row = dict(name=name, images=len(found), **quality_from_features(known, found, seed=seed))
@@ -193,10 +202,12 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
         raise FileNotFoundError(f"no such file or folder: {path}")
     if (path / "samples.json").exists():  # of `write_samples`, which also puts a grid there
         path = _larger_set(path)
+    if path.is_file() and path.suffix.lower() not in (".npy", ".npz"):
+        raise ValueError(f"samples must be a folder of images, a .npz or a .npy file, got {path}")
     if path.is_dir():
-        images = to_levels(to_unit(torch.from_numpy(read_folder(path, None)[0])), data.levels)
+        images = to_levels(to_unit(torch.from_numpy(read_folder(path, None, Scale()).train)), data.levels)
     else:
-        images = torch.from_numpy(read_array_file(path, data.levels)[0])
+        images = torch.from_numpy(read_array_file(path, Scale(levels=data.levels)).train)
     if tuple(images.shape[1:]) != data.image_shape:
         raise ValueError(f"{path} must hold {data.image_shape} images like the data, got {tuple(images.shape[1:])}")
     return to_unit(images, data.levels)
@@ -208,7 +219,7 @@ def _larger_set(folder: Path) -> Path:
     files = len(list(images.glob("*.png"))) if images.is_dir() else 0
     if not archive.exists():
         return images
-    with np.load(archive) as file:
+    with reading(str(archive)), np.load(archive, allow_pickle=False) as file:
         return images if files > len(file["images"]) else archive
 
 

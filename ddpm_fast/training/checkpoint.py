@@ -5,7 +5,8 @@ is replaced in one step: whatever happens while saving, a whole checkpoint is th
 the new one. The JSON beside it is a copy of the header for people and scripts. Both carry the same
 random id, and loading compares them, so a pair put together from two saves is noticed.
 
-Nothing is pickled: loading a checkpoint runs no code from it.
+The header has a checksum of all of it, so that a flipped bit, which would only make the samples a
+little worse, is noticed. Nothing is pickled: loading a checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +133,9 @@ def save_checkpoint(
         ) from error
     if len(meta_json) > _META_BYTES:
         raise CheckpointError(f"meta must take at most {_META_BYTES} bytes as JSON, got {len(meta_json)}")
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "id": save_id, "meta": meta_json}
     tensors = _storable(tensors)
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "id": save_id, "meta": meta_json}
+    header["crc32"] = _checksum(header, tensors)
     tensor_path = Path(folder) / f"{name}.safetensors"
     json_path = Path(folder) / f"{name}.json"
 
@@ -158,18 +161,20 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | 
         map_location: device of the tensors; CPU by default.
 
     Raises:
-        CheckpointError: nothing there; not a checkpoint of this library, or a pickle; damaged;
-            written by a newer format; or the JSON beside it belongs to another save.
+        CheckpointError: nothing there; not a checkpoint of this library, or a pickle; damaged, in a
+            single bit too (but for files of versions that kept no checksum); written by a newer
+            format; or the JSON beside it belongs to another save.
     """
     tensor_path = _resolve(Path(path))
-    device = torch.device("cpu" if map_location is None else map_location)
     try:
-        with safe_open(tensor_path, framework="pt", device=str(device)) as file:
+        with safe_open(tensor_path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             _check_header(tensor_path, header)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise CheckpointError(_damaged(tensor_path, error)) from error
+    if header.get("crc32") not in (None, found := _checksum(header, tensors)):
+        raise CheckpointError(f"{tensor_path} is damaged: its checksum must be {header['crc32']}, got {found}; use a copy, or an earlier checkpoint")
     try:
         document = _document(header)
     except (ValueError, RecursionError) as error:
@@ -177,6 +182,8 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | 
     if not isinstance(document["meta"], dict):
         raise CheckpointError(f"{tensor_path} is damaged: the meta of its header is not a JSON object")
     _check_json(tensor_path, document)
+    if map_location is not None:
+        tensors = {name: tensor.to(map_location) for name, tensor in tensors.items()}
     return Checkpoint(tensors, document["meta"], tensor_path)
 
 
@@ -191,6 +198,12 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what
     Raises:
         CheckpointError: names are missing or unexpected, or shapes differ; no weight is changed.
     """
+    check_fits(module, tensors, what)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fits(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what: str = "model") -> None:
+    """What `load_into` checks, for a module that may be on the meta device, before its memory is taken."""
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
@@ -200,16 +213,15 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what
         if name in tensors and own[name].shape != tensors[name].shape
     ]
     lines = [
-        f"  {len(names)} {kind}: {_shortened(names)}"
+        f"{len(names)} {kind}: {_shortened(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
     ]
     if lines:
         raise CheckpointError(
-            f"the checkpoint does not fit the {what} ({len(own)} tensors expected, {len(tensors)} given)\n"
-            + "\n".join(lines)
+            f"the checkpoint does not fit the {what} ({len(own)} tensors expected, {len(tensors)} given); "
+            + "; ".join(lines)
         )
-    module.load_state_dict(dict(tensors))
 
 
 def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -220,11 +232,22 @@ def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"tensors[{name!r}] must be a tensor, got {type(tensor).__name__}; put it into meta")
         if tensor.layout != torch.strided:
             raise CheckpointError(f"tensors[{name!r}] must be dense, got layout {tensor.layout}")
-        tensor = tensor.detach().contiguous()
+        tensor = tensor.detach().cpu().contiguous()
         storage = (tensor.device, tensor.untyped_storage().data_ptr())
         result[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return result
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 of the header's texts and of each tensor's name, type, shape and bytes: it never misses a burst of up to 32 bits."""
+    value = 0
+    for name in ("format", "format_version", "id", "meta"):
+        value = zlib.crc32(f"{name} {header[name]}\0".encode(), value)
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def _document(header: Mapping[str, str]) -> dict[str, Any]:
@@ -233,6 +256,7 @@ def _document(header: Mapping[str, str]) -> dict[str, Any]:
         "format": header["format"],
         "format_version": int(header["format_version"]),
         "id": header["id"],
+        **({"crc32": header["crc32"]} if "crc32" in header else {}),
         "meta": json.loads(header["meta"]),
     }
 

@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import numbers
+import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ddpm_fast.diffusion import LOSSES, GaussianDiffusion
 from ddpm_fast.models import PRESETS, UNet
@@ -14,6 +17,9 @@ from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 
 PRECISIONS = ("fp32", "bf16")
 DECAYS = ("constant", "cosine")
+WARMUP_SHARE = 8  # a recipe's warm-up takes at most one part in so many of a run
+# Far beyond any use: more is a slip or a damaged file, and would fill the memory with tables or take hours to count out.
+_MOST = {"timesteps": 1_000_000, "batch": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,9 @@ class TrainConfig:
 
     Attributes:
         data: "digits", "photos", a folder of images, or a .npy or .npz file.
-        image_size: side to resize a folder's images to, or None.
-        levels: grey levels of an array file, or None for what the data has.
+        image_size: side, or (height, width), to crop and resize a folder's images to, or None.
+        levels: grey levels of a folder or file, or None for what the data have.
+        value_range: (low, high), the values in a folder or file that are black and white, or None for what their type spans.
         preset: network, a name of :data:`ddpm_fast.models.PRESETS`; ``network`` overrides its arguments.
         schedule, timesteps, schedule_options: of :meth:`NoiseSchedule.from_name`.
         prediction, variance: of :class:`GaussianDiffusion`.
@@ -42,8 +49,9 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    image_size: int | None = None
+    image_size: int | tuple | None = None
     levels: int | None = None
+    value_range: tuple | None = None
     preset: str = "cifar10"
     network: dict[str, Any] = field(default_factory=dict)
     schedule: str = "linear"
@@ -70,6 +78,18 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
+        for name in ("network", "schedule_options"):
+            try:
+                json.dumps(getattr(self, name))
+            except (TypeError, ValueError) as error:  # else the first checkpoint would fail
+                raise TypeError(f"{name} must hold JSON values: {error}") from None
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         for name, low in (("steps", 1), ("batch", 1), ("timesteps", 1), ("warmup", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -93,6 +113,10 @@ class TrainConfig:
     def for_data(cls, data: str, **overrides: Any) -> TrainConfig:
         """The recipe for a data set, with what is given (not None) replaced; another schedule starts from its own defaults.
 
+        Recipes are for runs of their own length. In shorter ones the warm-up, unless it is given, takes no more than an eighth of
+        ``steps``, or the learning rate would never be reached. The average of the weights needs no such rule: `EMA` begins with a
+        short memory, of a ninth of the steps so far, whatever ``ema`` is.
+
         Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss.
         """
         recipe = RECIPES.get(data, {})
@@ -102,12 +126,15 @@ class TrainConfig:
         if given.get("loss") == "vlb":
             recipe = {**recipe, "weight": "uniform", "timestep_sampler": "loss_aware"}
         config = cls(**{**recipe, "data": data, **given})
+        if "warmup" not in given:
+            config = dataclasses.replace(config, warmup=min(config.warmup, config.steps // WARMUP_SHARE))
         if config.schedule == "linear" and "timesteps" in given and "schedule_options" not in given:
             # A chain of another length destroys as much as the recipe's: the betas scale with 1/T.
             T, options = (recipe.get("timesteps", 1000), recipe.get("schedule_options", {})) if "schedule" not in given else (1000, {})
-            start, end = options.get("beta_start", 1e-4), options.get("beta_end", 0.02)
-            scaled = dict(beta_start=start * T / config.timesteps, beta_end=end * T / config.timesteps)
-            config = dataclasses.replace(config, schedule_options=scaled)
+            start, end = options.get("beta_start", 1e-4) * T, options.get("beta_end", 0.02) * T
+            if end >= config.timesteps:
+                raise ValueError(f"timesteps must be more than {end:.4g} for schedule 'linear', whose last beta is {end:.4g} / timesteps, got {config.timesteps}; schedule 'cosine' takes fewer")
+            config = dataclasses.replace(config, schedule_options=dict(beta_start=start / config.timesteps, beta_end=end / config.timesteps))
         return config
 
     @classmethod
@@ -119,7 +146,7 @@ class TrainConfig:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"the training configuration has entries that this version does not know: {', '.join(unknown)}")
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # JSON has no tuples
 
     def continued(self, **changes: Any) -> TrainConfig:
         """The configuration with which a run goes on. ``steps`` and ``device`` may change; the rest may only be what it was.
@@ -144,12 +171,21 @@ class TrainConfig:
             )
         return dataclasses.replace(self, **{name: given[name] for name in ("steps", "device") if name in given})
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The arguments of `load_data` beside the source."""
+        return dict(image_size=self.image_size, levels=self.levels, value_range=self.value_range)
+
     def make_diffusion(self, levels: int) -> GaussianDiffusion:
         schedule = NoiseSchedule.from_name(self.schedule, self.timesteps, **self.schedule_options)
         return GaussianDiffusion(schedule, self.prediction, self.variance, levels)
 
     def make_network(self, data: ImageData) -> UNet:
         """The preset, fitted to the data's channels and size and to the variance's head. Weights are random."""
+        return UNet(**self.network_arguments(data))
+
+    def network_arguments(self, data: ImageData) -> dict[str, Any]:
+        """Of :meth:`make_network`'s UNet."""
         channels, height, width = data.image_shape
         preset = PRESETS[self.preset]
         # Attention stays at the level, not at the resolution, that the preset has it at.
@@ -157,15 +193,31 @@ class TrainConfig:
         arguments = {**preset, "in_channels": channels, "image_size": height, "attention_resolutions": [height // level for level in levels]}
         arguments.update(self.network)
         divisor = 2 ** (len(arguments["channel_mult"]) - 1)
-        if height % divisor:
-            raise ValueError(f"preset {self.preset!r} halves images {len(arguments['channel_mult']) - 1} times and needs sides divisible by {divisor}, got {height}; resize a folder with image_size")
-        if height != width:
-            raise ValueError(f"images must be square for the UNet, got {height}x{width}; use image_size")
+        if height % divisor or width % divisor:
+            raise ValueError(
+                f"preset {self.preset!r} halves images {len(arguments['channel_mult']) - 1} times and needs sides divisible by {divisor}, "
+                f"got {height}x{width}; crop or resize them (image_size does it for a folder), or choose a preset that halves less often"
+            )
         if self.class_conditional and data.num_classes is None:
-            raise ValueError(f"class_conditional needs labels, and {data.name} has none")
+            why = f": {data.origin.unlabelled}" if data.origin.unlabelled else ""
+            raise ValueError(f"class_conditional needs labels, and {data.name} has none{why}")
         arguments["learned_variance"] = self.variance in ("learned", "learned_range")
         arguments["num_classes"] = data.num_classes if self.class_conditional else None
-        return UNet(**arguments)
+        return arguments
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as its annotation says; numbers of NumPy's become Python's, which JSON can hold."""
+    kinds = get_args(hint) if get_origin(hint) is not dict else (dict,)
+    kinds = kinds or (hint,)
+    if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
+        return value
+    if not isinstance(value, bool):
+        if int in kinds and hasattr(value, "__index__"):
+            return operator.index(value)
+        if float in kinds and isinstance(value, numbers.Real):
+            return float(value)
+    raise TypeError(f"{name} must be {' or '.join('None' if kind is type(None) else kind.__name__ for kind in kinds)}, got {value!r}")
 
 
 # What the two built-in data sets are trained with unless told otherwise; other data get the class's defaults.

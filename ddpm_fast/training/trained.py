@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_fast.diffusion import GaussianDiffusion
 from ddpm_fast.models import UNet
-from ddpm_fast.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_into, strip_prefix
+from ddpm_fast.training.checkpoint import Checkpoint, CheckpointError, check_fits, load_checkpoint, load_into, strip_prefix
 from ddpm_fast.training.config import TrainConfig
 
 _META = ("step", "network", "levels", "image_shape", "train")
@@ -34,6 +34,14 @@ class TrainedModel:
         return fingerprint(*self.model.state_dict().values())
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in order of their numbers, which stand for names that the run did not have; None without classes."""
+        count, names = self.model.num_classes, self.meta.get("classes")
+        if count is None:
+            return None
+        return tuple(map(str, names if isinstance(names, list) and len(names) == count else range(count)))
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -48,19 +56,16 @@ def load_trained(path: str | os.PathLike, device: torch.device | str = "cpu", *,
     Raises:
         CheckpointError: for a file that is missing, foreign, damaged or of a later version.
     """
-    checkpoint, config = load_run(path)  # on the CPU: the optimiser's half of it is not wanted on the device
+    checkpoint, config = load_run(path)
     meta = checkpoint.meta
+    model = rebuilt(checkpoint).to_empty(device=device)
     try:
-        with torch.device("meta"):  # no random weights, which would move the global generator
-            model = UNet(**meta["network"])
-        model = model.to_empty(device=device)
-        image_shape = tuple(meta["image_shape"])
         diffusion = config.make_diffusion(meta["levels"])
     except (TypeError, ValueError) as error:
         raise cannot_rebuild(checkpoint, error) from None
     part = "ema" if averaged else "model"
-    load_into(model, strip_prefix(part, checkpoint.tensors), f"network ({part} weights of {checkpoint.path})")
-    return TrainedModel(model.eval(), diffusion, config, image_shape, meta["step"], meta)
+    load_into(model, strip_prefix(part, checkpoint.tensors), _weights(part, checkpoint))
+    return TrainedModel(model.eval(), diffusion, config, tuple(meta["image_shape"]), meta["step"], meta)
 
 
 def load_run(path: str | os.PathLike) -> tuple[Checkpoint, TrainConfig]:
@@ -74,9 +79,46 @@ def load_run(path: str | os.PathLike) -> tuple[Checkpoint, TrainConfig]:
     if absent:
         raise CheckpointError(f"{checkpoint.path} is a ddpm_fast checkpoint but not of a training run: it has no {', '.join(absent)}")
     try:
+        _check_meta(checkpoint.meta)
         return checkpoint, TrainConfig.from_dict(checkpoint.meta["train"])
     except (TypeError, ValueError) as error:
         raise cannot_rebuild(checkpoint, error) from None
+
+
+def rebuilt(checkpoint: Checkpoint) -> UNet:
+    """The network of a training run on the meta device: no memory is taken before its shapes are known to be the file's.
+
+    Raises:
+        CheckpointError: the description is none of a network, or not of the one whose weights are there.
+    """
+    arguments, weights = checkpoint.meta["network"], strip_prefix("model", checkpoint.tensors)
+    try:
+        if (blocks := len(arguments["channel_mult"]) * arguments["num_blocks"]) > len(weights):  # building them would take for ever
+            raise ValueError(f"its network has {blocks} blocks, but {len(weights)} weights")
+        with torch.device("meta"):  # no random weights, which would move the global generator
+            model = UNet(**arguments)
+        channels, *sides = checkpoint.meta["image_shape"]
+        if channels != model.in_channels or any(side % model.size_divisor for side in sides):
+            raise ValueError(f"its network does not take images of shape {checkpoint.meta['image_shape']}")
+    except Exception as error:  # the values may be anything, and so is what they raise
+        raise cannot_rebuild(checkpoint, error) from None
+    for part in ("model", "ema"):
+        check_fits(model, strip_prefix(part, checkpoint.tensors), _weights(part, checkpoint))
+    return model
+
+
+def _weights(part: str, checkpoint: Checkpoint) -> str:
+    return f"network ({part} weights of {checkpoint.path})"
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    step, levels, shape = meta["step"], meta["levels"], meta["image_shape"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step must be an integer from 0, got {step!r}")
+    if type(levels) is not int or not 2 <= levels <= 256:
+        raise ValueError(f"levels must be in 2..256, got {levels!r}")
+    if type(shape) is not list or len(shape) != 3 or not all(type(size) is int and 1 <= size < 2**16 for size in shape):
+        raise ValueError(f"image_shape must be three sizes, got {shape!r}")
 
 
 def cannot_rebuild(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
@@ -87,5 +129,5 @@ def fingerprint(*tensors: Tensor) -> str:
     """Of values, whatever file they came from: a run that was moved or copied is the same."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().reshape(-1).numpy())
     return digest.hexdigest()[:16]

@@ -4,20 +4,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm_fast.lock import exclusive
 from ddpm_fast.models import EMA, UNet
 from ddpm_fast.noise import FOLD_AUGMENT, FOLD_DROPOUT, FOLD_LABELS, FOLD_TRAIN_NOISE, FOLD_TRAIN_TIMESTEPS, Noise
+from ddpm_fast.signals import terminable, uninterrupted
 from ddpm_fast.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -32,7 +34,9 @@ from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.data import Batches, ImageData, load_data
 from ddpm_fast.training.metrics import METRICS, open_metrics, read_metrics
 from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
-from ddpm_fast.training.trained import cannot_rebuild, load_run
+from ddpm_fast.training.trained import cannot_rebuild, fingerprint, load_run, rebuilt
+
+SAVE_MINUTES = 10.0
 
 
 class Progress(NamedTuple):
@@ -86,26 +90,34 @@ class Trainer:
 
         Args:
             path: the run's folder, or its checkpoint file.
-            images: what the run was trained on; by default loaded as its configuration says.
-            changes: entries of the configuration to replace, as :meth:`TrainConfig.continued` allows: steps and device.
+            images: what the run was trained on; by default loaded as its configuration, or ``data`` among the changes, says.
+            changes: entries of the configuration to replace, as :meth:`TrainConfig.continued` allows: steps and device. And
+                ``data``, where the same images now lie.
 
         Raises:
             CheckpointError: for a file that is missing, foreign, damaged, incomplete or of a later version.
             ValueError: for a change that is not allowed, fewer steps than are done, or data that are not the run's.
         """
         checkpoint, config = load_run(path)
+        if "fingerprints" in checkpoint.meta:  # which say whether they are the same images, wherever they lie
+            config = dataclasses.replace(config, data=changes.pop("data", None) or config.data)
         config, step = config.continued(**changes), checkpoint.meta["step"]
         if config.steps < step:
             raise ValueError(f"steps must be at least the {step} that are done, got {config.steps}")
+        network = rebuilt(checkpoint).config
         if images is None:
-            images = load_data(config.data, image_size=config.image_size, levels=config.levels)
-        _check_images(images, checkpoint)
+            images = load_data(config.data, **config.data_options)
+        _check_images(images, checkpoint, config)
+        try:
+            _check_network(network, config.network_arguments(images))
+        except (TypeError, ValueError) as error:
+            raise cannot_rebuild(checkpoint, error) from None
         trainer = cls(config, images)
         try:
             trainer._load(checkpoint)
         except CheckpointError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise cannot_rebuild(checkpoint, error) from error
         return trainer
 
@@ -114,10 +126,6 @@ class Trainer:
         tensors, meta, where = checkpoint.tensors, checkpoint.meta, f"of {checkpoint.path}"
         if absent := [name for name in ("ema_updates", "optimizer") if name not in meta]:
             raise CheckpointError(f"{checkpoint.path} can be sampled from but not resumed: it has no {', '.join(absent)}")
-        with torch.device("meta"):  # with today's defaults for arguments that an earlier version did not have
-            network, own = UNet(**meta["network"]).config, self.model.config
-        if other := [f"{name} {value!r}, got {own[name]!r}" for name, value in network.items() if value != own[name]]:
-            raise ValueError(f"its network must have {', '.join(other)}")  # a dropout, say, leaves no trace in the weights
         load_into(self.model, strip_prefix("model", tensors), f"network (model weights {where})")
         averages = strip_prefix("ema", tensors)
         buffers = {name: averages.pop(name) for name, _ in self.model.named_buffers() if name in averages}
@@ -135,9 +143,17 @@ class Trainer:
         shapes = {name: tuple(tensor.shape) for name, tensor in packed.items()}
         if meta["step"] and shapes != {name: tuple(like.shape) for name, like in expected.items()}:
             raise ValueError(f"its optimizer's state must be that of {len(expected) // 3} parameters, got other tensors")
+        if other := {tensor.dtype for tensor in packed.values()} - {torch.float32}:
+            raise ValueError(f"its optimizer's state must be float32, got {', '.join(map(str, other))}")
+        # The groups are made from the configuration, and the learning rate anew for each step: those of the file may only agree.
+        own, found = self.optimizer.state_dict()["param_groups"], meta["optimizer"]
+        for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize"):
+            values = [group.get(name) for group in found["groups"]]
+            if json.dumps(values) != json.dumps([group[name] for group in own]) or found["state"]:
+                raise ValueError(f"its optimizer must be Adam with {name} {own[0][name]} in one parameter group, got {name} {', '.join(map(str, values))}")
         # Files hold rows in order; the fused kernel wants a parameter and its state laid out alike, here channels_last.
         packed = {name: torch.empty_like(expected[name], dtype=tensor.dtype).copy_(tensor) for name, tensor in packed.items()}
-        self.optimizer.load_state_dict(unpack_optimizer(packed, meta["optimizer"]))
+        self.optimizer.load_state_dict(unpack_optimizer(packed, {"groups": own, "state": {}}))
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, then constant or a half cosine that would reach zero after the last step."""
@@ -185,6 +201,7 @@ class Trainer:
         *,
         log_every: int = 10,
         save_every: int | None = None,
+        save_minutes: float | None = SAVE_MINUTES,
         report: Callable[[Progress], Any] = lambda _: None,
     ) -> list[dict]:
         """Trains up to the last step.
@@ -193,29 +210,47 @@ class Trainer:
             out: folder for metrics.jsonl and the checkpoint; None writes nothing. Of the metrics that are there already, the
                 lines of steps done before are kept, none for a new run.
             log_every: steps between two lines of metrics (and of reading the loss).
-            save_every: steps between checkpoints; the last step always saves one. On Ctrl-C too, before
-                KeyboardInterrupt goes on.
+            save_every: steps between checkpoints; None for none by number.
+            save_minutes: time between checkpoints, whatever ``save_every`` is; None for none by time. A process that is killed
+                loses no more than has passed since the last one. The last step always saves one, and so do Ctrl-C and SIGTERM
+                (`ddpm_fast.signals.Terminated`, a KeyboardInterrupt, unless the program has a handler of its own), before the
+                exception goes on.
             report: called after each step.
 
         Returns:
             The lines of metrics, those that were kept first.
 
         Raises:
-            ValueError: where metrics of steps done before are to be kept and cannot be read.
+            ValueError: for an interval that is not positive, and where metrics of steps done before cannot be read.
             FloatingPointError: where the loss is not finite; no checkpoint is written over the last good one.
+            BlockingIOError: where another run trains into ``out``.
             OSError: where ``out`` cannot be written.
         """
+        for name, value in dict(log_every=log_every, save_every=save_every, save_minutes=save_minutes).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        with contextlib.ExitStack() as stack:
+            if out is not None:
+                stack.enter_context(exclusive(out, "training"))
+                stack.enter_context(terminable())
+            return self._run(out, log_every, save_every, save_minutes, report)
+
+    def _run(
+        self, out: Path | str | None, log_every: int, save_every: int | None, save_minutes: float | None, report: Callable[[Progress], Any]
+    ) -> list[dict]:
         history: list[dict] = [] if out is None else read_metrics(Path(out) / METRICS, self.step)
         with contextlib.ExitStack() as stack:
             metrics = stack.enter_context(open_metrics(Path(out) / METRICS, history)) if out is not None else None
-            start, first, spent = time.perf_counter(), self.step, history[-1]["elapsed_s"] if history else 0.0
+            start = saved = time.perf_counter()
+            first, spent = self.step, history[-1]["elapsed_s"] if history else 0.0
             loss = norm = torch.zeros(())
             try:
                 while self.step < self.config.steps:
                     loss, norm = self.train_step()
                     last = self.step == self.config.steps
                     read = self.step % log_every == 0 or last
-                    saves = out is not None and (last or (save_every and self.step % save_every == 0))
+                    due = save_minutes is not None and time.perf_counter() - saved >= 60 * save_minutes
+                    saves = out is not None and (last or due or (save_every is not None and self.step % save_every == 0))
                     if read or saves:
                         self._check_finite(loss, norm)
                     if read:
@@ -228,11 +263,13 @@ class Trainer:
                             print(json.dumps(history[-1]), file=metrics, flush=True)
                     if saves:
                         self.save(out)
+                        saved = time.perf_counter()
                     report(Progress(self.step, self.config.steps, history[-1]["loss"] if read else None))
             except KeyboardInterrupt:
                 if out is not None and first < self.step:
                     self._check_finite(loss, norm)
-                    self.save(out)
+                    with uninterrupted():  # whoever is impatient, or a scheduler that sends both signals, gets it whole
+                        self.save(out)
                 raise
         return history
 
@@ -261,12 +298,18 @@ class Trainer:
             network=self.model.config,
             levels=self.data.levels,
             image_shape=list(self.data.image_shape),
+            classes=None if self.data.classes is None else list(self.data.classes),
             images=len(self.data.train),
+            fingerprints=self._fingerprints,
             train=dataclasses.asdict(self.config),
             ema_updates=ema["num_updates"],
             optimizer=optimizer_meta,
         )
         return save_checkpoint(out, tensors, meta)
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        return image_fingerprints(self.data, self.config)
 
     def averaged_model(self) -> UNet:
         """A copy of the network with the averaged weights, in eval mode."""
@@ -305,27 +348,30 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C within the block takes effect at its end."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    pressed: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if pressed:
-            handler(*pressed[0])
+def image_fingerprints(images: ImageData, config: TrainConfig) -> dict[str, str]:
+    """Of the two parts of the images, with the labels of those that are trained on where the network is given them."""
+    labels = [images.train_labels] if config.class_conditional else []
+    return dict(train=fingerprint(images.train, *labels), test=fingerprint(images.test))
 
 
-def _check_images(images: ImageData, checkpoint: Checkpoint) -> None:
+def _check_images(images: ImageData, checkpoint: Checkpoint, config: TrainConfig) -> None:
     """What a checkpoint tells of the images that it was trained on. Their order in training depends on their number."""
     meta, found = checkpoint.meta, (len(images.train), images.image_shape, images.levels)
     expected = (meta.get("images", found[0]), tuple(meta["image_shape"]), meta["levels"])  # the first version kept no number
     if found != expected:
         described = ["{} images of {} with {} levels".format(*values) for values in (expected, found)]
         raise ValueError(f"{images.name} must be the {described[0]} that {checkpoint.path} was trained on, got {described[1]}")
+    if config.class_conditional and images.train_labels is None:
+        raise ValueError(f"class_conditional needs labels, and {images.name} has none")
+    if "fingerprints" in meta and meta["fingerprints"] != image_fingerprints(images, config):
+        raise ValueError(f"{images.name} must be the images that {checkpoint.path} was trained on, got as many, but others; train afresh on them")
+
+
+def _check_network(network: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Compares the file's network with the one that would be built, before it is. Today's defaults stand for what an earlier version did
+    not have. (A dropout, say, leaves no trace in the weights.)"""
+    own = {name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()} | arguments
+    own["out_channels"] = own["in_channels"] if own["out_channels"] is None else own["out_channels"]
+    own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+    if other := [f"{name} {value!r}, got {own.get(name)!r}" for name, value in network.items() if value != own.get(name)]:
+        raise ValueError(f"its network must have {', '.join(other)}")

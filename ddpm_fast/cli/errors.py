@@ -1,0 +1,68 @@
+"""How the command line tells of errors: one line, in the words of its options."""
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
+_AMOUNT = re.compile(r"allocate ([\d.]+ ?(?:bytes|[KMGTPE]i?B))")
+
+
+def explain(error: Exception, options: Mapping[str, str], batch: int | None = None) -> str | None:
+    """The line for what a user can mend; None for anything else, which is a fault of the program.
+
+    Args:
+        options: of the command, by the names of their Python arguments.
+        batch: that was given or is the default.
+    """
+    if is_out_of_memory(error):
+        cure = f"; fewer images at a time need less: --batch{'' if batch is None else f', now {batch}'}" if "batch" in options else ""
+        return f"out of memory{_amount(error)}{cure}"
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `ddpm-fast info | head`: click knows what to do
+        return None
+    return in_options(" ".join(str(error).splitlines()), options) if isinstance(error, ValueError | OSError | FloatingPointError) else None
+
+
+def in_options(text: str, options: Mapping[str, str]) -> str:
+    """A message of the library with options for its arguments: "learning_rate must be positive" is of --lr.
+
+    A name with an underscore is an argument's anywhere; another one, which may be a word, before "must", "needs" and "=".
+    """
+    for name, option in options.items():
+        if option in text:
+            continue
+        word = rf"(?<![\w./'\"-]){name}"
+        text = re.sub(rf"{word}=(?=\S)", f"{option} ", text)
+        text = re.sub(rf"{word}(?![\w/]|\.\w)" if "_" in name else rf"(?:network )?{word}(?= must\b| needs\b)", option, text)
+    return text
+
+
+def options_of(command: Any) -> dict[str, str]:
+    """The long option of each argument of a command."""
+    found = {parameter.name: [text for text in parameter.opts if text.startswith("--")] for parameter in command.params}
+    return {name: texts[0] for name, texts in found.items() if texts}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host or the device. PyTorch's allocator on the host raises a bare RuntimeError."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error))))
+
+
+@contextlib.contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Says of memory that is missing within the block that it is missing for the images of ``source``."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        text = f"out of memory{_amount(error)} while reading {source}: its images are held in memory, a byte a value"
+        raise ValueError(f"{text}; take fewer or smaller ones (image_size shrinks those of a folder)") from error
+
+
+def _amount(error: BaseException) -> str:
+    amount = _AMOUNT.search(str(error))
+    return f", asking for {amount[1]}" if amount else ""

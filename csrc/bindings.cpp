@@ -35,6 +35,13 @@ int64_t first_out_of_range(uintptr_t t, int64_t count, int64_t steps) {
   return -1;
 }
 
+// Of a tensor that must be there. 0 is also what PyTorch gives for one whose memory was freed, or that never had any.
+uintptr_t given(uintptr_t address) {
+  if (!address)
+    throw std::invalid_argument("a tensor has no memory to read: its storage was freed, or it stands for values without holding them");
+  return address;
+}
+
 View view(uintptr_t address, int dtype) { return {pointer<void>(address), DType(dtype)}; }
 const float* floats(uintptr_t address) { return pointer<const float>(address); }
 const int64_t* steps(uintptr_t address) { return pointer<const int64_t>(address); }
@@ -53,36 +60,37 @@ void cpu_randn(uintptr_t out, int dtype, int64_t samples, int64_t elements, int 
 
 void cpu_q_sample(uintptr_t x_start, uintptr_t out, int dtype, uintptr_t t, uintptr_t signal, uintptr_t sigma, const Noise& noise,
                   int64_t samples, int64_t elements, int threads) {
-  cpu::kernels().q_sample({view(x_start, dtype), view(out, dtype), elements, steps(t), floats(signal), floats(sigma), source(noise, dtype),
-                           {samples, elements, threads}});
+  cpu::kernels().q_sample({view(given(x_start), dtype), view(given(out), dtype), elements, steps(given(t)), floats(given(signal)),
+                           floats(given(sigma)), source(noise, dtype), {samples, elements, threads}});
 }
 
 // out = factors[t] x, or where t is 0 factors[n] x of sample n: q_sample without its second term.
 void cpu_scale(uintptr_t x, uintptr_t out, int dtype, int64_t stride, uintptr_t t, uintptr_t factors, int64_t samples, int64_t elements,
                int threads) {
-  cpu::kernels().q_sample({view(x, dtype), view(out, dtype), stride, steps(t), floats(factors), nullptr, {}, {samples, elements, threads}});
+  cpu::kernels().q_sample({view(given(x), dtype), view(out, dtype), stride, steps(t), floats(given(factors)), nullptr, {},
+                           {samples, elements, threads}});
 }
 
 // Any of loss and grad_out may be 0, which leaves it out; grad_loss 0 stands for ones.
 void cpu_simple_loss(uintptr_t out, int out_dtype, int64_t stride, uintptr_t x_start, int dtype, uintptr_t t, uintptr_t weight,
                      uintptr_t x_start_coef, uintptr_t noise_coef, const Noise& noise, uintptr_t loss, uintptr_t grad_loss,
                      uintptr_t grad_out, int64_t samples, int64_t elements, int threads) {
-  cpu::kernels().simple_loss({{view(out, out_dtype), stride}, view(x_start, dtype), steps(t), floats(weight), floats(x_start_coef),
-                              floats(noise_coef), source(noise, dtype), pointer<float>(loss), {view(grad_out, out_dtype), stride},
-                              floats(grad_loss), {samples, elements, threads}});
+  cpu::kernels().simple_loss({{view(given(out), out_dtype), stride}, view(given(x_start), dtype), steps(given(t)), floats(given(weight)),
+                              floats(given(x_start_coef)), floats(given(noise_coef)), source(noise, dtype), pointer<float>(loss),
+                              {view(grad_out, out_dtype), stride}, floats(grad_loss), {samples, elements, threads}});
 }
 
 PStepArguments p_step_arguments(uintptr_t x_t, int dtype, uintptr_t out, uintptr_t without, int out_dtype, int64_t stride,
                                 float guidance, uintptr_t previous, uintptr_t t, uintptr_t table, const Noise& noise, int variance,
                                 bool clip, int64_t samples, int64_t elements, int threads) {
   PStepArguments a{};
-  a.x_t = view(x_t, dtype);
-  a.out = {view(out, out_dtype), stride};
+  a.x_t = view(given(x_t), dtype);
+  a.out = {view(given(out), out_dtype), stride};
   a.without = {view(without, out_dtype), stride};
   a.guidance = guidance;
   a.previous = view(previous, dtype);
-  a.t = steps(t);
-  a.table = floats(table);
+  a.t = steps(given(t));
+  a.table = floats(given(table));
   a.noise = source(noise, dtype);
   a.variance = Variance(variance);
   a.clip = clip;
@@ -121,7 +129,7 @@ void cpu_p_step_backward(uintptr_t x_t, int dtype, uintptr_t out, uintptr_t with
 using Operand = std::tuple<uintptr_t, int64_t, int64_t>;
 Broadcast broadcast(const Operand& operand, int dtype) {
   const auto [address, sample_stride, element_stride] = operand;
-  return {view(address, dtype), sample_stride, element_stride};
+  return {view(given(address), dtype), sample_stride, element_stride};
 }
 
 // As cpu_simple_loss; grads has (address or 0, dtype) for each operand.
@@ -138,8 +146,8 @@ void cpu_gaussian_kl(const Operand& mean1, const Operand& logvar1, const Operand
 void cpu_vlb_terms(uintptr_t out, int out_dtype, int64_t stride, uintptr_t x_start, uintptr_t x_t, int dtype, uintptr_t t,
                    uintptr_t table, int variance, bool clip, int levels, bool exact_cdf, bool detach_mean, uintptr_t terms,
                    uintptr_t grad_terms, uintptr_t grad_out, int64_t samples, int64_t elements, int threads) {
-  cpu::kernels().vlb_terms({{view(out, out_dtype), stride}, view(x_start, dtype), view(x_t, dtype), steps(t), floats(table),
-                            Variance(variance), clip, exact_cdf, detach_mean, levels, pointer<float>(terms),
+  cpu::kernels().vlb_terms({{view(given(out), out_dtype), stride}, view(given(x_start), dtype), view(given(x_t), dtype), steps(given(t)),
+                            floats(given(table)), Variance(variance), clip, exact_cdf, detach_mean, levels, pointer<float>(terms),
                             {view(grad_out, out_dtype), stride}, floats(grad_terms), {samples, elements, threads}});
 }
 
@@ -154,7 +162,7 @@ GroupNormArguments group_norm_arguments(uintptr_t x, uintptr_t y, int dtype, boo
                                         int parameter_dtype, const Row& pre_bias, const Row& scale, const Row& shift, int rows_dtype,
                                         const DropoutOf& dropout, uintptr_t mean, uintptr_t rstd, uintptr_t workspace, int threads) {
   GroupNormArguments a{};
-  a.x = view(x, dtype);
+  a.x = view(given(x), dtype);
   a.y = view(y, dtype);
   a.channels_last = channels_last;
   a.samples = samples, a.channels = channels, a.pixels = pixels, a.groups = groups;

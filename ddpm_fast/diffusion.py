@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import ops
+from ddpm_fast.functorch import lasting
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_range, gather, table_dtype
+from ddpm_fast.ops._common import check_data, check_like, check_t, check_tensor, check_unit_range, gather, table_dtype
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, log_variance, split_output
 from ddpm_fast.ops.p_step import COLUMNS as STEP_COLUMNS
 from ddpm_fast.ops.vlb_terms import CDFS, MAX_LEVELS
@@ -108,8 +109,7 @@ class GaussianDiffusion:
         """A table in the dtype that ops on ``like`` read, on its device; made by ``make`` or an attribute of the schedule."""
         key = name, like.device, table_dtype(like.dtype)
         if key not in self._tables:
-            # A table made in inference mode could never serve a call that wants gradients. (A compiler cannot trace this.)
-            with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            with contextlib.nullcontext() if torch.compiler.is_compiling() else lasting():
                 self._tables[key] = (make() if make else getattr(self.schedule, name)).to(key[1], key[2]).contiguous()
         return self._tables[key]
 
@@ -120,7 +120,8 @@ class GaussianDiffusion:
             return t
         key = "timesteps", t.device
         if key not in self._tables:
-            self._tables[key] = times.to(t.device)
+            with contextlib.nullcontext() if torch.compiler.is_compiling() else lasting():
+                self._tables[key] = times.to(t.device)
         return self._tables[key][t]
 
     # The forward chain.
@@ -137,10 +138,12 @@ class GaussianDiffusion:
         Returns:
             x_t like x_start, contiguous; differentiable in x_start and in a noise tensor.
         """
+        check_tensor("x_start", x_start)
         return ops.q_sample(x_start, t, self.table("sqrt_alphas_bar", x_start), self.table("sqrt_one_minus_alphas_bar", x_start), noise, out=out)
 
     def q_step(self, x_previous: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
         """Draws x_t ~ q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I), one step of the chain (Ho et al., eq. 2)."""
+        check_tensor("x_previous", x_previous)
         signal = self.table("sqrt_alphas", x_previous, lambda: self.schedule.alphas.sqrt())
         return ops.q_sample(x_previous, t, signal, self.table("sqrt_betas", x_previous, lambda: self.schedule.betas.sqrt()), noise)
 
@@ -195,6 +198,7 @@ class GaussianDiffusion:
         Returns:
             x_{t-1} like x_t.
         """
+        check_tensor("x_t", x_t)
         table = self._step_table(x_t)
         return ops.p_step(x_t, model_output, t, table, noise, variance=self.variance_kind, clip=clip, x_next=x_next, x_start=False)[0]
 
@@ -209,6 +213,7 @@ class GaussianDiffusion:
 
     def target(self, x_start: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
         """What the model is to predict for x_t = q_sample(x_start, t, noise); like x_start."""
+        check_tensor("x_start", x_start)
         return ops.q_sample(x_start, t, *self._target_tables(x_start), noise)
 
     def simple_loss(
@@ -222,6 +227,7 @@ class GaussianDiffusion:
         Returns:
             (N,), differentiable in the model's output.
         """
+        check_tensor("x_start", x_start)
         weights = self.table(f"weight_{weight}_{gamma}", x_start, lambda: loss_weights(self.schedule, self.prediction, weight, gamma=gamma))
         return ops.simple_loss(model_output, x_start, t, weights, *self._target_tables(x_start), noise)
 
@@ -231,6 +237,7 @@ class GaussianDiffusion:
         Returns:
             (N,) in bits per dimension, differentiable in the model's output.
         """
+        check_tensor("x_t", x_t)
         table = self.table("bound", x_t, lambda: bound_table(self.schedule, self.prediction, self.variance))
         return ops.vlb_terms(
             model_output, x_start, x_t, t, table,
@@ -279,6 +286,7 @@ class GaussianDiffusion:
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of each sample, (N,) in bits per dimension."""
+        check_data("x_start", x_start)
         t = torch.full((x_start.shape[0],), len(self) - 1, device=x_start.device)
         mean, _, log_var = self.q_mean_variance(x_start, t)
         zero = torch.zeros((), dtype=mean.dtype, device=mean.device).view([1] * mean.ndim)
@@ -300,6 +308,7 @@ class GaussianDiffusion:
         Raises:
             TypeError, ValueError: for data that are not finite or not in [-1, 1], or a noise that is a tensor.
         """
+        check_data("x_start", x_start)
         steps = (torch.full((x_start.shape[0],), step, device=x_start.device) for step in range(len(self)))
         prior, terms, mse = self.bound_terms(model, x_start, steps, clip, noise)
         return BoundTerms(prior + terms.sum(1), prior, terms, mse)

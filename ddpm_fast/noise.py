@@ -13,9 +13,12 @@ polynomials evaluated with separately rounded fp32 multiplications and additions
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
+
+from ddpm_fast.functorch import draw
 
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -116,6 +119,7 @@ class Noise:
         Returns:
             int64 tensor of shape (count,).
         """
+        high = integer("high", high)
         if not 1 <= high <= 2**31:
             raise ValueError(f"high must lie in 1..2^31, got {high}")
         return (self._words(count, device) * high) >> 32
@@ -126,9 +130,16 @@ class Noise:
 
     def _words(self, count: int, device: torch.device | str) -> Tensor:
         """The first 32-bit word of each sample's first block, as int64."""
-        sample = _sample_index(count, self.first_sample, torch.device(device))
-        counter = (torch.zeros_like(sample), self.stream, *_split64(sample))
-        return philox4x32_10(*counter, self.seed & MASK32, self.seed >> 32)[0]
+        count = integer("count", count)
+        if count < 0:
+            raise ValueError(f"count must be at least 0, got {count}")
+
+        def words(count: int) -> Tensor:
+            sample = _sample_index(count, self.first_sample, torch.device(device))
+            counter = (torch.zeros_like(sample), self.stream, *_split64(sample))
+            return philox4x32_10(*counter, self.seed & MASK32, self.seed >> 32)[0]
+
+        return draw(words, count)
 
 
 def noise_reference(shape: tuple[int, ...] | torch.Size, seed: int, stream: int, first_sample: int, device: torch.device) -> Tensor:
@@ -226,12 +237,20 @@ def _split64(x: Tensor) -> tuple[Tensor, Tensor]:
     return x & MASK32, (x >> 32) & MASK32
 
 
+def integer(name: str, value: int) -> int:
+    """An int of anything that is an integer: NumPy's too, and a tensor of one. Not of a bool."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor or an array of something else
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
 def _check_integer(name: str, value: int, bits: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        if hasattr(value, "__index__") and not isinstance(value, bool):  # numpy integers, 0-d integer tensors
-            value = value.__index__()
-        else:
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    value = integer(name, value)
     if value < 0 or value >= 1 << bits:
         raise ValueError(f"{name} must lie in 0..2^{bits}-1, got {value}")
     return value

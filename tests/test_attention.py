@@ -281,7 +281,7 @@ QKV = torch.zeros(2, 4, 3, 2, 8)
         (dict(qkv=QKV.long()), TypeError, "qkv must be float32, bfloat16, float16 or float64, got torch.int64"),
         (dict(qkv=QKV[:, :, :2]), ValueError, r"qkv must have shape \(N, tokens, 3, heads, d\), got \(2, 4, 2, 2, 8\)"),
         (dict(qkv=QKV[0]), ValueError, r"qkv must have shape \(N, tokens, 3, heads, d\), got \(4, 3, 2, 8\)"),
-        (dict(qkv=QKV[:0]), ValueError, "at least one sample and one element"),
+        (dict(qkv=QKV[:, :0]), ValueError, "at least one element a sample"),
         (dict(heads=3), ValueError, r"qkv must have 3 heads, got shape \(2, 4, 3, 2, 8\)"),
         (dict(qkv=torch.zeros(2, 4, 32)), ValueError, "the last size of qkv must be a multiple of 3 heads = 3, got 32"),
         (dict(qkv=torch.zeros(2, 4, 48), heads=5), ValueError, "the last size of qkv must be a multiple of 3 heads = 15, got 48"),

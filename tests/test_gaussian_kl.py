@@ -183,7 +183,7 @@ def test_reduction_is_the_mean_over_a_sample():
         (lambda x: {"logvar1": x[1][:, :2]}, ValueError, "shapes must broadcast against each other, got "),
         (lambda x: {"logvar2": 0.0}, TypeError, "logvar2 must be a tensor, got float"),
         (lambda x: {"mean1": x[0].long()}, TypeError, "mean1 must be float32, bfloat16, float16 or float64, got torch.int64"),
-        (lambda x: {"mean1": x[0][:0]}, ValueError, "mean1 must have shape .* with at least one sample"),
+        (lambda x: {"mean1": x[0][:, :0]}, ValueError, "mean1 must have shape .* with at least one element a sample"),
         (lambda x: {"reduction": "sum"}, ValueError, "reduction must be None or 'mean_per_sample', got 'sum'"),
         (lambda x: {"backend": "gpu"}, ValueError, "backend must be one of"),
     ],

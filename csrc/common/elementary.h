@@ -41,16 +41,16 @@ DDPM_INLINE float exponential(float x) {
 }
 
 // ½ (e^d - 1), and ½ (e^d - 1 - d), which is never negative; each keeps its relative precision down to d = 0, where k = 0 and
-// r = d leave p alone. Infinite only where they are beyond the largest float: a quarter is computed first.
+// r = d leave p alone. Infinite only where they are beyond the largest float: a quarter is computed first, and the d that is
+// taken away stops where the rest is infinite, or an infinite d would leave minus infinity.
 struct Excess { float growth, beyond_linear; };
 
 DDPM_INLINE Excess excess_of(float d) {
-  float x = d > 89.7f ? 89.7f : d;
-  x = x < -85.9f ? -85.9f : x;
-  const Exponent e = exponent_of(x);
+  const float linear = d > 89.7f ? 89.7f : d;
+  const Exponent e = exponent_of(linear < -85.9f ? -85.9f : linear);
   const float power = power_of_two(e.k, -2), rest = add_rn(power, -0.25f);
   return {mul_rn(2.0f, add_rn(mul_rn(power, add_rn(e.r, e.p)), rest)),
-          mul_rn(2.0f, add_rn(mul_rn(power, e.p), add_rn(add_rn(mul_rn(power, e.r), rest), mul_rn(-0.25f, d))))};
+          mul_rn(2.0f, add_rn(mul_rn(power, e.p), add_rn(add_rn(mul_rn(power, e.r), rest), mul_rn(-0.25f, linear))))};
 }
 
 // Natural logarithm of a positive normal number.

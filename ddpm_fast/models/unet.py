@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_fast.functorch import channels_last
 from ddpm_fast.models.layers import Conv3x3, Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.noise import Noise
@@ -251,8 +252,8 @@ class UNet(nn.Module):
         embedding = F.silu(embedding)
 
         # A one-channel image is in both layouts at once and the convolution would choose NCHW: hence after conv_in too.
-        x = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(channels_last(x_t))
+        x = channels_last(x)
         skips = [x]
         for level in self.down:
             x = level(x, embedding, masks, skips)

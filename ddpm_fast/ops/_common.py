@@ -5,20 +5,27 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.backends import native
+from ddpm_fast.functorch import draw, in_functorch, unwrapped
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
+from ddpm_fast.ops._native import address, holds_values, resolved
 from ddpm_fast.ops._op import goes_through_dispatcher
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_data(name: str, x: Tensor) -> None:
-    """A non-empty floating-point batch, (N, ...)."""
+    """A floating-point batch, (N, ...), which may have no samples but no empty ones."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.ndim == 0 or x.numel() == 0:
-        raise ValueError(f"{name} must have shape (N, ...) with at least one sample and one element, got {tuple(x.shape)}")
+    if x.ndim == 0 or (x.numel() == 0 and 0 in x.shape[1:]):
+        raise ValueError(f"{name} must have shape (N, ...) with at least one element a sample, got {tuple(x.shape)}")
 
 
 def check_unit_range(name: str, x: Tensor) -> None:
@@ -46,10 +53,16 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    if value not in (True, False):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
     """int64 of shape (N,) on x's device, each in 0..steps-1.
 
-    The values are looked at on CPU only: on another device that would wait for it to finish.
+    The values are looked at on CPU only: on another device that would wait for it to finish. What a compiler traces has none yet,
+    nor has a tensor around others: their operator checks what it is called with.
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor, got {type(t).__name__}")
@@ -58,21 +71,27 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
     if t.ndim != 1 or t.shape[0] != x.shape[0]:
         raise ValueError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
     check_device("t", t, x_name, x)
-    if type(t) is Tensor and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return
+    if in_functorch():
+        with torch._C._DisableFuncTorch():
+            check_t_values(unwrapped(t)[0], steps)
+    else:
         check_t_values(t, steps)
 
 
 def check_t_values(t: Tensor, steps: int) -> None:
-    if not t.is_cpu:
+    """Of any shape."""
+    if not t.is_cpu or not holds_values(t) or not t.numel():
         return
     if native is not None:
-        t = t.contiguous()
-        first = native.first_out_of_range(t.data_ptr(), t.numel(), steps)
+        t = resolved(t).contiguous()
+        first = native.first_out_of_range(address(t), t.numel(), steps)
     else:
-        outside = (t < 0) | (t >= steps)
+        outside = ((t < 0) | (t >= steps)).flatten()
         first = int(outside.nonzero()[0]) if outside.any() else -1
     if first >= 0:
-        raise ValueError(f"t must lie in 0..{steps - 1}, got t[{first}] = {int(t[first])}")
+        raise ValueError(f"t must lie in 0..{steps - 1}, got {f't[{first}] = ' if t.ndim == 1 else ''}{int(t.flatten()[first])}")
 
 
 def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, columns: int | None = None) -> None:
@@ -86,7 +105,7 @@ def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[i
         raise TypeError(f"{name} must be {expected} for {x.dtype} data, got {table.dtype}")
     if table.ndim != 1 if shape is None else table.shape != shape:
         raise ValueError(f"{name} must have shape {shape or '(T,)'}, got {tuple(table.shape)}")
-    if not table.is_contiguous():
+    if not table.is_contiguous() and not in_functorch():
         raise ValueError(f"{name} must be contiguous")
     check_device(name, table, x_name, x)
 
@@ -94,7 +113,7 @@ def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[i
 def check_noise(noise: Noise | Tensor, x_name: str, x: Tensor) -> None:
     """A :class:`Noise`, or a tensor like x."""
     if isinstance(noise, Noise):
-        if x.numel() // x.shape[0] > MAX_ELEMENTS_PER_SAMPLE:
+        if x.numel() > MAX_ELEMENTS_PER_SAMPLE and x.numel() // x.shape[0] > MAX_ELEMENTS_PER_SAMPLE:
             raise ValueError(f"a sample may have at most 2^34 elements with Noise, got {x.numel() // x.shape[0]}")
     elif isinstance(noise, Tensor):
         check_like("noise", noise, x_name, x)
@@ -107,41 +126,66 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def take(table: Tensor, t: Tensor) -> Tensor:
+    """table[t]; NaN for a t outside whose value :func:`check_t` could not look at."""
+    if t.is_cpu and not goes_through_dispatcher():
+        return table[t]
+    steps = table.shape[0]
+    inside = ((t >= 0) & (t < steps)).view(-1, *[1] * (table.ndim - 1))
+    return torch.where(inside, table[t.clamp(0, steps - 1)], torch.nan)
+
+
 def gather(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """table[t], shaped to broadcast over x (N, ...)."""
-    return table[t].view(-1, *[1] * (x.ndim - 1))
+    return take(table, t).view(-1, *[1] * (x.ndim - 1))
 
 
-def check_destination(name: str, target: Tensor, x_name: str, x: Tensor, *others: Tensor | Noise | None) -> None:
-    """A contiguous tensor like x to write a result into: x itself, or none of the inputs' memory."""
-    check_like(name, target, x_name, x)
+def gather_columns(table: Tensor, t: Tensor, x: Tensor) -> list[Tensor]:
+    """The columns of table[t], each shaped to broadcast over x (N, ...)."""
+    return [column.view(-1, *[1] * (x.ndim - 1)) for column in take(table, t).unbind(1)]
+
+
+def check_target(name: str, target: Tensor) -> None:
+    """Memory that a result can be written into."""
     if not target.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     if target.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} requires a gradient and cannot be written into")
-    if goes_through_dispatcher():  # no addresses to compare, and no need: the result is computed apart and copied
+    if not goes_through_dispatcher() and target.is_neg():
+        raise ValueError(f"{name} must not be a view that negates what it reads")
+
+
+def check_destination(name: str, target: Tensor, x_name: str, x: Tensor, *others: Tensor | Noise | None, in_place: bool = True) -> None:
+    """A contiguous tensor like x to write a result into: x itself, where it may be ``in_place``, or none of the inputs' memory."""
+    check_like(name, target, x_name, x)
+    check_target(name, target)
+    # While tracing or transforming there are no addresses to compare, and no need: the result is computed apart and copied.
+    if goes_through_dispatcher() or in_functorch() or not holds_values(target):
         return
-    if target.data_ptr() != x.data_ptr():
+    if not in_place or target.data_ptr() != x.data_ptr():
         others = (x, *others)
     elif not x.is_contiguous():
         raise ValueError(f"{name} may be {x_name} itself only where that is contiguous")
     for other in others:
-        if isinstance(other, Tensor) and _overlap(target, other):
+        if isinstance(other, Tensor) and overlap(target, other):
             raise ValueError(f"{name} must not share memory with another input")
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-    (a_first, a_last), (b_first, b_last) = (
-        (x.storage_offset() * x.element_size(), (x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size())
-        for x in (a, b)
-    )
-    return a_first < b_last and b_first < a_last
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether a byte of memory may belong to both, whatever storages they were made from: compares the ranges of addresses."""
+    a_first, b_first = a.data_ptr(), b.data_ptr()
+    return a_first < b_first + _extent(b) and b_first < a_first + _extent(a)
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if x.is_contiguous():
+        return x.nbytes
+    return (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size() if x.numel() else 0
 
 
 def resolve_noise(noise: Noise | Tensor, x: Tensor) -> Tensor:
     """ε as a tensor in the dtype that the reference computes x's formula in."""
     if isinstance(noise, Noise):
-        return noise.materialize(x.shape, x.device, table_dtype(x.dtype))
+        return draw(lambda count: noise.materialize((count, *x.shape[1:]), x.device, table_dtype(x.dtype)), x.shape[0], x)
     return noise.to(table_dtype(x.dtype))

@@ -6,6 +6,7 @@ torch.func the reference serves it, whose operations PyTorch can transform.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ddpm_fast.backends import BackendTable
+from ddpm_fast.functorch import in_functorch
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._native import scale_samples
+from ddpm_fast.ops._native import resolved, scale_samples
 
 library = torch.library.Library("ddpm_fast", "DEF")
 NOISE = "Tensor? noise, SymInt? seed, SymInt stream, SymInt first_sample"  # how an operator takes a Noise, a tensor or None
@@ -68,11 +70,12 @@ class Op:
         **backends: Callable,
     ) -> None:
         self.name = name
-        self.check = check
+        self.own_check = check
         self.fake = fake
         self.reference = reference
         self.differentiable = tuple(differentiable)
         kinds = schema.replace(NOISE, "Tensor? noise").split(", ")
+        self.names = [kind.split()[-1] for kind in kinds]
         self.tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
         self.others = [i for i in self.tensors if i not in self.differentiable]
         self.noise = noise
@@ -84,6 +87,20 @@ class Op:
         self.ahead = {backends[backend]: kernel for backend, kernel in (ahead or {}).items()}
         self.backends = BackendTable(name, reference=reference, **backends)
         self._register(schema, returns)
+
+    def check(self, *arguments: Any) -> None:
+        """Of the arguments of an operator call; raises as the public function does."""
+        try:
+            self.own_check(*arguments)
+        except (RuntimeError, NotImplementedError):  # from a tensor that has no shape or strides to ask for
+            self._require_dense(arguments)
+            raise
+
+    def _require_dense(self, arguments: Sequence) -> None:
+        for i in self.tensors:
+            x = arguments[i]
+            if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested):
+                raise TypeError(f"{self.names[i]} must be a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
 
     def __call__(self, arguments: tuple, like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Tensor] | None = None) -> Any:
         """Runs it.
@@ -97,17 +114,20 @@ class Op:
         """
         dispatches, transforms = goes_through_dispatcher(), in_functorch()
         needs_grad, grad_enabled = False, torch.is_grad_enabled()
+        addressed = not dispatches and not transforms
         for i in self.tensors:
             x = arguments[i]
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
                 needs_grad = needs_grad or (grad_enabled and x.requires_grad)
+                if addressed and x.is_neg():
+                    arguments = (*arguments[:i], resolved(x), *arguments[i + 1 :])
             elif isinstance(x, Tensor):  # a subclass, whose data a kernel cannot read by itself
                 dispatches = True
         if into:
             if needs_grad:
                 raise RuntimeError(f"{self.name} cannot write into a given tensor where a gradient is needed; call it under torch.no_grad()")
-            if dispatches or transforms or self.backends.choose(like.device, dtype, backend) is self.reference:
+            if dispatches or transforms or not like.numel() or self.backends.choose(like.device, dtype, backend) is self.reference:
                 return self._copy_into(into, self(arguments, like, dtype, backend))
             results = self.backends.choose(like.device, dtype, backend)(*arguments, **into)
             was_written(*into.values())
@@ -117,9 +137,15 @@ class Op:
         if dispatches and backend is None:
             return self.operator(*self._flatten(arguments))
         implementation = self.backends.choose(like.device, dtype, backend)
-        if needs_grad and implementation is not self.reference:
-            return _Differentiable.apply(self, implementation, *arguments)
-        return implementation(*arguments)
+        if not like.numel():  # no samples: there is nothing for a kernel to do
+            implementation = self.reference
+        try:
+            if needs_grad and implementation is not self.reference:
+                return _Differentiable.apply(self, implementation, *arguments)
+            return implementation(*arguments)
+        except (RuntimeError, NotImplementedError):
+            self._require_dense(arguments)
+            raise
 
     @staticmethod
     def _copy_into(into: dict[str, Tensor], results: Any) -> Any:
@@ -133,11 +159,13 @@ class Op:
             return [None] * len(needs)
         kernel = self.backward.get(implementation)
         if kernel and not torch.is_grad_enabled() and not _in_batches(grads) and not any([needs[i] for i in self.others]):
+            grads = [grad if grad is None else resolved(grad) for grad in grads]
             return kernel(arguments, needs, grads, *([kept] if self.keeps else []))
         if self.own_gradients is not None:
             return self.own_gradients(arguments, needs, grads)
         with torch.enable_grad():
-            results = self.reference(*arguments)
+            with torch._C._DisableFuncTorch() if in_functorch() else contextlib.nullcontext():  # as forward was, with its draw
+                results = self.reference(*arguments)
             pairs = [(r, g) for r, g in zip(results if isinstance(results, tuple) else (results,), grads, strict=True) if g is not None and r is not None]
             inputs = [x for x, needed in zip(arguments, needs, strict=True) if needed]
             found = iter(torch.autograd.grad([r for r, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True))
@@ -162,7 +190,7 @@ class Op:
         # float64 anywhere in the data is the reference's.
         data = [arguments[i] for i in self.differentiable if isinstance(arguments[i], Tensor)]
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in data) else data[0].dtype
-        return self.backends.choose(data[0].device, dtype)
+        return self.backends.choose(data[0].device, dtype) if all([x.numel() for x in data]) else self.reference
 
     def _register(self, schema: str, returns: str) -> None:
         tags = (torch.Tag.pt2_compliant_tag,)
@@ -253,7 +281,7 @@ class _Differentiable(torch.autograd.Function):
             return None, None, *ctx.op.gradients(ctx.implementation, arguments, needs, grads, kept)
         # They are given away: a second backward prepares them anew, in the same way for the same bits.
         gradients, parts = ctx.prepared or ctx.ahead(kept_for_backward(ctx)[0], needs)[1:]
-        ctx.prepared, upstream = None, grads[0].contiguous()
+        ctx.prepared, upstream = None, resolved(grads[0]).contiguous()
         for part in parts:
             scale_samples(part, upstream)
         return None, None, *gradients
@@ -281,6 +309,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory format of x; under torch.func, which has no layouts to ask for, as it is."""
+    return y if in_functorch() else y.contiguous(memory_format=memory_format(x))
+
+
 def goes_through_dispatcher() -> bool:
     """Whether every call must be visible to PyTorch as an operator: while compiling or tracing.
 
@@ -296,14 +329,9 @@ def was_written(*targets: Tensor | None) -> None:
     torch.autograd.graph.increment_version([x for x in targets if x is not None])
 
 
-def in_functorch() -> bool:
-    """Inside torch.func.grad, vmap and the like: their tensors have no address, so the reference serves them."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def _in_batches(grads: Sequence[Tensor | None]) -> bool:
-    """Whether torch.autograd.grad(is_grads_batched=True) calls backward: its tensors have no address, and are not torch.func's."""
-    return any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])  # a list is faster
+    """Whether backward runs under vmap, torch.func's or that of torch.autograd.grad(is_grads_batched=True): such tensors have no address."""
+    return in_functorch() or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])  # a list is faster
 
 
 def noise_arguments(noise: Noise | Tensor | None) -> tuple[Tensor | None, int | None, int, int]:

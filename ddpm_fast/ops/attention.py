@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ddpm_fast import autotune
 from ddpm_fast.backends import NATIVE_DTYPES, missing, native
+from ddpm_fast.functorch import in_functorch
+from ddpm_fast.noise import integer
 from ddpm_fast.ops._common import check_data, table_dtype
 from ddpm_fast.ops._native import dtype_tag, stream_of, workspace_floats
-from ddpm_fast.ops._op import Op, goes_through_dispatcher, in_functorch
+from ddpm_fast.ops._op import Op, goes_through_dispatcher
 
 LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
 
@@ -157,12 +159,13 @@ def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = No
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here.
     """
+    heads = heads if heads is None else integer("heads", heads)
     if isinstance(qkv, Tensor) and qkv.ndim == 3:
         heads = 1 if heads is None else heads
         if heads < 1 or qkv.shape[2] % (3 * heads):
             raise ValueError(f"the last size of qkv must be a multiple of 3 heads = {3 * heads}, got {qkv.shape[2]}")
         qkv = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads)))
-    _check(qkv, 1.0 if scale is None else scale)
+    _op.check(qkv, 1.0 if scale is None else scale)
     if heads is not None and heads != qkv.shape[3]:
         raise ValueError(f"qkv must have {heads} heads, got shape {tuple(qkv.shape)}")
     scale = qkv.shape[4] ** -0.5 if scale is None else float(scale)
@@ -179,7 +182,7 @@ def _kernel_takes(qkv: Tensor) -> bool:
 
 def _choice(qkv: Tensor, scale: float) -> str:
     """"ddpm_fast" or "pytorch", for a tensor that is not on the CPU."""
-    if qkv.dtype not in NATIVE_DTYPES or in_functorch():
+    if qkv.dtype not in NATIVE_DTYPES or in_functorch() or not qkv.numel():
         return "ddpm_fast"  # which goes to the reference
     if qkv.device.type != "cuda" or missing("cuda") or not _kernel_takes(qkv):
         return "pytorch"

@@ -21,6 +21,7 @@ from ddpm_fast.ops._triton import triton_kernels
 REDUCTIONS = (None, "mean_per_sample")
 _NO_GRADIENTS = ((0, 0),) * 4
 _SERIES_BELOW = 0.3
+_INFINITE = 1000.0  # e^_INFINITE is, in float64 too
 _MAX_EXPONENT = {torch.float32: 88.0, torch.float64: 709.0}  # of e^(-½ logvar2): an infinity times a distance of 0 would be NaN
 
 
@@ -33,7 +34,8 @@ def exp_minus_one_minus(d: Tensor) -> Tensor:
     for k in range(terms, 1, -1):
         series = series * small + 1.0 / math.factorial(k)
     far = torch.where(near, 1.0, d)
-    return torch.where(near, series * small * small, torch.expm1(far) - far)
+    # d is bounded where e^d is infinite: infinity less infinity would be NaN.
+    return torch.where(near, series * small * small, torch.expm1(far) - far.clamp_max(_INFINITE))
 
 
 def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, reduction: str | None = None) -> Tensor:
@@ -112,6 +114,10 @@ def _backward(arguments, needs, grads, kernel: Callable):
     shape = _shape(*arguments[:4])
     operands = _operands(arguments, shape)
     # A kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
+    operands = [
+        (x.expand(shape).contiguous(), math.prod(shape[1:]), 1) if needs[k] and not element and _varies(arguments[k], shape) else (x, sample, element)
+        for k, (x, sample, element) in enumerate(operands)
+    ]
     summed = [k for k, (_, _, element) in enumerate(operands) if needs[k] and not element]
     totals = iter(arguments[0].new_empty(len(summed), shape[0], dtype=torch.float32) if summed else ())
     results = [None] * 4
@@ -119,7 +125,14 @@ def _backward(arguments, needs, grads, kernel: Callable):
         if needs[k]:
             results[k] = next(totals) if not element else new_like(x) if x.shape == arguments[k].shape else x.new_empty(shape, dtype=torch.float32)
     kernel(operands, grads[0].contiguous(), results, shape, arguments[4] is not None)
-    return *(None if grad is None else _as_argument(grad, x) for grad, x in zip(results, arguments[:4], strict=True)), None
+    for k in summed:
+        results[k] = results[k].view(-1, *[1] * (len(shape) - 1))
+    return *(None if grad is None else grad.sum_to_size(x.shape).to(x.dtype) for grad, x in zip(results, arguments[:4], strict=True)), None
+
+
+def _varies(x: Tensor, shape: torch.Size) -> bool:
+    """Whether the gradient of an operand has more than one value a sample of the broadcast shape, equal as the operand's may be in memory."""
+    return x.shape[-(len(shape) - 1) :].numel() > 1 if len(shape) > 1 else False
 
 
 def _backward_cpu(arguments, needs, grads):
@@ -128,13 +141,6 @@ def _backward_cpu(arguments, needs, grads):
 
 def _backward_triton(arguments, needs, grads):
     return _backward(arguments, needs, grads, triton_kernels("gaussian_kl").backward)
-
-
-def _as_argument(grad: Tensor, x: Tensor) -> Tensor:
-    """A gradient of the broadcast shape, or one value a sample of it, in the shape and dtype of the argument."""
-    if grad.ndim != 1 or x.ndim == 1:
-        return grad.sum_to_size(x.shape).to(x.dtype)
-    return (grad if x.numel() == grad.numel() else grad.sum()).to(x.dtype).view(x.shape)
 
 
 def _check(mean1, logvar1, mean2, logvar2, reduction) -> None:
@@ -188,5 +194,7 @@ def gaussian_kl(
         RuntimeError: for a forced backend that is not available here.
     """
     arguments = (mean1, logvar1, mean2, logvar2, reduction)
-    _check(*arguments)
+    _op.check(*arguments)
+    if not (mean1.numel() and logvar1.numel() and mean2.numel() and logvar2.numel()):
+        backend = "reference"
     return _op(arguments, mean1, mean1.dtype, backend)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast.backends import NATIVE_DTYPES, native
-from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
+from ddpm_fast.functorch import draw
+from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference, integer
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
 from ddpm_fast.ops._native import address, contiguous, dtype_tag, stream_of, workspace_floats
-from ddpm_fast.ops._op import NOISE, Op, memory_format
+from ddpm_fast.ops._op import NOISE, Op, laid_out_as, memory_format
 
 
 def group_norm_reference(
@@ -62,9 +63,10 @@ def group_norm_reference(
     if silu:
         z = F.silu(z)
     if dropout > 0.0:
-        kept = dropout_mask_reference(x.shape, dropout, noise.seed, noise.stream, noise.first_sample, x.device)
+        key = (noise.seed, noise.stream, noise.first_sample)
+        kept = draw(lambda count: dropout_mask_reference((count, *x.shape[1:]), dropout, *key, x.device), x.shape[0], x)
         z = torch.where(kept, z * (1.0 / (1.0 - dropout)), 0.0)
-    return z.to(x.dtype).contiguous(memory_format=memory_format(x)), mean.detach(), rstd.detach()
+    return laid_out_as(z.to(x.dtype), x), mean.detach(), rstd.detach()
 
 
 _NO_ROWS = ((0, 0), (0, 0), (0, 0), 0)
@@ -176,8 +178,6 @@ def _check(x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, 
     check_data("x", x)
     if x.ndim < 2:
         raise ValueError(f"x must have shape (N, C, ...), got {tuple(x.shape)}")
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
     samples, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the channels of x, {channels}, got {groups}")
@@ -195,7 +195,7 @@ def _check(x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, 
     if dropout > 0.0:
         if not isinstance(noise, Noise):
             raise TypeError(f"dropout takes its mask from a Noise, got {type(noise).__name__}")
-        if x.numel() // samples > MAX_ELEMENTS_PER_SAMPLE:
+        if x.numel() > MAX_ELEMENTS_PER_SAMPLE and x.numel() // samples > MAX_ELEMENTS_PER_SAMPLE:
             raise ValueError(f"a sample may have at most 2^34 elements with dropout, got {x.numel() // samples}")
 
 
@@ -268,7 +268,8 @@ def group_norm(
     """
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    groups = integer("groups", groups)
     probability, noise = (0.0, None) if dropout is None else dropout
     arguments = (x, groups, weight, bias, pre_bias, scale, shift, eps, activation == "silu", probability, noise if probability else None)
-    _check(*arguments)
+    _op.check(*arguments)
     return _op(arguments, x, x.dtype, backend)[0]

@@ -19,16 +19,17 @@ from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import (
     check_data,
     check_destination,
+    check_flag,
     check_like,
     check_noise,
     check_t,
     check_table,
-    gather,
+    gather_columns,
     resolve_noise,
     table_dtype,
 )
 from ddpm_fast.ops._native import address, contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
-from ddpm_fast.ops._op import NOISE, Op, goes_through_dispatcher
+from ddpm_fast.ops._op import NOISE, Op
 from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, sample_stride, split_output
 from ddpm_fast.ops._triton import triton_function
 
@@ -50,7 +51,7 @@ def p_step_reference(
     with_x_start: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The formula in plain PyTorch; returns (x', x̂0). ``without`` and ``scale`` are the guidance."""
-    from_x_t, from_out, a, b, h, low, high, sigma = (gather(column, t, x_t) for column in table.unbind(1))
+    from_x_t, from_out, a, b, h, low, high, sigma = gather_columns(table, t, x_t)
     prediction, raw = split_output(out, x_t)
     if without is not None:
         unconditional, _ = split_output(without, x_t)
@@ -102,6 +103,7 @@ def _backward_cpu(arguments, needs, grads):
 def _check(x_t, out, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start) -> None:
     check_data("x_t", x_t)
     check_variance(variance)
+    check_flag("clip", clip)
     check_output(out, "x_t", x_t, variance)
     check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
@@ -175,7 +177,7 @@ def p_step(
     without, scale = (None, 1.0) if guidance is None else guidance
     with_x_start = x_start is not False
     arguments = (x_t, out, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
-    _check(*arguments)
+    _op.check(*arguments)
     into = None
     if x_next is not None or not isinstance(x_start, bool):
         into = {"x_next": x_next, "x_start": None if isinstance(x_start, bool) else x_start}
@@ -185,12 +187,10 @@ def p_step(
 
 
 def _check_destinations(into: dict[str, Tensor | None], arguments: tuple) -> None:
-    x_t, out, _, _, noise, _, _, previous, without, *_ = arguments
+    x_t, out, t, table, noise, _, _, previous, without, *_ = arguments
     x_next, x_start = into.values()
     if x_next is not None:
-        check_destination("x_next", x_next, "x_t", x_t, out, noise, previous, without)
+        check_destination("x_next", x_next, "x_t", x_t, out, t, table, noise, previous, without)
     if x_start is not None:
         other, name = (x_t, "x_t") if previous is None else (previous, "x_start_previous")
-        check_destination("x_start", x_start, name, other, out, noise, without, x_next, None if other is x_t else x_t)
-        if previous is None and not goes_through_dispatcher() and x_start.data_ptr() == x_t.data_ptr():
-            raise ValueError("x_start must not share memory with another input")
+        check_destination("x_start", x_start, name, other, out, t, table, noise, without, x_next, None if other is x_t else x_t, in_place=previous is not None)

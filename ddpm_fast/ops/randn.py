@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.backends import NATIVE_DTYPES, BackendTable, native
-from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, noise_reference
-from ddpm_fast.ops._common import FLOATING
-from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch, library, signed64, unsigned64, was_written
+from ddpm_fast.functorch import draw, in_functorch
+from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, integer, noise_reference
+from ddpm_fast.ops._common import FLOATING, check_target
+from ddpm_fast.ops._op import goes_through_dispatcher, library, signed64, unsigned64, was_written
 from ddpm_fast.ops._triton import triton_function
 
 
@@ -63,7 +64,7 @@ def randn(
         TypeError, ValueError: for a dtype that is not floating, a shape without dimensions, a negative size, or a sample
             of more than 2^34 elements, or an ``out`` that is not like the result.
     """
-    shape = torch.Size(shape)
+    shape = torch.Size([integer("a size", size) for size in shape])
     if not isinstance(noise, Noise):
         raise TypeError(f"noise must be a Noise, got {type(noise).__name__}")
     if dtype not in FLOATING:
@@ -77,7 +78,8 @@ def randn(
     if out is not None:
         _check_out(out, shape, dtype, device)
     if backend is None and (goes_through_dispatcher() or in_functorch()):
-        drawn = torch.ops.ddpm_fast.randn(shape, signed64(noise.seed), noise.stream, signed64(noise.first_sample), dtype, device)
+        key = signed64(noise.seed), noise.stream, signed64(noise.first_sample)
+        drawn = draw(lambda count: torch.ops.ddpm_fast.randn((count, *shape[1:]), *key, dtype, device), shape[0])
         return drawn if out is None else out.copy_(drawn)
     implementation = backends.choose(device, dtype, backend)
     if out is None:
@@ -94,10 +96,7 @@ def _check_out(out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if out.shape != shape or out.dtype != dtype or out.device.type != device.type:
         raise ValueError(f"out must be {dtype} of shape {tuple(shape)} on {device}, got {out.dtype} of shape {tuple(out.shape)} on {out.device}")
-    if not out.is_contiguous():
-        raise ValueError("out must be contiguous")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("out requires a gradient and cannot be written into")
+    check_target("out", out)
 
 
 library.define(

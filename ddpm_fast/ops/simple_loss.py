@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_fast.backends import native
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
+from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table, gather, resolve_noise, table_dtype, take
 from ddpm_fast.ops._native import address, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
 from ddpm_fast.ops._op import NOISE, Op
 from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, prediction_half, sample_stride, split_output
@@ -25,7 +25,7 @@ def simple_loss_reference(
     prediction, _ = split_output(out, x_start)
     target = gather(x_start_coef, t, x_start) * x_start.to(table_dtype(x_start.dtype))
     target = target + gather(noise_coef, t, x_start) * resolve_noise(noise, x_start)
-    return weight[t] * (prediction - target).square().flatten(1).mean(1)
+    return take(weight, t) * (prediction - target).square().flatten(1).mean(1)
 
 
 def _launch(arguments, loss: Tensor | None, grad_loss: Tensor | None, grad_out: Tensor | None) -> None:
@@ -117,5 +117,5 @@ def simple_loss(
         RuntimeError: for a forced backend that is not available here.
     """
     arguments = (out, x_start, t, weight, x_start_coef, noise_coef, noise)
-    _check(*arguments)
+    _op.check(*arguments)
     return _op(arguments, x_start, arithmetic_dtype(out, x_start), backend)

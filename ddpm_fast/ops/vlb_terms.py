@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.backends import native
-from ddpm_fast.ops._common import check_data, check_like, check_t, check_table, gather, table_dtype
+from ddpm_fast.noise import integer
+from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
 from ddpm_fast.ops._native import address, dtype_tag, native_sizes, new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._output import (
@@ -70,7 +71,7 @@ def vlb_terms_reference(
     out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, table: Tensor, variance: str, clip: bool, levels: int, cdf: str, detach_mean: bool
 ) -> Tensor:
     """The formulas in plain PyTorch; fp32 arithmetic (float64 for float64 data)."""
-    from_x_t, from_out, mean1, mean2, true_log_variance, low, high, _ = (gather(column, t, x_t) for column in table.unbind(1))
+    from_x_t, from_out, mean1, mean2, true_log_variance, low, high, _ = gather_columns(table, t, x_t)
     prediction, raw = split_output(out, x_t)
     if detach_mean:
         prediction = prediction.detach()
@@ -129,6 +130,7 @@ def _check(out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean
     check_output(out, "x_t", x_t, variance)
     check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
+    check_flag("clip", clip)
     if not 2 <= levels <= MAX_LEVELS:
         raise ValueError(f"levels must lie in 2..{MAX_LEVELS}, got {levels}")
     if cdf not in CDFS:
@@ -187,6 +189,7 @@ def vlb_terms(
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here.
     """
+    levels = integer("levels", levels)
     arguments = (out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
-    _check(*arguments)
+    _op.check(*arguments)
     return _op(arguments, x_t, arithmetic_dtype(out, x_t), backend)

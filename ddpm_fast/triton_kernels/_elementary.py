@@ -37,12 +37,11 @@ def exponential(x):
 @triton.jit
 def excess_of(d):
     """(½ (e^d - 1), ½ (e^d - 1 - d)), each with its relative precision down to d = 0, the second never negative."""
-    x = tl.where(d > 89.7, 89.7, d)
-    x = tl.where(x < -85.9, -85.9, x)
-    k, r, p = exponent_of(x)
+    linear = tl.where(d > 89.7, 89.7, d)
+    k, r, p = exponent_of(tl.where(linear < -85.9, -85.9, linear))
     power = power_of_two(k, -2)
     rest = power - 0.25
-    return 2.0 * (power * (r + p) + rest), 2.0 * (power * p + ((power * r + rest) + -0.25 * d))
+    return 2.0 * (power * (r + p) + rest), 2.0 * (power * p + ((power * r + rest) + -0.25 * linear))
 
 
 @triton.jit

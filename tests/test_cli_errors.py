@@ -182,6 +182,9 @@ def test_data_that_move_change_and_are_ones_own(folder, tmp_path, command, monke
     assert (first["images"], first["part"]) == (2, "held-out")
 
     moved = folder.rename(tmp_path / "moved")
+    for arguments in (["train", "--resume", "--out", out], ["eval", out, *small]):
+        code, _, error = command(*arguments)
+        assert code == 2 and one_line(error) and f"no longer in {folder}; if they have moved, say where to (data, on the command line --data)" in error
     code, text, error = command("train", "--resume", "--data", moved, "--steps", 2, "--out", out)
     assert code == 0 and "going on after step 1 of 2" in text, error
     assert command("eval", out, *small)[0] == 0 and bound(tmp_path / "eval")["images"] == 2

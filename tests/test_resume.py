@@ -231,7 +231,7 @@ def test_moved_data_are_recognised_by_the_images(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Trainer(config(**options), load_data(tmp_path / "a.npy", levels=17)).run(tmp_path / "run", report=stop_after(2))
     (tmp_path / "a.npy").unlink()
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="images are no longer in .*a.npy; if they have moved, say where to"):
         Trainer.restore(tmp_path / "run")
     with pytest.raises(ValueError, match="others.npy must be the images that .* was trained on, got as many, but others"):
         Trainer.restore(tmp_path / "run", data=str(tmp_path / "others.npy"))

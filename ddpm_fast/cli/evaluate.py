@@ -120,12 +120,12 @@ def images_to_evaluate(source: str, trained: TrainedModel) -> ImageData:
         ValueError: the data of training have changed, and with them which images are held out.
     """
     from ddpm_fast.training import load_data
-    from ddpm_fast.training.trained import fingerprint
+    from ddpm_fast.training.trained import fingerprint, load_run_data
 
     config, known = trained.config, trained.meta.get("fingerprints")  # which the first version did not keep
     options = as_trained(source, trained)
     own = source == config.data or Path(source).resolve() == Path(config.data).resolve()
-    images = load_data(source, **options, **({} if own else {"test_fraction": 1.0}))
+    images = load_run_data(config) if own else load_data(source, **options, test_fraction=1.0)
     if own:
         if known is not None and fingerprint(images.test) != known["test"]:
             raise ValueError(

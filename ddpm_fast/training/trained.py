@@ -13,6 +13,7 @@ from ddpm_fast.diffusion import GaussianDiffusion
 from ddpm_fast.models import UNet
 from ddpm_fast.training.checkpoint import Checkpoint, CheckpointError, check_fits, load_checkpoint, load_into, strip_prefix
 from ddpm_fast.training.config import TrainConfig
+from ddpm_fast.training.data import BUILT_IN, DataError, ImageData, load_data
 
 _META = ("step", "network", "levels", "image_shape", "train")
 
@@ -123,6 +124,17 @@ def _check_meta(meta: dict[str, Any]) -> None:
 
 def cannot_rebuild(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
     return CheckpointError(f"{checkpoint.path} describes a run that this version cannot rebuild: {error}")
+
+
+def load_run_data(config: TrainConfig) -> ImageData:
+    """The images that a run was trained on.
+
+    Raises:
+        DataError: as `load_data`, and where they are no longer where they were.
+    """
+    if config.data not in BUILT_IN and not os.path.exists(config.data):
+        raise DataError(f"the run's images are no longer in {config.data}; if they have moved, say where to (data, on the command line --data)")
+    return load_data(config.data, **config.data_options)
 
 
 def fingerprint(*tensors: Tensor) -> str:

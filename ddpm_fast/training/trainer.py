@@ -31,10 +31,10 @@ from ddpm_fast.training.checkpoint import (
     unpack_optimizer,
 )
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.data import Batches, ImageData, load_data
+from ddpm_fast.training.data import Batches, ImageData
 from ddpm_fast.training.metrics import METRICS, open_metrics, read_metrics
 from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
-from ddpm_fast.training.trained import cannot_rebuild, fingerprint, load_run, rebuilt
+from ddpm_fast.training.trained import cannot_rebuild, fingerprint, load_run, load_run_data, rebuilt
 
 SAVE_MINUTES = 10.0
 
@@ -106,7 +106,7 @@ class Trainer:
             raise ValueError(f"steps must be at least the {step} that are done, got {config.steps}")
         network = rebuilt(checkpoint).config
         if images is None:
-            images = load_data(config.data, **config.data_options)
+            images = load_run_data(config)
         _check_images(images, checkpoint, config)
         try:
             _check_network(network, config.network_arguments(images))

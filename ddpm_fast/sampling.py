@@ -142,7 +142,8 @@ class Sampler:
                 x_start in [-1, 1] and the bool mask broadcast to ``shape``.
             first_sample: global index of the first sample.
             device: of the computation; by default the model's, where it has parameters, else the CPU.
-            callback: called as callback(t, x, x̂0) after each step.
+            callback: called as callback(t, x, x̂0) after each step. What it changes of a UNet on the CPU (weights, mode, hooks) counts
+                from the next call on: each call samples from the network as it is when it starts.
             keep: give ``callback`` new tensors at each step; False writes each step over the one before, which saves memory.
 
         Returns:

@@ -234,12 +234,13 @@ class Sampler:
         return self._graphs[place].set_labels(labels)
 
     def _state_of_model(self) -> tuple:
-        """What a recorded pass depends on: where the weights are, not what they are, and the modes that choose kernels."""
+        """What a recorded pass depends on: which modules, their modes and hooks, and where the weights are and how they lie, not what they are."""
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         if not isinstance(self.model, torch.nn.Module):
             return autocast
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return (*autocast, *(module.training for module in self.model.modules()), *(tensor.data_ptr() for tensor in tensors))
+        modules = [(module, module.training, *module._forward_pre_hooks, *module._forward_hooks) for module in self.model.modules()]
+        tensors = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (*self.model.parameters(), *self.model.buffers())]
+        return *autocast, *modules, *tensors
 
     def _device(self, device: torch.device | str | None) -> torch.device:
         if device is None:

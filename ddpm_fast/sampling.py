@@ -67,7 +67,7 @@ class Sampler:
 
     Args:
         model: any callable (x_t, t) -> output, or (x_t, t, labels) -> output where labels are given; put it in eval mode first. It gets
-            x_t in float32: sample a bf16 network under ``torch.autocast``.
+            x_t in float32, which a UNet in another dtype casts.
         diffusion: what the model was trained for.
         sampler: "ddpm", "ddim" or "dpmpp_2m".
         steps: None for all T, a number of steps, or their ascending list.

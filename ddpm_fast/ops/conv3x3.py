@@ -36,6 +36,8 @@ def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: 
 def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     samples, _, height, width = x.shape
     y = torch.empty((samples, weight.shape[0], height, width), dtype=torch.float32, device="cpu", memory_format=_LAYOUT)
+    if not samples:
+        return y
     (function, arguments), _kept = conv3x3_cpu_call(x, weight, bias, residual, y)
     function(*arguments)
     return y
@@ -49,8 +51,8 @@ def conv3x3_cpu_call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: T
     samples, in_channels, height, width = x.shape
     out_channels, threads = weight.shape[0], torch.get_num_threads()
     transformed = torch.empty((native.cpu_conv3x3_floats(in_channels, out_channels),), dtype=torch.float32, device="cpu")
-    native.cpu_conv3x3_weight(weight.data_ptr(), weight.stride(), in_channels, out_channels, transformed.data_ptr(), threads)
-    addresses = x.data_ptr(), transformed.data_ptr(), address(bias), address(residual), y.data_ptr()
+    native.cpu_conv3x3_weight(address(weight), weight.stride(), in_channels, out_channels, transformed.data_ptr(), threads)
+    addresses = address(x), transformed.data_ptr(), address(bias), address(residual), y.data_ptr()
     arguments = (*addresses, samples, height, width, in_channels, out_channels, threads)
     return (native.cpu_conv3x3, arguments), (x, transformed, bias, residual, y)
 

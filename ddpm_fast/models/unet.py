@@ -239,16 +239,16 @@ class UNet(nn.Module):
                 of the batch each need a Noise of their own. Without one the masks come from PyTorch's generator.
 
         Returns:
-            (N, out_channels, H, W), twice the channels with `learned_variance`, in the dtype of x_t (under autocast in what that
-            gives), contiguous (NCHW) because the diffusion operators read it linearly.
+            (N, out_channels, H, W), twice the channels with `learned_variance`, in the dtype of x_t (under autocast in its own, but
+            for float64), contiguous (NCHW) because the diffusion operators read it linearly.
 
         Raises:
             TypeError: for a wrong dtype.
             ValueError: for a wrong shape, or y given to an unconditional model.
         """
         self._check_inputs(x_t, t, y)
-        dtype, device = self.conv_in.weight.dtype, x_t.device.type
-        if x_t.dtype != dtype and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        dtype = self.conv_in.weight.dtype
+        if x_t.dtype != dtype and not _autocast_unites(x_t, dtype):
             return self.forward(x_t.to(dtype), t, y, dropout=dropout).to(x_t.dtype)
         if dropout is not None and not (isinstance(dropout, Noise) and dropout.first_sample + x_t.shape[0] <= SAMPLES_A_BLOCK):
             raise ValueError(f"dropout must be a Noise whose samples are below 2^48, got {dropout} for {x_t.shape[0]} samples")
@@ -290,6 +290,12 @@ class UNet(nn.Module):
             raise TypeError(f"y must have dtype torch.int64, got {y.dtype}")
         if y.dim() != 1 or y.shape[0] != n:
             raise ValueError(f"y must have shape ({n},), got {tuple(y.shape)}")
+
+
+def _autocast_unites(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast, which leaves float64 alone, casts both x and weights of another dtype."""
+    device = x.device.type
+    return torch.float64 not in (x.dtype, dtype) and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 _OPTIONAL = "head_channels", "num_classes"

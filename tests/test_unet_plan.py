@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from numerics import assert_bits_equal, assert_close_to_exact
+from torch import nn
 from weight_changes import CHANGES
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule, Sampler, UNet, sample
@@ -30,7 +31,7 @@ def network(**arguments):
     net = UNet(**{**SMALL, **arguments}).eval()
     for parameter in net.parameters():
         if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=0.1)
     return net
 
 
@@ -132,7 +133,7 @@ def test_training_and_sampling_take_turns():
     [
         lambda net: net.train(),
         lambda net: net.conv_in.register_forward_hook(lambda *_: torch.zeros(2, 8, 8, 8)),
-        lambda net: setattr(net, "conv_out", torch.nn.Conv2d(8, 2, 3)),
+        lambda net: setattr(net, "conv_out", nn.Conv2d(8, 2, 3)),
         lambda net: setattr(net.mid.block1.norm1, "eps", 1.0),
         lambda net: net.double(),
     ],
@@ -169,6 +170,22 @@ class Inherited(UNet):
     pass
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def plain_weight(net):
+    weight = net.conv_in.weight.detach()
+    del net.conv_in.weight
+    net.conv_in.weight = weight.bfloat16()
+
+
+def with_weight(make):
+    net = network(**ARCHITECTURES[0])
+    net.conv_in.weight = nn.Parameter(make(net.conv_in.weight.detach()))
+    return net
+
+
 def changed(net, change):
     change(net)
     return net
@@ -182,9 +199,13 @@ def changed(net, change):
         (lambda: network(**ARCHITECTURES[0]).train(), "training"),
         (lambda: network(**ARCHITECTURES[0]).double(), "not plain float32"),
         (lambda: changed(network(**ARCHITECTURES[0]), lambda m: m.conv_in.register_forward_hook(lambda *_: None)), "hooks"),
-        (lambda: changed(network(**ARCHITECTURES[0]), lambda m: setattr(m, "conv_out", torch.nn.Sequential(m.conv_out))), "changed: Sequential"),
+        (lambda: changed(network(**ARCHITECTURES[0]), lambda m: setattr(m, "conv_out", nn.Sequential(m.conv_out))), "changed: Sequential"),
         (lambda: changed(network(**ARCHITECTURES[0]), lambda m: setattr(m.conv_in, "forward", lambda x: x)), "changed: Conv3x3"),
         (lambda: changed(network(**ARCHITECTURES[0]), lambda m: m.compile()), "something else"),
+        (lambda: changed(network(**ARCHITECTURES[0]), plain_weight), "changed: Conv3x3"),
+        (lambda: with_weight(lambda w: w.as_subclass(Subclass)), "not plain"),
+        (lambda: with_weight(lambda w: w.transpose(2, 3)), "not plain"),
+        (lambda: with_weight(torch._neg_view), "not plain"),
     ],
 )
 def test_what_is_not_planned(make, reason):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ddpm_fast.backends import native
 from ddpm_fast.models import layers
 from ddpm_fast.models.unet import UNet, _DownLevel, _Middle, _UpLevel
-from ddpm_fast.ops._op import goes_through_dispatcher
+from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch
 from ddpm_fast.ops.attention import attention_cpu
 from ddpm_fast.ops.conv3x3 import conv3x3_cpu_call
 from ddpm_fast.ops.group_norm import group_norm_cpu_call
@@ -35,7 +35,7 @@ def plan_obstacle(model: Any, like: Tensor) -> str:
     """Why a model's passes cannot be planned for batches like this one; empty where they can."""
     if type(model) is not UNet or not like.is_cpu or like.dtype != torch.float32:
         return "plans are for the UNet on the CPU in float32"
-    if native is None or goes_through_dispatcher() or torch.is_autocast_enabled("cpu") or model._compiled_call_impl is not None:
+    if native is None or goes_through_dispatcher() or in_functorch() or torch.is_autocast_enabled("cpu") or model._compiled_call_impl is not None:
         return "there are no kernels, or something else has to see or change the operations"
     if model.training or not all(_plain(p) for p in model.parameters()):
         return "it is training, or its weights are not plain float32"
@@ -43,13 +43,15 @@ def plan_obstacle(model: Any, like: Tensor) -> str:
     general = nn.modules.module
     if general._global_forward_hooks or general._global_forward_pre_hooks or any(getattr(m, name) for m in model.modules() for name in hooks):
         return "it has hooks"
-    changed = [type(m).__name__ for m in model.modules() if type(m) not in _KNOWN or "forward" in vars(m)]
+    own = {"forward", "weight", "bias"}  # as attributes of a module itself they stand for its method and its parameters
+    changed = [type(m).__name__ for m in model.modules() if type(m) not in _KNOWN or own & vars(m).keys()]
     return f"it was changed: {', '.join(changed)}" if changed else ""
 
 
 def _plain(weight: Tensor) -> bool:
     dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
-    return weight.is_cpu and weight.dtype == torch.float32 and dense and not weight.is_neg()
+    kind = type(weight) in (Tensor, nn.Parameter)  # a subclass need not have its values in its memory
+    return kind and weight.is_cpu and weight.dtype == torch.float32 and dense and not weight.is_neg()
 
 
 class UNetPlan:

@@ -214,35 +214,21 @@ void cpu_group_norm_backward(uintptr_t x, int dtype, bool channels_last, int64_t
   cpu::kernels().group_norm_backward(a);
 }
 
-// A few values of a dense weight, spread over its channels and places, by which a transformed weight knows what it was made from.
-using Probe = std::array<float, conv3x3_probe>;
-Probe probe(const float* weight, int64_t count) {
-  Probe values;
-  const int64_t step = count / conv3x3_probe + 1;
-  for (int64_t i = 0; i < conv3x3_probe; ++i) values[size_t(i)] = weight[i * step % count];
-  return values;
-}
-
-// The probe, then U; a dense weight. See cpu_conv3x3_floats.
+// A weight of any strides to U, of cpu_conv3x3_floats values.
 void cpu_conv3x3_weight(uintptr_t weight, const std::array<int64_t, 4>& strides, int64_t channels_in, int64_t channels_out,
                         uintptr_t transformed, int threads) {
-  const Probe made_from = probe(floats(weight), 9 * channels_in * channels_out);
-  std::memcpy(pointer<float>(transformed), made_from.data(), sizeof made_from);
   cpu::kernels().conv3x3_weight({floats(weight), {strides[0], strides[1], strides[2], strides[3]}, channels_in, channels_out,
-                                 pointer<float>(transformed) + conv3x3_probe, threads});
+                                 pointer<float>(transformed), threads});
 }
 int64_t cpu_conv3x3_floats(int64_t channels_in, int64_t channels_out) {
-  return conv3x3_probe + (channels_out + conv3x3_panel - 1) / conv3x3_panel * conv3x3_panel * 16 * channels_in;
+  return (channels_out + conv3x3_panel - 1) / conv3x3_panel * conv3x3_panel * 16 * channels_in;
 }
 
-// Addresses of bias and residual may be 0. False, and nothing is done, where the weight is not the one that was transformed.
-bool cpu_conv3x3(uintptr_t x, uintptr_t weight, uintptr_t transformed, uintptr_t bias, uintptr_t residual, uintptr_t y, int64_t samples,
-                 int64_t height, int64_t width, int64_t channels_in, int64_t channels_out, int threads) {
-  const Probe now = probe(floats(weight), 9 * channels_in * channels_out);
-  if (std::memcmp(now.data(), floats(transformed), sizeof now)) return false;
-  cpu::kernels().conv3x3({floats(x), floats(transformed) + conv3x3_probe, floats(bias), floats(residual), pointer<float>(y), samples,
-                          height, width, channels_in, channels_out, threads});
-  return true;
+// Addresses of bias and residual may be 0.
+void cpu_conv3x3(uintptr_t x, uintptr_t transformed, uintptr_t bias, uintptr_t residual, uintptr_t y, int64_t samples, int64_t height,
+                 int64_t width, int64_t channels_in, int64_t channels_out, int threads) {
+  cpu::kernels().conv3x3({floats(x), floats(transformed), floats(bias), floats(residual), pointer<float>(y), samples, height, width,
+                          channels_in, channels_out, threads});
 }
 
 #if defined(DDPM_FAST_CUDA)

@@ -67,7 +67,7 @@ class Sampler:
 
     Args:
         model: any callable (x_t, t) -> output, or (x_t, t, labels) -> output where labels are given; put it in eval mode first. It gets
-            x_t in float32: sample a bf16 network under ``torch.autocast``.
+            x_t in float32, which a UNet in another dtype casts.
         diffusion: what the model was trained for.
         sampler: "ddpm", "ddim" or "dpmpp_2m".
         steps: None for all T, a number of steps, or their ascending list.
@@ -142,7 +142,8 @@ class Sampler:
                 x_start in [-1, 1] and the bool mask broadcast to ``shape``.
             first_sample: global index of the first sample.
             device: of the computation; by default the model's, where it has parameters, else the CPU.
-            callback: called as callback(t, x, x̂0) after each step.
+            callback: called as callback(t, x, x̂0) after each step. What it changes of a UNet on the CPU (weights, mode, hooks) counts
+                from the next call on: each call samples from the network as it is when it starts.
             keep: give ``callback`` new tensors at each step; False writes each step over the one before, which saves memory.
 
         Returns:
@@ -233,12 +234,13 @@ class Sampler:
         return self._graphs[place].set_labels(labels)
 
     def _state_of_model(self) -> tuple:
-        """What a recorded pass depends on: where the weights are, not what they are, and the modes that choose kernels."""
+        """What a recorded pass depends on: which modules, their modes and hooks, and where the weights are and how they lie, not what they are."""
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         if not isinstance(self.model, torch.nn.Module):
             return autocast
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return (*autocast, *(module.training for module in self.model.modules()), *(tensor.data_ptr() for tensor in tensors))
+        modules = [(module, module.training, *module._forward_pre_hooks, *module._forward_hooks) for module in self.model.modules()]
+        tensors = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (*self.model.parameters(), *self.model.buffers())]
+        return *autocast, *modules, *tensors
 
     def _device(self, device: torch.device | str | None) -> torch.device:
         if device is None:

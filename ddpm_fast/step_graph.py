@@ -1,7 +1,8 @@
 """A reverse step as a CUDA graph: what the host has to say for a step is then two launches, whatever the network's size."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,6 +38,17 @@ def cuda_capture(body: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+@contextlib.contextmanager
+def _autocast_without_cache() -> Iterator[None]:
+    """Autocast keeps the casts of weights till it ends: a graph would go on reading those of the warm-up, whose memory is then given back."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 class StepGraph:
     """A :class:`ReverseStep` of one batch shape, recorded once: model, guidance, thresholding and p_step.
 
@@ -54,7 +66,8 @@ class StepGraph:
         self.x = torch.zeros_like(like, memory_format=torch.contiguous_format)
         self.x_start, self.z = torch.zeros_like(self.x), torch.zeros_like(self.x) if step.table.draws else None
         self.t, self.row = step.model_t[0].clone(), step.row_index[0].clone()
-        self._replay = capture(self._body)
+        with _autocast_without_cache():
+            self._replay = capture(self._body)
 
     def _body(self) -> None:
         # A table's first step multiplies its history by zero: any finite memory will do.

@@ -1,9 +1,8 @@
-"""conv3x3: the CPU kernel against float64, its bits, the transformed weight that it keeps, what is left to PyTorch, errors."""
+"""conv3x3: the CPU kernel against float64, its bits, weights that change, what is left to PyTorch, errors."""
 from __future__ import annotations
 
 import copy
 import functools
-import gc
 import io
 import math
 from unittest import mock
@@ -14,12 +13,12 @@ import torch.nn.functional as F
 from numerics import Rounded, assert_bits_equal, assert_close_to_exact, assert_within_rounding, networks_rounding
 from op_cases import thread_count
 from torch import nn
+from weight_changes import CHANGES
 
-from ddpm_fast import EMA, UNet
+from ddpm_fast import UNet
 from ddpm_fast.backends import native
 from ddpm_fast.models import layers
 from ddpm_fast.ops import conv3x3
-from ddpm_fast.ops.conv3x3 import _Transformed
 
 # (N, H, W, C, K)
 SIZES = [
@@ -35,6 +34,7 @@ SIZES = [
     (2, 16, 16, 256, 64),  # several blocks
     (1, 4, 4, 512, 256),  # a weight larger than the second-level cache
 ]
+ENOUGH = (11, 6, 4, 16, 32)  # 66 tiles, for the kernel to be the default
 every_size = pytest.mark.parametrize("size", SIZES, ids=str)
 needs_kernel = pytest.mark.skipif(native is None, reason="ddpm_fast._C was not built")
 
@@ -153,6 +153,16 @@ def test_forced_on_other_layouts(make_other):
     assert_bits_equal(conv3x3(make_other(x), make_other(weight), bias, residual=make_other(residual), backend="cpu"), expected)
 
 
+@needs_kernel
+@pytest.mark.parametrize("place", range(4))
+def test_tensors_that_are_negated_when_read(place):
+    tensors = list(make(ENOUGH))
+    expected = conv3x3(*tensors[:3], residual=tensors[3], backend="cpu")
+    tensors[place] = torch._neg_view(-tensors[place])
+    assert_bits_equal(conv3x3(*tensors[:3], residual=tensors[3], backend="cpu"), expected)
+    assert_bits_equal(conv3x3(*tensors[:3], residual=tensors[3]), plain(*tensors))
+
+
 @pytest.mark.backends("conv3x3")
 def test_empty_batch(backend):
     x, weight, bias, _ = make((3, 4, 4, 5, 7))
@@ -196,103 +206,49 @@ def test_what_is_not_finite_reaches_two_pixels(bad, isa):
     assert_bits_equal(hurt[keep], whole[keep])
 
 
-# The transformed weight.
-
-
-def changed_by(name, layer):
-    """Changes the layer's weight."""
-    weight = layer.weight
-    if name == "load_state_dict":
-        layer.load_state_dict({"weight": torch.randn_like(weight), "bias": torch.zeros_like(layer.bias)})
-    elif name.startswith("Adam"):
-        weight.grad = torch.randn_like(weight)
-        torch.optim.Adam([weight], lr=0.1, **({"fused": True} if "fused" in name else {"foreach": "foreach" in name})).step()
-    elif name == "EMA":
-        ema = EMA(layer)
-        ema._parameters["weight"].normal_()
-        ema.copy_to(layer)
-    elif name == "inference_mode":
-        with torch.inference_mode():
-            weight.mul_(2.0)
-    elif name == "one element":
-        with torch.no_grad():
-            weight[3, 2, 1, 0] += 1.0
-    elif name == "data":
-        weight.data.mul_(2.0)
-    elif name == "new data":
-        weight.data = torch.randn_like(weight)
-    elif name == "to":
-        layer.double().float().to(memory_format=torch.contiguous_format)
-        with torch.no_grad():
-            weight.mul_(0.5)
-    elif name == "numpy":
-        weight.detach().numpy()[:] *= 3.0
-
-
-CHANGES = [
-    "load_state_dict", "Adam", "Adam, foreach", "Adam, fused", "EMA", "inference_mode", "one element", "data", "new data", "to", "numpy",
-]  # fmt: skip
+# Weights that change.
 
 
 @needs_kernel
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_weight_is_transformed_anew(name):
+def test_the_weight_is_that_of_now(name):
     torch.manual_seed(1)
-    layer = layers.Conv3x3(16, 12)
-    x = channels_last(torch.randn(2, 16, 6, 6))
+    layer = layers.Conv3x3(16, 12).to(memory_format=torch.channels_last)
+    x = channels_last(torch.randn(8, 16, 6, 6))
+    assert native_calls(lambda: layer(x)) == 1
     with torch.no_grad():
         before = layer(x)
-        assert_bits_equal(layer(x), before)
-    changed_by(name, layer)
-    with torch.no_grad():
-        after = layer(x)
+        CHANGES[name](layer)
+        after, expected = layer(x), conv3x3(x, layer.weight.detach().clone(), layer.bias.detach().clone(), backend="cpu")
     assert not torch.equal(after, before)
-    assert_within_rounding(after, with_bias(winograd(x, layer.weight.detach()), layer.bias.detach()))
+    assert_bits_equal(after, expected)
 
 
-def kept_weights():
-    gc.collect()
-    return sum(type(found) is _Transformed for found in gc.get_objects())
-
-
-@needs_kernel
-def test_is_freed_with_its_weight():
-    count = kept_weights()
-    layer, x = layers.Conv3x3(16, 4), channels_last(torch.randn(1, 16, 2, 2))
-    twin = copy.deepcopy(layer)
-    with torch.no_grad():
-        for module in (layer, layer, twin):
-            module(x)
-    assert kept_weights() == count + 2
-    del layer, twin, module
-    assert kept_weights() == count
+def native_calls(function):
+    """How often it calls the kernel, without gradients."""
+    with torch.no_grad(), mock.patch.object(native, "cpu_conv3x3", mock.Mock(side_effect=native.cpu_conv3x3)) as calls:
+        function()
+    return calls.call_count
 
 
 @needs_kernel
 @torch.no_grad()
-def test_what_is_kept_goes_nowhere():
-    # Not into a copy, nor into a file, nor in the way of parameters that PyTorch swaps.
-    layer, x = layers.Conv3x3(16, 4), channels_last(torch.randn(1, 16, 2, 2))
-    expected = layer(x)
+def test_nothing_is_left_on_the_weight():
+    layer, x = layers.Conv3x3(16, 4), channels_last(torch.randn(1, 16, 16, 16))
+    assert native_calls(lambda: layer(x)) == 1
+    assert not vars(layer.weight) and not vars(layer.bias)
     file = io.BytesIO()
-    torch.save(layer, file)
+    torch.save(list(layer.parameters()), file)
     file.seek(0)
-    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
-        assert getattr(other.weight, "_conv3x3_transformed", None) is None
-        assert_bits_equal(other(x), expected)
-    twin = layers.Conv3x3(16, 4)
-    swapped = twin(x)
-    torch.utils.swap_tensors(layer.weight, twin.weight)
-    torch.utils.swap_tensors(layer.bias, twin.bias)
-    assert_bits_equal(layer(x), swapped)
-    assert_bits_equal(twin(x), expected)
+    for loaded, parameter in zip(torch.load(file, weights_only=True), layer.parameters(), strict=True):
+        assert_bits_equal(loaded, parameter)
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @torch.no_grad()
 def test_pytorchs_defaults_change_nothing(dtype):
-    x, weight, bias, residual = make((2, 6, 4, 16, 32))
+    x, weight, bias, residual = make(ENOUGH)
     expected = conv3x3(x, weight, bias, residual=residual)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -312,10 +268,8 @@ class Subclass(torch.Tensor):
 
 def refusals():
     """name -> a call that the kernel does not serve, and PyTorch's answer."""
-    x, weight, bias, residual = make((2, 6, 4, 16, 32))
+    x, weight, bias, residual = make(ENOUGH)
     leaf = lambda y: y.clone().requires_grad_()  # noqa: E731
-    with torch.inference_mode():
-        inference = weight.clone()
     half = [y.bfloat16() for y in (x, weight, bias, residual)]
 
     def autocast(function):
@@ -336,8 +290,8 @@ def refusals():
         "NCHW residual": lambda f: f(x, weight, bias, residual=residual.contiguous()),
         "weight with gaps": lambda f: f(x, torch.cat([weight] * 2, 1)[:, :16], bias, residual=residual),
         "subclass": lambda f: f(x.as_subclass(Subclass), weight, bias, residual=residual),
-        "weight made in inference_mode": lambda f: f(x, inference, bias, residual=residual),
         "autocast": autocast,
+        "fewer tiles": lambda f: f(x[:10], weight, bias, residual=residual[:10]),
         "fewer channels": lambda f: f(channels_last(x[:, :15]), channels_last(weight[:, :15]), bias, residual=residual),
         "compiled": compiled,
         "vmap": lambda f: torch.func.vmap(lambda y: f(y[None], weight, bias))(x),
@@ -355,12 +309,14 @@ def test_left_to_pytorch(name):
 
 @needs_kernel
 def test_the_kernel_is_the_default_without_a_gradient():
-    x, weight, bias, residual = make((2, 6, 4, 16, 32))
+    x, weight, bias, residual = make(ENOUGH)
     expected = conv3x3(x, weight, bias, residual=residual, backend="cpu")
     assert not torch.equal(expected, plain(x, weight, bias, residual))  # what the test above can tell
     assert_bits_equal(conv3x3(x, weight, bias, residual=residual), expected)
     with torch.inference_mode():
         assert_bits_equal(conv3x3(x.clone(), weight, bias, residual=residual), expected)
+        made_there = weight.clone()
+    assert_bits_equal(conv3x3(x, made_there, bias, residual=residual), expected)
     parameter = nn.Parameter(weight.contiguous())
     with torch.no_grad():
         assert_bits_equal(conv3x3(x, parameter, bias, residual=residual), expected)
@@ -379,7 +335,7 @@ def test_unet_in_evaluation():
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
-    x_t, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 400, 999])
+    x_t, t = torch.randn(18, 1, 8, 8), torch.tensor([0, 400, 999] * 6)  # 72 tiles where there are 4 × 4 pixels
     with torch.no_grad(), mock.patch.object(layers, "conv3x3", mock.Mock(side_effect=conv3x3)) as calls:
         got = model(x_t, t)
         assert calls.call_count == 19
@@ -424,7 +380,6 @@ def test_wrong_input(changes, error, message):
         ("gradient of the bias", "has no gradient; call it under torch.no_grad()"),
         ("bfloat16", "takes float32, got torch.bfloat16"),
         ("subclass", "takes plain tensors, got Subclass"),
-        ("weight made in inference_mode", "takes no weight made in torch.inference_mode(), whose changes nobody counts"),
         ("vmap", "is not for compiling, tracing or transforming: it is no operator of PyTorch"),
     ],
 )

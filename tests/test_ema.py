@@ -3,6 +3,7 @@
 import io
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -146,6 +147,89 @@ def test_state_round_trip_through_a_file():
         train_step(model, 5)
         ema.update(model)
         other.update(model)
+
+
+class Mixed(nn.Module):
+    """Integer parameters between the others, as of a quantised layer or a list of codes; buffers of two kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(3))
+        self.codes = nn.Parameter(torch.arange(4), requires_grad=False)
+        self.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
+        self.spectrum = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        self.last = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("scale", torch.ones(2))
+
+
+@torch.no_grad()
+def test_integers_are_copied():
+    model = Mixed()
+    ema = EMA(model, decay=0.5, warmup=False)
+    for x in (*model.parameters(), *model.buffers()):
+        x.copy_(~x if x.dtype == torch.bool else x + 2)
+    ema.update(model)
+    state = ema.state_dict()
+    expected = dict(
+        first=torch.full((3,), 2.0), codes=torch.arange(4) + 2, mask=torch.tensor([False, True]), spectrum=torch.full((2,), 2 + 0j), last=torch.full((2,), 2.0)
+    )
+    assert_equal(state["parameters"], expected)
+    assert_equal(state["buffers"], dict(count=torch.tensor(2), scale=torch.full((2,), 3.0)))
+    own = snapshot(model)
+    with ema.applied(model):
+        assert_equal(snapshot(model), {name: x.to(own[name].dtype) for name, x in {**state["parameters"], **state["buffers"]}.items()})
+    assert_equal(snapshot(model), own)
+
+
+def wrappers():
+    return {"DataParallel": nn.DataParallel, "compile": lambda model: torch.compile(model, backend="eager"),
+            "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", wrappers())
+def test_wrappers_of_the_model_stand_for_it(name):
+    model = small_model()
+    wrapped, ema = wrappers()[name](model), EMA(model, decay=0.5)
+    of_wrapper = EMA(wrapped, decay=0.5)
+    expected = EMA(model, decay=0.5)
+    train_step(model, 0)
+    ema.update(wrapped)
+    of_wrapper.update(model)
+    of_wrapper.update(wrapped)
+    expected.update(model)
+    assert_equal(ema.state_dict()["parameters"], expected.state_dict()["parameters"])
+    expected.update(model)
+    assert_equal(of_wrapper.state_dict()["parameters"], expected.state_dict()["parameters"])
+    own = snapshot(model)
+    with ema.applied(wrapped) as inside:
+        assert inside is wrapped
+        assert_equal(dict(model.named_parameters()), ema.state_dict()["parameters"])
+    assert_equal(snapshot(model), own)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_at_the_end_leaves_the_beginning():
+    model = Mixed()
+    ema = EMA(model, decay=0.5)
+    before = {name: x.clone() for name, x in ema.state_dict()["parameters"].items()}
+    model.first.add_(1.0)
+    model.last = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+    own = snapshot(model)
+    for method in (ema.update, ema.copy_to, lambda m: ema.applied(m).__enter__()):
+        with pytest.raises(ValueError, match="parameter last must be of a kind with torch.float32, as when the EMA was created, got torch.int64"):
+            method(model)
+    assert_equal(ema.state_dict()["parameters"], before)
+    assert_equal(snapshot(model), own)
+    assert ema.num_updates == 0
+
+
+def test_numbers_of_numpy():
+    ema = EMA(nn.Linear(2, 3), decay=np.float32(0.5), warmup=np.bool_(False))
+    ema.load_state_dict({**ema.state_dict(), "num_updates": np.int64(7)})
+    assert type(ema.num_updates) is int and ema.num_updates == 7 and ema.current_decay() == 0.5
+    with pytest.raises(TypeError, match="num_updates must be an integer, got 7.5"):
+        ema.load_state_dict({**ema.state_dict(), "num_updates": 7.5})
 
 
 def test_a_model_without_parameters():

@@ -85,6 +85,54 @@ def test_a_graph_is_of_the_weights_that_it_was_recorded_with():
     assert next(iter(draw._graphs.values())) is graph
 
 
+def test_a_graph_is_of_the_modules_hooks_and_layouts_that_it_was_recorded_with():
+    net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh())
+    draw = captured(Of(net), DIFFUSION, steps=3)
+    drawn = [draw(SHAPE)]
+    handles = []
+    for change in (
+        lambda: handles.append(net.register_forward_hook(lambda *arguments: 0.5 * arguments[-1])),
+        lambda: handles.pop().remove(),
+        lambda: net.__setitem__(1, torch.nn.Sigmoid()),
+        lambda: setattr(net[0], "weight", torch.nn.Parameter(net[0].weight.detach().t())),  # the same memory
+    ):
+        change()
+        drawn.append(draw(SHAPE))
+        assert_bits_equal(drawn[-1], Sampler(Of(net), DIFFUSION, steps=3)(SHAPE))
+        assert not torch.equal(drawn[-1], drawn[-2])
+
+
+class Casts(TorchDispatchMode):
+    """Counts the tensors that are cast, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        if function.overloadpacket._qualified_op_name == "aten::_to_copy":
+            self.shapes.append(tuple(arguments[0].shape))
+        return function(*arguments, **(kwargs or {}))
+
+
+def test_under_autocast_a_graph_has_the_casts_of_the_weights_in_it():
+    # Autocast keeps them till it ends: a graph without them would read what the warm-up left, of old weights and in memory given back.
+    net, casts = torch.nn.Linear(5, 5), Casts()
+
+    def capture(body):
+        body()  # the warm-up
+        with casts:
+            body()
+        return body
+
+    draw = captured(Of(net), DIFFUSION, steps=3)
+    draw._capture = capture
+    with torch.autocast("cpu", torch.bfloat16):
+        draw(SHAPE)
+        assert torch.is_autocast_cache_enabled()
+    assert (5, 5) in casts.shapes
+
+
 def test_the_old_graph_goes_before_the_new_one_is_recorded():
     draw = captured(model, DIFFUSION, steps=3)
     draw(SHAPE)

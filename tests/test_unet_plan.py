@@ -1,9 +1,14 @@
 """Planned passes of the UNet: what UNet.forward gives, for every architecture, and when there is no plan."""
+import copy
+import io
+
 import pytest
 import torch
 from numerics import assert_bits_equal, assert_close_to_exact, networks_rounding
+from torch import nn
+from weight_changes import CHANGES
 
-from ddpm_fast import EMA, GaussianDiffusion, NoiseSchedule, Sampler, UNet, sample
+from ddpm_fast import GaussianDiffusion, NoiseSchedule, Sampler, UNet, sample
 from ddpm_fast.backends import native_missing
 from ddpm_fast.models.unet_plan import UNetPlan, plan_obstacle
 from ddpm_fast.reverse_step import ReverseStep
@@ -26,7 +31,7 @@ def network(**arguments):
     net = UNet(**{**SMALL, **arguments}).eval()
     for parameter in net.parameters():
         if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=0.1)
     return net
 
 
@@ -93,27 +98,66 @@ def test_sampling_by_a_plan_is_sampling(sampler, guided):
     assert_close_to_exact(alone, exact[1:2], atol=rounding)
 
 
-def test_a_sampler_sees_the_weights_of_now():
-    net = network(**ARCHITECTURES[0])
-    draw = Sampler(net, GaussianDiffusion(NoiseSchedule.linear(20, 1e-3, 0.3)), "ddim", steps=3)
-    before = draw((2, 2, 8, 8))
-    other = network(**ARCHITECTURES[0])
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    changes = [lambda: net.load_state_dict(other.state_dict()), lambda: EMA(network(**ARCHITECTURES[0])).copy_to(net)]
-    for change, expected in zip(changes, (draw.__class__(other, draw.diffusion, "ddim", steps=3)((2, 2, 8, 8)), before), strict=True):
-        change()
-        assert_bits_equal(draw((2, 2, 8, 8)), expected)
+# A network that changes.
 
 
-def test_weights_that_change_under_a_plan_are_noticed():
-    net = network(channel_mult=(2,), num_blocks=1, attention_resolutions=())
-    plan = UNetPlan(net, (2, 2, 8, 8), STEPS, None)
-    with torch.no_grad():
-        net.mid.block1.conv1.weight.mul_(2.0)
-    with pytest.raises(RuntimeError, match="the network's weights have changed while it was sampled from"):
-        plan(images(2), 0)
+def sampler_of(net):
+    return Sampler(net, GaussianDiffusion(NoiseSchedule.linear(20, 1e-3, 0.3)), "ddim", steps=3)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("arguments", [ARCHITECTURES[1], ARCHITECTURES[3]], ids=["attention and resampling", "classes"])
+def test_a_call_samples_from_the_weights_of_its_start(arguments, name):
+    net, shape = network(**arguments), (2, 2, 8, 8)
+    draw = sampler_of(net)
+    before = draw(shape)
+    during = draw(shape, callback=lambda t, *_: t == draw.table.timesteps[-1] and CHANGES[name](net))  # after the first step
+    assert_bits_equal(during, before)
+    after = draw(shape)
+    assert not torch.equal(after, before)
+    assert_bits_equal(after, sampler_of(copy.deepcopy(net))(shape))
+
+
+def test_training_and_sampling_take_turns():
+    net = network(**ARCHITECTURES[1])
+    x, t = images(4), torch.tensor([0, 5, 11, 19])
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, fused=True)
+    drawn = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        net.train()(x, t).square().mean().backward()
+        optimizer.step()
+        drawn.append(sampler_of(net.eval())((2, 2, 8, 8)))
+        assert_bits_equal(drawn[-1], sampler_of(copy.deepcopy(net))((2, 2, 8, 8)))
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.train(),
+        lambda net: net.conv_in.register_forward_hook(lambda *_: torch.zeros(2, 8, 8, 8)),
+        lambda net: setattr(net, "conv_out", nn.Conv2d(8, 2, 3)),
+        lambda net: setattr(net.mid.block1.norm1, "eps", 1.0),
+        lambda net: net.double(),
+    ],
+    ids=["mode", "hook", "module", "eps", "dtype"],
+)
+def test_what_a_callback_does_to_the_network_is_for_the_next_call(change):
+    net = network(**ARCHITECTURES[0], dropout=0.5)
+    expected = sampler_of(net)((2, 2, 8, 8))
+    assert_bits_equal(sampler_of(net)((2, 2, 8, 8), callback=lambda t, *_: change(net)), expected)
+
+
+def test_sampling_leaves_nothing_on_the_parameters():
+    net = network(**ARCHITECTURES[1])
+    sampler_of(net)((2, 2, 8, 8))
+    assert not any(vars(parameter) for parameter in net.parameters())
+    file = io.BytesIO()
+    torch.save(list(net.parameters()), file)
+    file.seek(0)
+    for loaded, parameter in zip(torch.load(file, weights_only=True), net.parameters(), strict=True):
+        assert_bits_equal(loaded, parameter)
 
 
 def test_pytorchs_defaults_change_nothing():
@@ -130,6 +174,22 @@ class Inherited(UNet):
     pass
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def plain_weight(net):
+    weight = net.conv_in.weight.detach()
+    del net.conv_in.weight
+    net.conv_in.weight = weight.bfloat16()
+
+
+def with_weight(make):
+    net = network(**ARCHITECTURES[0])
+    net.conv_in.weight = nn.Parameter(make(net.conv_in.weight.detach()))
+    return net
+
+
 def changed(net, change):
     change(net)
     return net
@@ -143,9 +203,13 @@ def changed(net, change):
         (lambda: network(**ARCHITECTURES[0]).train(), "training"),
         (lambda: network(**ARCHITECTURES[0]).double(), "not plain float32"),
         (lambda: changed(network(**ARCHITECTURES[0]), lambda m: m.conv_in.register_forward_hook(lambda *_: None)), "hooks"),
-        (lambda: changed(network(**ARCHITECTURES[0]), lambda m: setattr(m, "conv_out", torch.nn.Sequential(m.conv_out))), "changed: Sequential"),
+        (lambda: changed(network(**ARCHITECTURES[0]), lambda m: setattr(m, "conv_out", nn.Sequential(m.conv_out))), "changed: Sequential"),
         (lambda: changed(network(**ARCHITECTURES[0]), lambda m: setattr(m.conv_in, "forward", lambda x: x)), "changed: Conv3x3"),
         (lambda: changed(network(**ARCHITECTURES[0]), lambda m: m.compile()), "something else"),
+        (lambda: changed(network(**ARCHITECTURES[0]), plain_weight), "changed: Conv3x3"),
+        (lambda: with_weight(lambda w: w.as_subclass(Subclass)), "not plain"),
+        (lambda: with_weight(lambda w: w.transpose(2, 3)), "not plain"),
+        (lambda: with_weight(torch._neg_view), "not plain"),
     ],
 )
 def test_what_is_not_planned(make, reason):

@@ -132,7 +132,6 @@ struct GroupNormArguments {
 };
 
 constexpr int conv3x3_panel = 32;  // output channels that a transformed weight has side by side
-constexpr int conv3x3_probe = 64;  // values of the weight itself that are kept before it: whole cache lines
 
 // y = conv(x, weight) + bias + residual: 3 × 3, stride 1, padding 1. All fp32.
 struct Conv3x3Arguments {

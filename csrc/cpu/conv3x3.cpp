@@ -157,6 +157,41 @@ DDPM_INLINE void transform_panel(const Conv3x3Arguments& a, const Tiling& tiling
   }
 }
 
+// U's.
+constexpr int taps = 9;
+typedef double Wide __attribute__((vector_size(4 * lanes)));  // half as many values as a Vec
+typedef float Narrow __attribute__((vector_size(2 * lanes)));
+
+// G of three values.
+DDPM_INLINE void transform_taps(const Wide (&g)[3], Wide (&u)[window]) {
+  u[0] = g[0], u[1] = 0.5 * (g[0] + g[1] + g[2]), u[2] = 0.5 * (g[0] - g[1] + g[2]), u[3] = g[2];
+}
+
+// G g Gᵀ for the output channels of a register from k on, to `u` and on from point to point.
+DDPM_INLINE void transform_weight(const float (&g)[taps][panel], int k, float* u, int64_t u_stride) {
+  Narrow transformed[2][points];
+  for (int half = 0; half < 2; ++half) {
+    Wide columns[3][window];  // (column, row): transformed down each column
+    for (int j = 0; j < 3; ++j) {
+      Wide down[3];
+      for (int i = 0; i < 3; ++i) {
+        Narrow values;
+        std::memcpy(&values, &g[i * 3 + j][k + half * lanes / 2], sizeof values);
+        down[i] = __builtin_convertvector(values, Wide);
+      }
+      transform_taps(down, columns[j]);
+    }
+    for (int i = 0; i < window; ++i) {
+      const Wide along[3] = {columns[0][i], columns[1][i], columns[2][i]};
+      Wide row[window];
+      transform_taps(along, row);
+      for (int j = 0; j < window; ++j) transformed[half][i * window + j] = __builtin_convertvector(row[j], Narrow);
+    }
+  }
+  for (int point = 0; point < points; ++point)  // whole lines at a time: those of all points may share a set of the cache
+    for (int half = 0; half < 2; ++half) std::memcpy(u + point * u_stride + half * lanes / 2, &transformed[half][point], sizeof(Narrow));
+}
+
 thread_local Scratch scratch;
 
 }  // namespace
@@ -182,27 +217,26 @@ void conv3x3(const Conv3x3Arguments& a) {
   });
 }
 
-// U of a weight of any strides, in float64 until it is stored; channels that fill up the last panel are zero.
+// U of a weight of any strides, in float64 until it is stored; channels that fill up the last panel are zero. A task is a panel of a
+// chunk of input channels: what it reads is laid down with the panel's channels side by side, and transformed a register at a time.
 void conv3x3_weight(const Conv3x3WeightArguments& a) {
-  const int64_t panels = (a.channels_out + panel - 1) / panel;
-  parallel_ranges(panels * a.channels_in, panels * panel * a.channels_in * points, a.threads, [&](int64_t task, int64_t last) {
+  const int64_t chunks = (a.channels_in + chunk - 1) / chunk, panels = (a.channels_out + panel - 1) / panel;
+  parallel_ranges(panels * chunks, panels * panel * a.channels_in * points, a.threads, [&](int64_t task, int64_t last) {
+    float g[chunk][taps][panel];
     for (; task < last; ++task) {
-      const int64_t c = task % a.channels_in, first = task / a.channels_in * panel;
-      float* const target = a.transformed + (first * points * a.channels_in + c * panel);
-      for (int k = 0; k < panel; ++k) {
-        const bool present = first + k < a.channels_out;
-        double rows[window][3];  // G g
-        for (int j = 0; j < 3; ++j) {
-          double g[3];
-          for (int i = 0; i < 3; ++i)
-            g[i] = present ? a.weight[(first + k) * a.strides[0] + c * a.strides[1] + i * a.strides[2] + j * a.strides[3]] : 0.0f;
-          rows[0][j] = g[0], rows[1][j] = 0.5 * (g[0] + g[1] + g[2]), rows[2][j] = 0.5 * (g[0] - g[1] + g[2]), rows[3][j] = g[2];
+      const int64_t out = task / chunks * panel, in = task % chunks * chunk;
+      const int64_t used = a.channels_out - out < panel ? a.channels_out - out : panel;
+      const int64_t count = a.channels_in - in < chunk ? a.channels_in - in : chunk;
+      if (used < panel) std::memset(g, 0, sizeof g);
+      for (int64_t k = 0; k < used; ++k)
+        for (int tap = 0; tap < taps; ++tap) {
+          const float* const from = a.weight + (out + k) * a.strides[0] + in * a.strides[1] + tap / 3 * a.strides[2] + tap % 3 * a.strides[3];
+          for (int64_t c = 0; c < count; ++c) g[c][tap][k] = from[c * a.strides[1]];
+          __builtin_prefetch(from + chunk * a.strides[1]);  // the next task's: lines far apart, which no processor foresees
         }
-        for (int i = 0; i < window; ++i) {
-          const double *const g = rows[i], u[window] = {g[0], 0.5 * (g[0] + g[1] + g[2]), 0.5 * (g[0] - g[1] + g[2]), g[2]};
-          for (int j = 0; j < window; ++j) target[(i * window + j) * a.channels_in * panel + k] = float(u[j]);
-        }
-      }
+      for (int64_t c = 0; c < count; ++c)
+        for (int k = 0; k < panel; k += lanes)
+          transform_weight(g[c], k, a.transformed + out * points * a.channels_in + (in + c) * panel + k, a.channels_in * panel);
     }
   });
 }

@@ -3,7 +3,7 @@
 // A tile is 2 × 2 pixels of y; it depends on 4 × 4 of x. Both transforms are sums and differences alone, and between them stand 16
 // products, one a point ξ, of (tiles, channels_in) with (channels_in, channels_out): 16 multiplications where the sum has 36.
 //
-//   U = G g Gᵀ           the weight's transform, made once: (panels, points, channels_in, panel)
+//   U = G g Gᵀ           the weight's transform: (panels, points, channels_in, panel)
 //   V = Bᵀ d B           a block of tiles of x:             (points, groups, chunks, group, chunk)
 //   M = V U, a point     a panel of it:                     (points, tiles, panel)
 //   y = Aᵀ M A           + bias + residual

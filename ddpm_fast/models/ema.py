@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 class EMA:
     """An exponential moving average of the parameters of `model`, kept beside it.
 
-    Ho et al. (2020) evaluate such an average with decay 0.9999. Buffers are not averaged but copied, as a running
-    statistic is an average already and an integer buffer has none.
+    Ho et al. (2020) evaluate such an average with decay 0.9999. Buffers and integer parameters are not averaged but
+    copied, as a running statistic is an average already and integers have none.
 
-    The shadow of a float16 or bfloat16 parameter is float32: a step of (1 - 0.9999) would round away in fewer bits.
+    The shadow of a parameter of fewer than 32 bits is float32: a step of (1 - 0.9999) would round away in them.
+
+    Wherever a model is taken, DistributedDataParallel's, DataParallel's and torch.compile's wrappers of it serve as well.
+    Of a model under ``fully_shard`` each process averages its own part: make the EMA after sharding.
 
     Args:
         model: the model to follow, on the device where it will stay. Its present weights are the first shadow.
@@ -33,8 +39,9 @@ class EMA:
         self.decay = float(decay)
         self.warmup = bool(warmup)
         self.num_updates = 0
-        self._parameters = {name: p.detach().clone().to(_shadow_dtype(p)) for name, p in model.named_parameters()}
-        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        parameters, buffers = _tensors(model)
+        self._parameters = {name: p.clone().to(_shadow_dtype(p)) for name, p in parameters.items()}
+        self._buffers = {name: b.clone() for name, b in buffers.items()}
 
     def current_decay(self) -> float:
         """The decay that the next `update` will use."""
@@ -47,16 +54,15 @@ class EMA:
         """Take one step of the average towards the weights of `model`; does not synchronise the device.
 
         Raises:
-            ValueError: if a parameter or buffer of `model` differs from the shadow in name, shape or device.
+            ValueError: if a parameter or buffer of `model` differs from the shadow in name, shape, device, kind of dtype
+                or sharding. Nothing is changed then.
         """
-        parameters, buffers = self._matched(model)
-        shadow = list(self._parameters.values())
-        if shadow:
+        averaged, copied = self._matched(model)
+        if averaged:
             # One multi-tensor call; `.to` copies only the parameters whose shadow has a wider dtype.
-            targets = [p.to(s.dtype) for p, s in zip(parameters, shadow, strict=True)]
-            torch._foreach_lerp_(shadow, targets, 1.0 - self.current_decay())
-        if buffers:
-            torch._foreach_copy_(list(self._buffers.values()), buffers)
+            shadows, targets = zip(*[(shadow, own.to(shadow.dtype)) for shadow, own in averaged], strict=True)
+            torch._foreach_lerp_(shadows, targets, 1.0 - self.current_decay())
+        _copy(copied)
         self.num_updates += 1
 
     @torch.no_grad()
@@ -66,11 +72,8 @@ class EMA:
         Raises:
             ValueError: as `update`.
         """
-        parameters, buffers = self._matched(model)
-        if parameters:
-            torch._foreach_copy_(parameters, list(self._parameters.values()))
-        if buffers:
-            torch._foreach_copy_(buffers, list(self._buffers.values()))
+        averaged, copied = self._matched(model)
+        _copy([(own, shadow) for shadow, own in averaged + copied])
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -82,16 +85,16 @@ class EMA:
         Raises:
             ValueError: as `update`, before anything is changed.
         """
-        parameters, buffers = self._matched(model)
-        tensors = parameters + buffers
-        own = [x.clone() for x in tensors]
+        averaged, copied = self._matched(model)
+        kept = [(own, own.clone()) for _, own in averaged + copied]
         try:
-            self.copy_to(model)
+            with torch.no_grad():
+                _copy([(own, shadow) for shadow, own in averaged + copied])
             yield model
         finally:
-            if tensors:
-                with torch.no_grad():
-                    torch._foreach_copy_(tensors, own)
+            _reshard(model)  # else it would go on with the averages that it has gathered
+            with torch.no_grad():
+                _copy(kept)
 
     def state_dict(self) -> dict:
         """{"num_updates": int, "parameters": {name: tensor}, "buffers": {name: tensor}}.
@@ -105,41 +108,89 @@ class EMA:
         """Restore what `state_dict` gave, exactly. Nothing is changed when it does not fit.
 
         Raises:
-            ValueError: if an entry is missing or one too many, or a tensor differs in name, shape or dtype.
+            TypeError: if the number of updates is not an integer.
+            ValueError: if an entry is missing or one too many, or a tensor differs in name, shape, dtype or sharding.
         """
         expected = {"num_updates", "parameters", "buffers"}
         if set(state) != expected:
             raise ValueError(f"EMA state must have the entries {sorted(expected)}, got {sorted(state)}")
+        try:
+            num_updates = operator.index(state["num_updates"])
+        except TypeError:
+            raise TypeError(f"num_updates must be an integer, got {state['num_updates']!r}") from None
         for kind, own in (("parameter", self._parameters), ("buffer", self._buffers)):
             loaded = state[kind + "s"]
-            _check_names(kind, own, loaded, "EMA state")
+            _check(kind, own, loaded, "EMA state")
             for name, tensor in own.items():
                 if loaded[name].dtype != tensor.dtype:
                     raise ValueError(f"{kind} {name} must have dtype {tensor.dtype}, got {loaded[name].dtype}")
         for own, loaded in ((self._parameters, state["parameters"]), (self._buffers, state["buffers"])):
             for name, tensor in own.items():
                 tensor.copy_(loaded[name])
-        self.num_updates = int(state["num_updates"])
+        self.num_updates = num_updates
 
-    def _matched(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters and buffers of `model` in the order of the shadow, or ValueError."""
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
-        buffers = dict(model.named_buffers())
-        for kind, own, theirs in (("parameter", self._parameters, parameters), ("buffer", self._buffers, buffers)):
-            _check_names(kind, own, theirs, "model")
+    def _matched(self, model: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Each shadow with the tensor of `model` that it follows, those that are averaged and those that are copied, or ValueError."""
+        averaged, copied = [], []
+        for kind, own, theirs in zip(("parameter", "buffer"), (self._parameters, self._buffers), _tensors(model), strict=True):
+            _check(kind, own, theirs, "model")
             for name, tensor in own.items():
-                if theirs[name].device != tensor.device:
-                    raise ValueError(f"{kind} {name} must be on {tensor.device}, where the EMA was created, "
-                                     f"got {theirs[name].device}")
-        return [parameters[name] for name in self._parameters], [buffers[name] for name in self._buffers]
+                other = theirs[name]
+                if other.device != tensor.device:
+                    raise ValueError(f"{kind} {name} must be on {tensor.device}, where the EMA was created, got {other.device}")
+                if _is_float(other) != _is_float(tensor):
+                    raise ValueError(f"{kind} {name} must be of a kind with {tensor.dtype}, as when the EMA was created, got {other.dtype}")
+                (averaged if kind == "parameter" and _is_float(tensor) else copied).append((_local(tensor), _local(other)))
+        return averaged, copied
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters and buffers of a model, out of its wrappers, detached."""
+    _reshard(model)
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # of torch.compile
+            model = model._orig_mod
+        else:
+            break
+    return tuple({name: x.detach() for name, x in named} for named in (model.named_parameters(), model.named_buffers()))
+
+
+def _reshard(model: nn.Module) -> None:
+    """Where a model is sharded, drop what a pass has gathered: its parameters are the shards then, and later passes gather anew."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in () if fsdp is None else model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+def _local(x: Tensor) -> Tensor:
+    """This process's part of a DTensor: elementwise work needs no more."""
+    return x.to_local() if _sharding(x) else x
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """From the second of each pair to the first."""
+    if pairs:
+        torch._foreach_copy_(*zip(*pairs, strict=True))
+
+
+def _is_float(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def _shadow_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float32 if parameter.dtype in (torch.float16, torch.bfloat16) else parameter.dtype
+    return torch.float32 if parameter.is_floating_point() and parameter.element_size() < 4 else parameter.dtype
 
 
-def _check_names(kind: str, own: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
-    """ValueError unless both dictionaries have the same names and shapes."""
+def _sharding(x: Tensor) -> tuple | None:
+    """Of a DTensor."""
+    return (x.device_mesh, x.placements) if type(x) is not Tensor and hasattr(x, "placements") else None
+
+
+def _check(kind: str, own: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
+    """ValueError unless both dictionaries have the same names, shapes and shardings."""
     if own.keys() != theirs.keys():
         missing, extra = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
         raise ValueError(f"{what} does not match the EMA: missing {kind}s {missing[:5]}, unexpected {extra[:5]} "
@@ -147,3 +198,5 @@ def _check_names(kind: str, own: dict[str, Tensor], theirs: dict[str, Tensor], w
     for name, tensor in own.items():
         if theirs[name].shape != tensor.shape:
             raise ValueError(f"{kind} {name} must have shape {tuple(tensor.shape)}, got {tuple(theirs[name].shape)}")
+        if _sharding(theirs[name]) != _sharding(tensor):
+            raise ValueError(f"{kind} {name} must be sharded as when the EMA was created, {_sharding(tensor)}, got {_sharding(theirs[name])}")

@@ -48,8 +48,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int =
 class Conv3x3(nn.Conv2d):
     """A Conv2d of 3x3, stride 1 and padding 1 with the initial weights of Ho et al.: fan-average uniform, zero bias.
 
-    Called with a residual it adds it. Where no gradient is needed it is ddpm_fast.ops.conv3x3's kernel, which keeps its weight transformed:
-    change the weight in place, not a few elements through ``weight.data``, which nobody can notice.
+    Called with a residual it adds it. Where no gradient is needed it may be ddpm_fast.ops.conv3x3's kernel.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, init_scale: float = 1.0) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,9 @@ class UNet(nn.Module):
 
     `model.config` is a JSON-able dictionary, and `UNet(**model.config)` builds the same architecture.
 
+    Weights are channels_last, as the activations are: contiguous ones would be laid out anew on each call, and their gradients
+    too. FSDP2 takes contiguous parameters only: `fully_shard(model.to(memory_format=torch.contiguous_format))` computes the same.
+
     Args:
         in_channels: channels of x_t.
         out_channels: channels of the prediction; `in_channels` by default.
@@ -134,15 +139,16 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        # Lists, not tuples, so that the dictionary is equal to itself after JSON.
         self._config = dict(
             in_channels=in_channels, out_channels=out_channels, base_channels=base_channels,
-            channel_mult=list(channel_mult), num_blocks=num_blocks,
-            attention_resolutions=list(attention_resolutions), image_size=image_size, num_heads=num_heads,
+            channel_mult=channel_mult, num_blocks=num_blocks,
+            attention_resolutions=attention_resolutions, image_size=image_size, num_heads=num_heads,
             head_channels=head_channels, dropout=dropout, num_classes=num_classes,
             learned_variance=learned_variance, norm_groups=norm_groups, norm_eps=norm_eps,
         )
-        _check_config(**self._config)
+        _check_config(self._config)
+        (in_channels, out_channels, base_channels, channel_mult, num_blocks, attention_resolutions, image_size, num_heads, head_channels,
+         dropout, num_classes, learned_variance, norm_groups, norm_eps) = self._config.values()  # fmt: skip
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.size_divisor = 2 ** (len(channel_mult) - 1)
@@ -224,7 +230,7 @@ class UNet(nn.Module):
         """Predict from x_t and t (the noise, or whatever the network was trained for).
 
         Args:
-            x_t: (N, in_channels, H, W) in the dtype of the weights (any floating dtype under autocast); H and W
+            x_t: (N, in_channels, H, W) of any floating dtype; all is computed in that of the weights, or as autocast has it. H and W
                 divisible by 2**(levels - 1). NCHW and channels_last are both taken; inside it is channels_last.
             t: (N,), int64 in {0, ..., T-1} or floating point, on the device of x_t.
             y: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
@@ -234,14 +240,17 @@ class UNet(nn.Module):
                 of the batch each need a Noise of their own. Without one the masks come from PyTorch's generator.
 
         Returns:
-            (N, out_channels, H, W), twice the channels with `learned_variance`, contiguous (NCHW) because the diffusion
-            operators read it linearly.
+            (N, out_channels, H, W), twice the channels with `learned_variance`, in the dtype of x_t (under autocast in its own, but
+            for float64), contiguous (NCHW) because the diffusion operators read it linearly.
 
         Raises:
             TypeError: for a wrong dtype.
             ValueError: for a wrong shape, or y given to an unconditional model.
         """
         self._check_inputs(x_t, t, y)
+        dtype = self.conv_in.weight.dtype
+        if x_t.dtype != dtype and not _autocast_unites(x_t, dtype):
+            return self.forward(x_t.to(dtype), t, y, dropout=dropout).to(x_t.dtype)
         if dropout is not None and not (isinstance(dropout, Noise) and dropout.first_sample + x_t.shape[0] <= SAMPLES_A_BLOCK):
             raise ValueError(f"dropout must be a Noise whose samples are below 2^48, got {dropout} for {x_t.shape[0]} samples")
         masks = _Masks(dropout)
@@ -284,32 +293,38 @@ class UNet(nn.Module):
             raise ValueError(f"y must have shape ({n},), got {tuple(y.shape)}")
 
 
-def _check_config(*, channel_mult: list[int], attention_resolutions: list[int], dropout: float, norm_eps: float,
-                  learned_variance: bool, **integers: int | None) -> None:
-    """Raise TypeError or ValueError unless the arguments describe a network."""
-    optional = ("head_channels", "num_classes")
-    for name, value in integers.items():
-        if value is None and name in optional:
-            continue
-        _check_positive_int(name, value)
+def _autocast_unites(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast, which leaves float64 alone, casts both x and weights of another dtype."""
+    device = x.device.type
+    return torch.float64 not in (x.dtype, dtype) and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+_OPTIONAL = "head_channels", "num_classes"
+_INTEGERS = "in_channels", "out_channels", "base_channels", "num_blocks", "image_size", "num_heads", "norm_groups", *_OPTIONAL
+
+
+def _check_config(config: dict) -> None:
+    """Raise TypeError or ValueError unless the arguments describe a network. What they hold becomes JSON-able: Python's own numbers."""
+    for name in _INTEGERS:
+        if config[name] is not None or name not in _OPTIONAL:
+            config[name] = _positive_int(name, config[name])
+    for name in ("channel_mult", "attention_resolutions"):  # lists, so that the dictionary is equal to itself after JSON
+        config[name] = [_positive_int(f"each entry of {name}", value) for value in config[name]]
+    for name in ("dropout", "norm_eps"):
+        if isinstance(config[name], bool) or not isinstance(config[name], Real):
+            raise TypeError(f"{name} must be a number, got {type(config[name]).__name__}")
+        config[name] = float(config[name])
+    (_, _, base_channels, channel_mult, _, attention_resolutions, image_size, num_heads, head_channels,
+     dropout, _, learned_variance, norm_groups, norm_eps) = config.values()  # fmt: skip
     if not channel_mult:
         raise ValueError("channel_mult must have at least one level, got none")
-    for value in channel_mult:
-        _check_positive_int("each entry of channel_mult", value)
-    for value in attention_resolutions:
-        _check_positive_int("each entry of attention_resolutions", value)
     if not isinstance(learned_variance, bool):
         raise TypeError(f"learned_variance must be a bool, got {type(learned_variance).__name__}")
-    for name, value in (("dropout", dropout), ("norm_eps", norm_eps)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if not (norm_eps > 0.0 and math.isfinite(norm_eps)):
         raise ValueError(f"norm_eps must be positive and finite, got {norm_eps}")
 
-    base_channels, image_size, norm_groups = (integers[k] for k in ("base_channels", "image_size", "norm_groups"))
-    num_heads, head_channels = integers["num_heads"], integers["head_channels"]
     if base_channels < 4 or base_channels % 2:
         raise ValueError(f"base_channels must be even and at least 4 (time embedding), got {base_channels}")
     divisor = 2 ** (len(channel_mult) - 1)
@@ -334,8 +349,12 @@ def _check_config(*, channel_mult: list[int], attention_resolutions: list[int], 
             raise ValueError(f"{name} must divide the channels of every level with attention, got {divisor} and {width}")
 
 
-def _check_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def _positive_int(name: str, value: object) -> int:
+    """NumPy's integers are integers too."""
+    try:
+        value = operator.index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return value

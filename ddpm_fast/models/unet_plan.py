@@ -3,6 +3,9 @@
 Of a small network, or a small batch, most of a pass is Python and PyTorch deciding what to do: all that is decided once, for one shape
 of batch, and a pass is then the kernels' calls, on memory that is fixed and used again. What the residual blocks add for the time is
 computed before for every step.
+
+A plan is of the network as it is when the plan is made, weights and all: it has copies of them, those of the 3 × 3 convolutions
+transformed, and reads nothing of the network afterwards. So it need not know in which ways a network can change.
 """
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from ddpm_fast.backends import native
 from ddpm_fast.models import layers
 from ddpm_fast.models.unet import UNet, _DownLevel, _Middle, _UpLevel
-from ddpm_fast.ops._op import goes_through_dispatcher
+from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch
 from ddpm_fast.ops.attention import attention_cpu
 from ddpm_fast.ops.conv3x3 import conv3x3_cpu_call
 from ddpm_fast.ops.group_norm import group_norm_cpu_call
@@ -32,7 +35,7 @@ def plan_obstacle(model: Any, like: Tensor) -> str:
     """Why a model's passes cannot be planned for batches like this one; empty where they can."""
     if type(model) is not UNet or not like.is_cpu or like.dtype != torch.float32:
         return "plans are for the UNet on the CPU in float32"
-    if native is None or goes_through_dispatcher() or torch.is_autocast_enabled("cpu") or model._compiled_call_impl is not None:
+    if native is None or goes_through_dispatcher() or in_functorch() or torch.is_autocast_enabled("cpu") or model._compiled_call_impl is not None:
         return "there are no kernels, or something else has to see or change the operations"
     if model.training or not all(_plain(p) for p in model.parameters()):
         return "it is training, or its weights are not plain float32"
@@ -40,20 +43,22 @@ def plan_obstacle(model: Any, like: Tensor) -> str:
     general = nn.modules.module
     if general._global_forward_hooks or general._global_forward_pre_hooks or any(getattr(m, name) for m in model.modules() for name in hooks):
         return "it has hooks"
-    changed = [type(m).__name__ for m in model.modules() if type(m) not in _KNOWN or "forward" in vars(m)]
+    own = {"forward", "weight", "bias"}  # as attributes of a module itself they stand for its method and its parameters
+    changed = [type(m).__name__ for m in model.modules() if type(m) not in _KNOWN or own & vars(m).keys()]
     return f"it was changed: {', '.join(changed)}" if changed else ""
 
 
 def _plain(weight: Tensor) -> bool:
     dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
-    return weight.is_cpu and weight.dtype == torch.float32 and dense and not weight.is_inference()
+    kind = type(weight) in (Tensor, nn.Parameter)  # a subclass need not have its values in its memory
+    return kind and weight.is_cpu and weight.dtype == torch.float32 and dense and not weight.is_neg()
 
 
 class UNetPlan:
-    """The passes of a UNet over batches of one shape, at given time steps, with the weights that it has now.
+    """The passes of a UNet over batches of one shape, at given time steps, with the weights that it has now, whatever becomes of them.
 
     Args:
-        model: one without :func:`plan_obstacle`. Its weights must not change while the plan is used.
+        model: one without :func:`plan_obstacle`.
         shape: (N, C, H, W) of a batch.
         timesteps: (S,) int64, the t of each row.
         labels: (N,) int64 for a class-conditional model, or None.
@@ -78,8 +83,7 @@ class UNetPlan:
         self._input.copy_(x.permute(0, 2, 3, 1))
         self._set_time(row)
         for function, arguments in self._calls:
-            if function(*arguments) is False:  # a convolution, whose weight is not the one that was transformed
-                raise RuntimeError("the network's weights have changed while it was sampled from")
+            function(*arguments)
         return self._output
 
     # What the blocks add for the time, and the class.
@@ -93,7 +97,7 @@ class UNetPlan:
             projected, rows = torch.addmm(bias, F.silu(embedding), weight.t()), _floats(1, len(bias))
             self._set_time = lambda row: rows.copy_(projected[row])
         else:
-            null = model.label_embedding.weight[model.num_classes :]
+            null = model.label_embedding.weight[model.num_classes :].clone()
             classes = null if labels is None else model.label_embedding(labels)
             rows = _floats(len(classes), len(bias))
             self._set_time = lambda row: torch.addmm(bias, F.silu(embedding[row] + classes), weight.t(), out=rows)
@@ -165,27 +169,31 @@ class UNetPlan:
     def _norm(self, layer: layers.GroupNormAct, x: Tensor, added: Tensor | None = None) -> Tensor:
         y = self._take(*x.shape[1:])
         call, kept = group_norm_cpu_call(
-            x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2), layer.groups, layer.weight, layer.bias, layer.eps, layer.activation == "silu", added
-        )
+            x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2), layer.groups, layer.weight.clone(), layer.bias.clone(), layer.eps,
+            layer.activation == "silu", added,
+        )  # fmt: skip
         self._kept.append(kept)
         self._calls.append(call)
         return y
 
     def _conv3x3(self, layer: layers.Conv3x3, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = self._take(*x.shape[1:3], layer.out_channels)
-        call, kept = conv3x3_cpu_call(x.permute(0, 3, 1, 2), layer.weight, layer.bias, None if residual is None else residual.permute(0, 3, 1, 2), y)
+        added = None if residual is None else residual.permute(0, 3, 1, 2)
+        call, kept = conv3x3_cpu_call(x.permute(0, 3, 1, 2), layer.weight, layer.bias.clone(), added, y)
         self._kept.append(kept)
         self._calls.append(call)
         return y
 
     def _conv1x1(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         y = self._take(*x.shape[1:3], layer.out_channels)
-        self._add(torch.addmm, layer.bias, x.view(-1, layer.in_channels), layer.weight.flatten(1).t(), out=y.view(-1, layer.out_channels))
+        weight, bias = layer.weight.flatten(1).clone(), layer.bias.clone()
+        self._add(torch.addmm, bias, x.view(-1, layer.in_channels), weight.t(), out=y.view(-1, layer.out_channels))
         return y
 
     def _downsample(self, layer: layers.Downsample, x: Tensor) -> Tensor:
         y = self._take(x.shape[1] // 2, x.shape[2] // 2, layer.conv.out_channels)
-        self._add(lambda: y.permute(0, 3, 1, 2).copy_(layer(x.permute(0, 3, 1, 2))))
+        weight, bias = layer.conv.weight.clone(), layer.conv.bias.clone()
+        self._add(lambda: y.permute(0, 3, 1, 2).copy_(F.conv2d(F.pad(x.permute(0, 3, 1, 2), (0, 1, 0, 1)), weight, bias, stride=2)))
         return y
 
     # Calls and their memory.

@@ -3,8 +3,9 @@
     y = conv(x, weight) + bias + residual
 
 On CPU by Winograd's minimal filtering F(2×2, 3×3) (Lavin & Gray 2016, https://arxiv.org/abs/1509.09308): 16 multiplications where the
-sum has 36, with float32's usual error. The transformed weight is kept from call to call. Where the kernel does not serve, PyTorch's
-convolution does, which is the reference twin. The kernel is csrc/cpu/conv3x3.cpp.
+sum has 36, with float32's usual error. The weight is transformed on each call and nothing of it is kept: what is kept would have to know
+of every way of changing a weight, and some leave no trace. Where the kernel does not serve, PyTorch's convolution does, which is the
+reference twin. The kernel is csrc/cpu/conv3x3.cpp.
 """
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch
 
 _LAYOUT = torch.channels_last
 FEWEST_CHANNELS = 16  # of x: with fewer the transforms cost more than they save, and PyTorch's convolution is mostly faster
+FEWEST_TILES = 64  # of 2 × 2 pixels, in all images: with fewer the weight's transform costs more than they save (docs/kernels.md)
 
 
 def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -31,52 +33,28 @@ def conv3x3_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: 
     return y if residual is None else residual + y
 
 
-class _Transformed:
-    """What a weight became, and which state of it that was. Kept as an attribute of the weight, with which it goes; it is not pickled."""
-
-    def __init__(self, weight: Tensor, values: Tensor) -> None:
-        self.version, self.place, self.values = weight._version, weight.data_ptr(), values
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
-
-
-def _transform(weight: Tensor) -> Tensor:
-    out_channels, in_channels = weight.shape[:2]
-    values = torch.empty((native.cpu_conv3x3_floats(in_channels, out_channels),), dtype=torch.float32, device="cpu")
-    kept = _Transformed(weight, values)  # of before: what is written meanwhile is noticed
-    native.cpu_conv3x3_weight(weight.data_ptr(), weight.stride(), in_channels, out_channels, values.data_ptr(), torch.get_num_threads())
-    weight._conv3x3_transformed = kept
-    return values
-
-
-def _transformed_weight(weight: Tensor) -> Tensor:
-    """Of now: PyTorch counts what is written to a tensor, except through ``.data`` or an address, which the kernel's probe notices."""
-    kept = getattr(weight, "_conv3x3_transformed", None)
-    if kept is not None and kept.version == weight._version and kept.place == weight.data_ptr():
-        return kept.values
-    return _transform(weight)
-
-
 def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     samples, _, height, width = x.shape
     y = torch.empty((samples, weight.shape[0], height, width), dtype=torch.float32, device="cpu", memory_format=_LAYOUT)
-    (function, arguments), _ = conv3x3_cpu_call(x, weight, bias, residual, y)
-    while not function(*arguments):
-        arguments = (*arguments[:2], _transform(weight).data_ptr(), *arguments[3:])
+    if not samples:
+        return y
+    (function, arguments), _kept = conv3x3_cpu_call(x, weight, bias, residual, y)
+    function(*arguments)
     return y
 
 
 def conv3x3_cpu_call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> tuple[tuple[Callable, tuple], tuple]:
     """The kernel and its arguments for tensors that lie well for it, y by its memory alone; and what must live as long as the call is made.
 
-    A call gives False, and has done nothing, where the weight has changed since.
+    The call has the weight's values of now, transformed: 16/9 of its memory, output channels rounded up to 32.
     """
     samples, in_channels, height, width = x.shape
-    values = _transformed_weight(weight)
-    addresses = x.data_ptr(), weight.data_ptr(), values.data_ptr(), address(bias), address(residual), y.data_ptr()
-    arguments = (*addresses, samples, height, width, in_channels, weight.shape[0], torch.get_num_threads())
-    return (native.cpu_conv3x3, arguments), (x, weight, values, bias, residual, y)
+    out_channels, threads = weight.shape[0], torch.get_num_threads()
+    transformed = torch.empty((native.cpu_conv3x3_floats(in_channels, out_channels),), dtype=torch.float32, device="cpu")
+    native.cpu_conv3x3_weight(address(weight), weight.stride(), in_channels, out_channels, transformed.data_ptr(), threads)
+    addresses = address(x), transformed.data_ptr(), address(bias), address(residual), y.data_ptr()
+    arguments = (*addresses, samples, height, width, in_channels, out_channels, threads)
+    return (native.cpu_conv3x3, arguments), (x, transformed, bias, residual, y)
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
@@ -95,15 +73,19 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
             return f"takes float32, got {y.dtype}"
         if with_grad and y.requires_grad:
             return "has no gradient; call it under torch.no_grad()"
-    if weight.is_inference():
-        return "takes no weight made in torch.inference_mode(), whose changes nobody counts"
     return ""
+
+
+def _tiles(x: Tensor) -> int:
+    samples, _, height, width = x.shape
+    return samples * ((height + 1) // 2) * ((width + 1) // 2)
 
 
 def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """In memory, for the kernel."""
     return (
-        x.is_contiguous(memory_format=_LAYOUT)
+        not any([y is not None and y.is_neg() for y in (x, weight, bias, residual)])  # memory that has the values' opposites
+        and x.is_contiguous(memory_format=_LAYOUT)
         and (weight.is_contiguous(memory_format=_LAYOUT) or weight.is_contiguous())
         and (bias is None or bias.is_contiguous())
         and (residual is None or residual.is_contiguous(memory_format=_LAYOUT))
@@ -142,12 +124,10 @@ def conv3x3(
 ) -> Tensor:
     """3 × 3 convolution of stride 1 and padding 1, plus a bias, plus a residual.
 
-    The CPU kernel serves float32 data in channels_last of at least 16 channels where no gradient is needed; it gives the same bits
-    for any number of threads, and an image's the same in any batch. Everything else (gradients, autocast, other dtypes, layouts and
-    devices, compiling, torch.func) is PyTorch's ``F.conv2d``, differentiable as ever.
-
-    The kernel keeps the transformed weight, 16/9 of its memory, as long as the weight lives, and makes it anew when the weight
-    has changed. (What is written to a few of its elements through ``weight.data`` or a raw address may go unnoticed.)
+    The CPU kernel serves float32 data in channels_last of at least 16 channels and 64 tiles of 2 × 2 pixels, all images together, where
+    no gradient is needed; it gives the same bits for any number of threads, and an image's the same in any batch. Everything else
+    (gradients, autocast, fewer tiles, other dtypes, layouts and devices, compiling, torch.func) is PyTorch's ``F.conv2d``, differentiable
+    as ever.
 
     A tile of 2 × 2 pixels is computed together: where a pixel of x is not finite, or near float32's largest numbers, pixels of y
     up to two away from it are not, and NaN stands where the sum would be infinite. Other images stay as they are.
@@ -157,7 +137,7 @@ def conv3x3(
         weight: (K, C, 3, 3).
         bias: (K,) or None.
         residual: (N, K, H, W) or None, added to the result.
-        backend: force "reference" or "cpu"; "cpu" takes any number of channels, and makes x and residual channels_last where they
+        backend: force "reference" or "cpu"; "cpu" takes any number of channels and tiles, and makes x and residual channels_last where they
             are not.
 
     Returns:
@@ -177,11 +157,11 @@ def conv3x3(
     if implementation is not _forward_cpu:
         return implementation(x, weight, bias, residual)
     if backend is None:
-        worth_it = not obstacle and x.shape[1] >= FEWEST_CHANNELS and not torch.is_autocast_enabled("cpu")
-        return (_forward_cpu if worth_it and _lies_well(x, weight, bias, residual) else conv3x3_reference)(x, weight, bias, residual)
+        worth_it = x.shape[1] >= FEWEST_CHANNELS and _tiles(x) >= FEWEST_TILES and not torch.is_autocast_enabled("cpu")
+        return (_forward_cpu if not obstacle and worth_it and _lies_well(x, weight, bias, residual) else conv3x3_reference)(x, weight, bias, residual)
     if obstacle:
         raise RuntimeError(f"backend 'cpu' of conv3x3 {obstacle}")
     if not _lies_well(x, weight, bias, residual):
-        x, residual = (y if y is None else y.contiguous(memory_format=_LAYOUT) for y in (x, residual))
-        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        x, residual = (y if y is None else y.resolve_neg().contiguous(memory_format=_LAYOUT) for y in (x, residual))
+        weight, bias = (y if y is None else y.resolve_neg().contiguous() for y in (weight, bias))
     return _forward_cpu(x, weight, bias, residual)

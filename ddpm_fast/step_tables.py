@@ -108,10 +108,12 @@ def ddim_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] |
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     schedule = _respaced(diffusion, timesteps)
-    previous, variance = schedule.alphas_bar_prev, eta**2 * schedule.posterior_variance
-    direction = (1.0 - previous - variance).clamp_min(0.0).sqrt() / schedule.sqrt_one_minus_alphas_bar
+    rest, variance = schedule.one_minus_alphas_bar_prev, eta**2 * schedule.posterior_variance
+    # √((1-ᾱ_{t-1}) - η² β̃) / √(1-ᾱ), with 1-ᾱ = β + α (1-ᾱ_{t-1}) put in: a sum, where the difference would cancel.
+    direction = (rest * ((1.0 - eta**2) * schedule.betas + schedule.alphas * rest)).sqrt() / schedule.one_minus_alphas_bar
+    from_x_start = schedule.alphas_bar_prev.sqrt() - direction * schedule.sqrt_alphas_bar
     log_var = variance.clamp_min(torch.finfo(torch.float32).tiny).log()
-    return _table(diffusion, timesteps, schedule, previous.sqrt() - direction * schedule.sqrt_alphas_bar, direction, None, log_var, log_var, (variance > 0).double(), FIXED)
+    return _table(diffusion, timesteps, schedule, from_x_start, direction, None, log_var, log_var, (variance > 0).double(), FIXED)
 
 
 def dpm_solver_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None) -> StepTable:
@@ -126,7 +128,7 @@ def dpm_solver_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[
     """
     schedule = _respaced(diffusion, timesteps)
     signal, sigma = schedule.sqrt_alphas_bar, schedule.sqrt_one_minus_alphas_bar
-    half_log_snr = 0.5 * schedule.snr.log()
+    half_log_snr = 0.5 * schedule.log_snr
     zero = torch.zeros_like(signal)
     step = half_log_snr[:-1] - half_log_snr[1:]  # entry k is of row k + 1, which goes to the time of row k
     ends = torch.ones(1, dtype=torch.float64)
@@ -159,7 +161,7 @@ def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int |
     listed = isinstance(steps, (Sequence, Tensor)) and not isinstance(steps, str)
     if (steps is None or listed) and spacing != "even":
         raise ValueError(f"spacing is of a number of steps, got {spacing!r} for {'a list of them' if listed else 'all of them'}")
-    timesteps = torch.as_tensor(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.snr.log())
+    timesteps = torch.as_tensor(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.log_snr)
     if not timesteps.is_floating_point() and torch.equal(timesteps, torch.arange(T)):
         timesteps = None  # else respacing checks it
     if sampler == "ddim":

@@ -171,7 +171,8 @@ class GaussianDiffusion:
             model_output: (N, C, ...), or (N, 2C, ...) for a learned variance.
             x_t: (N, C, ...).
             t: (N,) int64.
-            clip: clip x̂0 to [-1, 1].
+            clip: clip x̂0 to [-1, 1], before the mean is made of it. Where the prediction is the mean itself, the mean is the output
+                and x̂0 alone is clipped, as in Ho's code.
 
         Returns:
             :class:`PMeanVariance`, in fp32 (float64 for float64 data), each of x_t's shape.
@@ -183,8 +184,9 @@ class GaussianDiffusion:
         prediction, raw = split_output(model_output, x_t)
         x = x_t.to(prediction.dtype)
         x_start = guess(row, x, prediction, clip)
+        mean = prediction if self.prediction == "mean" else row["x_start"] * x_start + row["x_t"] * x
         log_var = log_variance(self.variance_kind, row["log_variance_low"], row["log_variance_high"], raw).expand_as(x)
-        return PMeanVariance(row["x_start"] * x_start + row["x_t"] * x, log_var.exp(), log_var, x_start)
+        return PMeanVariance(mean, log_var.exp(), log_var, x_start)
 
     def p_step(self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True, *, x_next: Tensor | None = None) -> Tensor:
         """Draws x_{t-1} ~ p_θ(x_{t-1} | x_t); at t = 0 returns the mean (Ho et al., algorithm 2).
@@ -196,11 +198,16 @@ class GaussianDiffusion:
             x_{t-1} like x_t.
         """
         table = self._step_table(x_t)
+        clip = self._clips_mean(clip)
         return ops.p_step(x_t, model_output, t, table, noise, variance=self.variance_kind, clip=clip, x_next=x_next, x_start=False)[0]
 
     def predict_x_start(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x̂0 from a model's output, not clipped, in fp32 (float64 for float64 data)."""
         return self.p_mean_variance(model_output, x_t, t, clip=False).x_start
+
+    def _clips_mean(self, clip: bool) -> bool:
+        """Whether the mean of p_θ is made of a clipped x̂0: not where it is the output itself."""
+        return clip and self.prediction != "mean"
 
     def _step_table(self, like: Tensor) -> Tensor:
         return self.table("p_step", like, lambda: ddpm_table(self).table)
@@ -228,13 +235,17 @@ class GaussianDiffusion:
     def vlb_terms(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool = False, *, detach_mean: bool = False) -> Tensor:
         """L_t of the bound: the KL divergence of the posterior from p_θ, at t = 0 the decoder's negative log-likelihood.
 
+        Args:
+            clip: clip x̂0 to [-1, 1], as :meth:`p_mean_variance` does.
+            detach_mean: no gradient to the prediction, only to the variance half.
+
         Returns:
             (N,) in bits per dimension, differentiable in the model's output.
         """
         table = self.table("bound", x_t, lambda: bound_table(self.schedule, self.prediction, self.variance))
         return ops.vlb_terms(
             model_output, x_start, x_t, t, table,
-            variance=self.variance_kind, clip=clip, levels=self.levels, cdf=self.cdf, detach_mean=detach_mean,
+            variance=self.variance_kind, clip=self._clips_mean(clip), levels=self.levels, cdf=self.cdf, detach_mean=detach_mean,
         )  # fmt: skip
 
     def loss(

@@ -98,10 +98,13 @@ class ReverseStep:
             guidance = without, self.guidance.scale
         if self.threshold is not None:
             out, guidance, rows, clip = self._thresholded(x_t, out, row, guidance), None, self.given_x_start, False
-        return ops.p_step(
-            x_t, out, row, rows, noise, variance=self.table.variance, clip=clip, x_start_previous=x_start_previous, guidance=guidance,
-            x_next=x_next, x_start=x_start,
+        x_next, x_start = ops.p_step(
+            x_t, out, row, rows, noise, variance=self.table.variance, clip=clip and not self.table.output_is_mean,
+            x_start_previous=x_start_previous, guidance=guidance, x_next=x_next, x_start=x_start,
         )  # fmt: skip
+        if clip and self.table.output_is_mean and x_start is not None:
+            x_start.clamp_(-1.0, 1.0)
+        return x_next, x_start
 
     def _thresholded(self, x_t: Tensor, out: Tensor, row: Tensor, guidance: tuple[Tensor, float] | None) -> Tensor:
         """The output with x̂0, thresholded, in place of its prediction."""

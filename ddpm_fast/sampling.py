@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,8 @@ class Sampler:
             raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be a finite number, got {guidance}")
+        if threshold is not None and self.table.output_is_mean:
+            raise ValueError("threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take sampler 'ddim'")
         null_label = getattr(model, "num_classes", None) if null_label is None else null_label
         if guidance != 1.0 and null_label is None:
             raise ValueError(f"guidance {guidance} needs to know what the model takes for no class; give null_label")
@@ -194,7 +197,8 @@ class Sampler:
         if not 0 <= t < len(self.diffusion):
             raise ValueError(f"t must lie in 0..{len(self.diffusion) - 1}, got {t}")
         # A table of its own: its first step has no history, whatever the step in the whole table has.
-        table = self._make_table(self.table.chain_times[: start_row(self.table, t) + 1].tolist(), spacing="even")
+        table = self._make_table(self.table.chain_times[: start_row(self.table, t) + 1], spacing="even")
+        table = replace(table, output_is_mean=self.table.output_is_mean)
         device = self._device(a.device if not isinstance(self.model, torch.nn.Module) else None)
         labels = self._labels(labels, len(a), device)
         key = Noise(seed, first_sample=first_sample)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -30,12 +30,14 @@ class StepTable:
         timesteps: (S,) int64, the t that the model is told at each row.
         chain_times: (S,) int64, the time of the diffusion's own chain; another one where its schedule was respaced.
         variance: how the log-variance columns are read.
+        output_is_mean: the model's output is the step's mean itself, which clipping x̂0 leaves as it is.
     """
 
     table: Tensor
     timesteps: Tensor
     chain_times: Tensor
     variance: str
+    output_is_mean: bool = False
 
     def __len__(self) -> int:
         """S, the number of steps."""
@@ -90,13 +92,15 @@ def ddpm_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] |
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on all steps or on the ascending ``timesteps`` alone.
 
     A part of the steps is sampled through the respaced schedule, whose posterior and variances belong to the jump
-    from one listed step to the one before (Nichol & Dhariwal 2021, section 4).
+    from one listed step to the one before (Nichol & Dhariwal 2021, section 4). On all steps a model that predicts the mean gives that
+    of the step; on a part of them it is that of another step, and the mean comes from x̂0 as it does for the other predictions.
     """
     schedule = _respaced(diffusion, timesteps)
     noise = torch.ones(len(schedule), dtype=torch.float64)
     noise[0] = 0.0  # the last step returns the mean
     low, high = log_variance_range(schedule, diffusion.variance)
-    return _table(diffusion, timesteps, schedule, schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, None, low, high, noise, VARIANCES[diffusion.variance])
+    table = _table(diffusion, timesteps, schedule, schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, None, low, high, noise, VARIANCES[diffusion.variance])
+    return replace(table, output_is_mean=diffusion.prediction == "mean" and schedule is diffusion.schedule)
 
 
 def ddim_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None, eta: float = 0.0) -> StepTable:

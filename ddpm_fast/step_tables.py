@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_fast.ops._output import FIXED
 from ddpm_fast.ops.p_step import COLUMNS
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.schedules import NoiseSchedule, as_timesteps
 from ddpm_fast.tables import VARIANCES, log_variance_range, x_start_coefficients
 
 if TYPE_CHECKING:
@@ -72,19 +72,19 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "even", log_snr: Tensor 
     if spacing not in SPACINGS:
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
     if steps == 1:
-        return torch.tensor([T - 1])
+        return torch.tensor([T - 1], device="cpu")
     if spacing == "logsnr":
         if log_snr is None:
             raise ValueError("spacing 'logsnr' needs log_snr, the schedule's")
-        wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
+        wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64, device="cpu")
         above = torch.searchsorted(-log_snr, -wanted).clamp(1, T - 1)
         nearer = wanted - log_snr[above] > log_snr[above - 1] - wanted
         chosen = above - nearer.long()
     else:
         power = 2 if spacing == "quadratic" else 1
-        chosen = torch.linspace(0, (T - 1) ** (1 / power), steps, dtype=torch.float64).pow(power).round().long()
+        chosen = torch.linspace(0, (T - 1) ** (1 / power), steps, dtype=torch.float64, device="cpu").pow(power).round().long()
     # Where the wish is for less than one step of the chain, every step of it is taken.
-    place = torch.arange(steps)
+    place = torch.arange(steps, device="cpu")
     return (chosen - place).cummax(0).values.clamp_max(T - steps) + place
 
 
@@ -96,7 +96,7 @@ def ddpm_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] |
     of the step; on a part of them it is that of another step, and the mean comes from x̂0 as it does for the other predictions.
     """
     schedule = _respaced(diffusion, timesteps)
-    noise = torch.ones(len(schedule), dtype=torch.float64)
+    noise = torch.ones(len(schedule), dtype=torch.float64, device="cpu")
     noise[0] = 0.0  # the last step returns the mean
     low, high = log_variance_range(schedule, diffusion.variance)
     table = _table(diffusion, timesteps, schedule, schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, None, low, high, noise, VARIANCES[diffusion.variance])
@@ -135,7 +135,7 @@ def dpm_solver_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[
     half_log_snr = 0.5 * schedule.log_snr
     zero = torch.zeros_like(signal)
     step = half_log_snr[:-1] - half_log_snr[1:]  # entry k is of row k + 1, which goes to the time of row k
-    ends = torch.ones(1, dtype=torch.float64)
+    ends = torch.ones(1, dtype=torch.float64, device="cpu")
     from_x_start = torch.cat([ends, -signal[:-1] * torch.expm1(-step)])
     from_x_t = torch.cat([0 * ends, sigma[:-1] / sigma[1:]])
     previous = zero.clone()
@@ -165,8 +165,8 @@ def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int |
     listed = isinstance(steps, (Sequence, Tensor)) and not isinstance(steps, str)
     if (steps is None or listed) and spacing != "even":
         raise ValueError(f"spacing is of a number of steps, got {spacing!r} for {'a list of them' if listed else 'all of them'}")
-    timesteps = torch.as_tensor(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.log_snr)
-    if not timesteps.is_floating_point() and torch.equal(timesteps, torch.arange(T)):
+    timesteps = as_timesteps(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.log_snr)
+    if torch.equal(timesteps, torch.arange(T, device="cpu")):
         timesteps = None  # else respacing checks it
     if sampler == "ddim":
         return ddim_table(diffusion, timesteps, eta)
@@ -198,7 +198,7 @@ def _table(
 ) -> StepTable:
     """x̂0 comes from the schedule that the model was trained on: only where the step goes depends on its length."""
     columns = x_start_coefficients(diffusion.schedule, diffusion.prediction)
-    times = torch.arange(len(diffusion)) if timesteps is None else torch.as_tensor(timesteps).long()
+    times = torch.arange(len(diffusion), device="cpu") if timesteps is None else as_timesteps(timesteps)
     previous = torch.zeros_like(x_t) if previous is None else previous
     columns = [column[times] for column in columns] + [x_start, x_t, previous, low, high, noise]
     return StepTable(torch.stack(columns, 1), schedule.timesteps, times, variance)

@@ -67,7 +67,7 @@ def bound_table(schedule: NoiseSchedule, prediction: str, variance: str) -> Tens
         schedule.posterior_mean_coef2,
         schedule.posterior_log_variance,
         *log_variance_range(schedule, variance),
-        torch.zeros(len(schedule), dtype=torch.float64),
+        torch.zeros(len(schedule), dtype=torch.float64, device="cpu"),
     )
     return torch.stack(columns, 1)
 

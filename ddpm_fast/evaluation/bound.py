@@ -82,7 +82,7 @@ class Bound:
 
 def standard_error(values: Tensor) -> Tensor:
     """Of the mean of (N, ...) independent values over the first dimension; NaN for a single one."""
-    return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full(values.shape[1:], math.nan, dtype=values.dtype)
+    return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else values.new_full(values.shape[1:], math.nan)
 
 
 def intervals(T: int, count: int | None) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def intervals(T: int, count: int | None) -> tuple[Tensor, Tensor]:
         (first t, number of t) of each, int64.
     """
     if count is None or count >= T:
-        return torch.arange(T), torch.ones(T, dtype=torch.int64)
+        return torch.arange(T, device="cpu"), torch.ones(T, dtype=torch.int64, device="cpu")
     if count < 2:
         raise ValueError(f"terms per image must be at least 2, the decoder's and one more, got {count}")
     # Geometric edges, but each at least one t long: the first come out as single steps.
@@ -101,8 +101,8 @@ def intervals(T: int, count: int | None) -> tuple[Tensor, Tensor]:
         left = count - k
         edges.append(max(edges[-1] + 1, round(edges[-1] * (T / edges[-1]) ** (1 / left))))
     edges[-1] = T
-    first = torch.tensor([0, *edges[:-1]])
-    return first, torch.tensor([1, *torch.tensor(edges).diff().tolist()])
+    first = torch.tensor([0, *edges[:-1], T], device="cpu")
+    return first[:-1], first.diff()
 
 
 @torch.no_grad()

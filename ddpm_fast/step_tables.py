@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_fast import checks
 from ddpm_fast.ops._output import FIXED
 from ddpm_fast.ops.p_step import COLUMNS
 from ddpm_fast.schedules import NoiseSchedule, as_timesteps
@@ -67,10 +69,9 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "even", log_snr: Tensor 
     Returns:
         (steps,) int64, ascending.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
-        raise ValueError(f"steps must be an integer in 1..{T}, got {steps!r}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    T = checks.integer("T", T, 1)
+    steps = checks.integer("steps", steps, 1, T)
+    checks.choice("spacing", spacing, SPACINGS)
     if steps == 1:
         return torch.tensor([T - 1], device="cpu")
     if spacing == "logsnr":
@@ -109,6 +110,7 @@ def ddim_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] |
     ε is derived again from the clipped x̂0, which folds it into the weights of x̂0 and x_t. ``eta`` = 0 is deterministic,
     1 has the variance of ancestral sampling; a learned variance is not used.
     """
+    eta = checks.number("eta", eta, "lie in [0, 1]")
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     schedule = _respaced(diffusion, timesteps)
@@ -150,19 +152,20 @@ def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int |
 
     Args:
         sampler: "ddpm", "ddim" or "dpmpp_2m".
-        steps: None for all T; a number, spaced as :func:`spaced_timesteps` does; or the ascending list itself, in 0..T-1.
+        steps: None for all T; a number, spaced as :func:`spaced_timesteps` does; or the ascending list itself, in 0..T-1, which may
+            be an array or a tensor.
         eta: DDIM's share of noise, 0..1.
         spacing: of a number of steps.
 
     Raises:
         ValueError: for an unknown name, or what is out of range.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if eta and sampler != "ddim":
+    checks.choice("sampler", sampler, SAMPLERS)
+    checks.choice("spacing", spacing, SPACINGS)
+    if checks.number("eta", eta, "lie in [0, 1]") and sampler != "ddim":
         raise ValueError(f"eta is a part of sampler 'ddim', got {eta} for {sampler!r}")
     T = len(diffusion)
-    listed = isinstance(steps, (Sequence, Tensor)) and not isinstance(steps, str)
+    listed = isinstance(steps, (Sequence, np.ndarray, Tensor)) and not isinstance(steps, str) and getattr(steps, "ndim", 1) > 0
     if (steps is None or listed) and spacing != "even":
         raise ValueError(f"spacing is of a number of steps, got {spacing!r} for {'a list of them' if listed else 'all of them'}")
     timesteps = as_timesteps(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.log_snr)

@@ -144,7 +144,7 @@ def test_images_by_function_and_progress():
     "arguments, message",
     [
         (dict(x_start=grid_images(2)[:0]), "at least one image, got none"),
-        (dict(x_start=grid_images(2), batch=0), "batch must be at least 1, got 0"),
+        (dict(x_start=grid_images(2), batch=0), "batch must be an integer of at least 1, got 0"),
         (dict(x_start=grid_images(2), terms_per_image=1), "terms per image must be at least 2.*got 1"),
         (dict(x_start=grid_images(2), ranks=Ranks(0, 2)), "2 ranks share their work through parts, but there are none"),
     ],

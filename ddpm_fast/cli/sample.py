@@ -38,8 +38,8 @@ def sample(
 ) -> None:
     """Draw images from a trained model.
 
-    Image i depends on --seed and i alone: not on --count, --batch or the number of processes (torchrun). Stopped, the same command goes
-    on; with a larger --count it adds images.
+    Image i depends on --seed and i alone: not on --count, and on --batch or the number of processes (torchrun) by the fp32 rounding of
+    the network only. Stopped, the same command goes on; with a larger --count it adds images.
     """
     import torch
 

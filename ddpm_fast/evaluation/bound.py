@@ -125,8 +125,8 @@ def evaluate_bound(
 ) -> Bound:
     """The bound on every image, term by term.
 
-    Image i draws its noise and its t from (seed, i) alone, so the batch size and the number of ranks change the result by
-    rounding only, and so does an interruption after which another batch size goes on.
+    Image i draws its noise and its t from (seed, i) alone, so the batch size and the number of ranks change the result by the model's
+    own rounding only, and so does an interruption after which another batch size goes on.
 
     Args:
         model: any callable (x_t, t) -> output, in eval mode.

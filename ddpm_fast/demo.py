@@ -111,8 +111,8 @@ def write_forward(path: Path, data: ImageData, trainer: Trainer) -> None:
     x, _ = data.batch("test", slice(0, _STRIP_ROWS))
     # The clean images, then equal steps in the noise's standard deviation, up to the last t.
     sigma = diffusion.schedule.sqrt_one_minus_alphas_bar
-    levels = torch.linspace(float(sigma[0]), float(sigma[-1]), _STRIP_COLUMNS - 1, dtype=torch.float64)
+    levels = torch.linspace(float(sigma[0]), float(sigma[-1]), _STRIP_COLUMNS - 1, dtype=torch.float64, device="cpu")
     timesteps = [int((sigma - level).abs().argmin()) for level in levels]
-    noised = [diffusion.q_sample(x, torch.full((len(x),), t), Noise(0)) for t in timesteps]
+    noised = [diffusion.q_sample(x, torch.full((len(x),), t, device=x.device), Noise(0)) for t in timesteps]
     labels = ["data", *(f"t = {t}" for t in timesteps)]
     write_forward_strip(path, torch.stack([x, *noised]), labels, [1.0, *diffusion.schedule.alphas_bar[timesteps].tolist()])

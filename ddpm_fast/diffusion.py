@@ -12,16 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast import ops
+from ddpm_fast import checks, ops
 from ddpm_fast.functorch import lasting
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._common import check_data, check_like, check_t, check_tensor, check_unit_range, gather, table_dtype
+from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_range, gather, table_dtype
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, log_variance, split_output
 from ddpm_fast.ops.p_step import COLUMNS as STEP_COLUMNS
 from ddpm_fast.ops.vlb_terms import CDFS, MAX_LEVELS
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.step_tables import ddpm_table
-from ddpm_fast.tables import VARIANCES, bound_table, log_variance_range, loss_weights, target_coefficients, x_start_coefficients
+from ddpm_fast.tables import PREDICTIONS, VARIANCES, WEIGHTS, bound_table, loss_weights, target_coefficients, x_start_coefficients
 
 Model = Callable[[Tensor, Tensor], Tensor]
 LOSSES = ("simple", "vlb", "hybrid")
@@ -71,21 +71,14 @@ class GaussianDiffusion:
     def __init__(
         self, schedule: NoiseSchedule, prediction: str = "epsilon", variance: str = "fixed_large", levels: int = 256, *, cdf: str = "tanh"
     ) -> None:
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
-        if not isinstance(levels, int) or not 2 <= levels <= MAX_LEVELS:
-            raise ValueError(f"levels must be an integer in 2..{MAX_LEVELS}, got {levels!r}")
-        if cdf not in CDFS:
-            raise ValueError(f"cdf must be one of {', '.join(CDFS)}, got {cdf!r}")
-        log_variance_range(schedule, variance)
+        self.schedule = checks.instance("schedule", schedule, NoiseSchedule)
+        self.prediction = checks.choice("prediction", prediction, PREDICTIONS)
+        self.variance = checks.choice("variance", variance, tuple(VARIANCES))
+        self.levels = checks.integer("levels", levels, 2, MAX_LEVELS)
+        self.cdf = checks.choice("cdf", cdf, CDFS)
         factors = torch.stack(x_start_coefficients(schedule, prediction)).float()
         if not factors.isfinite().all():
             raise ValueError(f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} ({schedule.name})")
-        self.schedule = schedule
-        self.prediction = prediction
-        self.variance = variance
-        self.levels = levels
-        self.cdf = cdf
         self._tables: dict[tuple, Tensor] = {}
 
     def __len__(self) -> int:
@@ -138,12 +131,12 @@ class GaussianDiffusion:
         Returns:
             x_t like x_start, contiguous; differentiable in x_start and in a noise tensor.
         """
-        check_tensor("x_start", x_start)
+        checks.tensor("x_start", x_start)
         return ops.q_sample(x_start, t, self.table("sqrt_alphas_bar", x_start), self.table("sqrt_one_minus_alphas_bar", x_start), noise, out=out)
 
     def q_step(self, x_previous: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
         """Draws x_t ~ q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I), one step of the chain (Ho et al., eq. 2)."""
-        check_tensor("x_previous", x_previous)
+        check_data("x_previous", x_previous)
         signal = self.table("sqrt_alphas", x_previous, lambda: self.schedule.alphas.sqrt())
         return ops.q_sample(x_previous, t, signal, self.table("sqrt_betas", x_previous, lambda: self.schedule.betas.sqrt()), noise)
 
@@ -174,11 +167,13 @@ class GaussianDiffusion:
             model_output: (N, C, ...), or (N, 2C, ...) for a learned variance.
             x_t: (N, C, ...).
             t: (N,) int64.
-            clip: clip x̂0 to [-1, 1].
+            clip: clip x̂0 to [-1, 1], before the mean is made of it. Where the prediction is the mean itself, the mean is the output
+                and x̂0 alone is clipped, as in Ho's code.
 
         Returns:
             :class:`PMeanVariance`, in fp32 (float64 for float64 data), each of x_t's shape.
         """
+        clip = checks.flag("clip", clip)
         check_data("x_t", x_t)
         check_output(model_output, "x_t", x_t, self.variance_kind)
         check_t(t, "x_t", x_t, len(self))
@@ -186,8 +181,9 @@ class GaussianDiffusion:
         prediction, raw = split_output(model_output, x_t)
         x = x_t.to(prediction.dtype)
         x_start = guess(row, x, prediction, clip)
+        mean = prediction if self.prediction == "mean" else row["x_start"] * x_start + row["x_t"] * x
         log_var = log_variance(self.variance_kind, row["log_variance_low"], row["log_variance_high"], raw).expand_as(x)
-        return PMeanVariance(row["x_start"] * x_start + row["x_t"] * x, log_var.exp(), log_var, x_start)
+        return PMeanVariance(mean, log_var.exp(), log_var, x_start)
 
     def p_step(self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True, *, x_next: Tensor | None = None) -> Tensor:
         """Draws x_{t-1} ~ p_θ(x_{t-1} | x_t); at t = 0 returns the mean (Ho et al., algorithm 2).
@@ -198,13 +194,19 @@ class GaussianDiffusion:
         Returns:
             x_{t-1} like x_t.
         """
-        check_tensor("x_t", x_t)
-        table = self._step_table(x_t)
+        if noise is None:
+            raise TypeError("noise must be a Noise or a tensor, got NoneType")
+        table = self._step_table(checks.tensor("x_t", x_t))
+        clip = self._clips_mean(clip)
         return ops.p_step(x_t, model_output, t, table, noise, variance=self.variance_kind, clip=clip, x_next=x_next, x_start=False)[0]
 
     def predict_x_start(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x̂0 from a model's output, not clipped, in fp32 (float64 for float64 data)."""
         return self.p_mean_variance(model_output, x_t, t, clip=False).x_start
+
+    def _clips_mean(self, clip: bool) -> bool:
+        """Whether the mean of p_θ is made of a clipped x̂0: not where it is the output itself."""
+        return checks.flag("clip", clip) and self.prediction != "mean"
 
     def _step_table(self, like: Tensor) -> Tensor:
         return self.table("p_step", like, lambda: ddpm_table(self).table)
@@ -213,8 +215,7 @@ class GaussianDiffusion:
 
     def target(self, x_start: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
         """What the model is to predict for x_t = q_sample(x_start, t, noise); like x_start."""
-        check_tensor("x_start", x_start)
-        return ops.q_sample(x_start, t, *self._target_tables(x_start), noise)
+        return ops.q_sample(x_start, t, *self._target_tables(checks.tensor("x_start", x_start)), noise)
 
     def simple_loss(
         self, model_output: Tensor, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, weight: str = "uniform", gamma: float | None = None
@@ -227,21 +228,26 @@ class GaussianDiffusion:
         Returns:
             (N,), differentiable in the model's output.
         """
-        check_tensor("x_start", x_start)
+        checks.choice("weight", weight, WEIGHTS)
+        checks.tensor("x_start", x_start)
         weights = self.table(f"weight_{weight}_{gamma}", x_start, lambda: loss_weights(self.schedule, self.prediction, weight, gamma=gamma))
         return ops.simple_loss(model_output, x_start, t, weights, *self._target_tables(x_start), noise)
 
     def vlb_terms(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool = False, *, detach_mean: bool = False) -> Tensor:
         """L_t of the bound: the KL divergence of the posterior from p_θ, at t = 0 the decoder's negative log-likelihood.
 
+        Args:
+            clip: clip x̂0 to [-1, 1], as :meth:`p_mean_variance` does.
+            detach_mean: no gradient to the prediction, only to the variance half.
+
         Returns:
             (N,) in bits per dimension, differentiable in the model's output.
         """
-        check_tensor("x_t", x_t)
-        table = self.table("bound", x_t, lambda: bound_table(self.schedule, self.prediction, self.variance))
+        table = self.table("bound", checks.tensor("x_t", x_t), lambda: bound_table(self.schedule, self.prediction, self.variance))
         return ops.vlb_terms(
             model_output, x_start, x_t, t, table,
-            variance=self.variance_kind, clip=clip, levels=self.levels, cdf=self.cdf, detach_mean=detach_mean,
+            variance=self.variance_kind, clip=self._clips_mean(clip), levels=self.levels, cdf=self.cdf,
+            detach_mean=checks.flag("detach_mean", detach_mean),
         )  # fmt: skip
 
     def loss(
@@ -268,8 +274,7 @@ class GaussianDiffusion:
         Returns:
             (N,).
         """
-        if kind not in LOSSES:
-            raise ValueError(f"kind must be one of {', '.join(LOSSES)}, got {kind!r}")
+        checks.choice("kind", kind, LOSSES)
         if kind == "hybrid" and not self.learns_variance:
             raise ValueError(f"the hybrid loss trains a learned variance, but this diffusion's is {self.variance!r}")
         if kind == "vlb":
@@ -306,7 +311,8 @@ class GaussianDiffusion:
             :class:`BoundTerms`.
 
         Raises:
-            TypeError, ValueError: for data that are not finite or not in [-1, 1], or a noise that is a tensor.
+            TypeError, ValueError: for data that are not finite or not in [-1, 1], a noise that is a tensor, or a model whose output is
+                not what the variance asks for.
         """
         check_data("x_start", x_start)
         steps = (torch.full((x_start.shape[0],), step, device=x_start.device) for step in range(len(self)))
@@ -341,6 +347,10 @@ class GaussianDiffusion:
         noise = Noise(0) if noise is None else noise
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a Noise, which gives each step its own draw, got {type(noise).__name__}")
+        checks.function("model", model)
+        checks.function("report", report)
+        checks.instance("timesteps", timesteps, Iterable)
+        checks.flag("clip", clip)
         check_data("x_start", x_start)
         check_unit_range("x_start", x_start)
         x_t = torch.empty_like(x_start, memory_format=torch.contiguous_format)
@@ -351,6 +361,8 @@ class GaussianDiffusion:
             terms.append(self.vlb_terms(out, x_start, x_t, t, clip))
             errors.append(self.x_start_mse(out, x_start, x_t, t, clip))
             report()
+        if not terms:
+            raise ValueError("timesteps must be one or more tensors of t, got none")
         return self.prior_bpd(x_start), torch.stack(terms, 1), torch.stack(errors, 1)
 
     def x_start_mse(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
@@ -359,6 +371,11 @@ class GaussianDiffusion:
         Returns:
             (N,) in fp32 (float64 for float64 data), on the data's scale, where black and white are 2 apart.
         """
+        check_data("x_t", x_t)
+        check_like("x_start", x_start, "x_t", x_t)
+        check_output(model_output, "x_t", x_t, self.variance_kind)
+        check_t(t, "x_t", x_t, len(self))
+        checks.flag("clip", clip)
         # Only the two columns that it needs: this runs beside every pass of a model.
         row = gather_row(self._step_table(x_t), t, x_t, GUESS_COLUMNS)
         prediction, _ = split_output(model_output, x_t)

@@ -168,12 +168,12 @@ def write_bound_plot(
     Raises:
         ValueError: another shape, NaN or infinity.
     """
-    terms = torch.as_tensor(terms, dtype=torch.float64).detach().cpu()
-    prior = torch.as_tensor(prior, dtype=torch.float64).detach().cpu()
+    terms = torch.as_tensor(terms, dtype=torch.float64, device="cpu").detach()
+    prior = torch.as_tensor(prior, dtype=torch.float64, device="cpu").detach()
     if terms.ndim not in (1, 2) or terms.numel() == 0:
         raise ValueError(f"terms must have shape (T,) or (N, T), got {tuple(terms.shape)}")
-    t = torch.arange(terms.shape[-1]) if timesteps is None else torch.as_tensor(timesteps).cpu()
-    weights = torch.ones(len(t), dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64).cpu()
+    t = torch.arange(terms.shape[-1], device="cpu") if timesteps is None else torch.as_tensor(timesteps, device="cpu")
+    weights = torch.ones(len(t), dtype=torch.float64, device="cpu") if weights is None else torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     for name, values in (("timesteps", t), ("weights", weights)):
         if values.shape != terms.shape[-1:]:
             raise ValueError(f"{name} must have shape ({terms.shape[-1]},), got {tuple(values.shape)}")
@@ -229,7 +229,7 @@ def write_rate_distortion_plot(
     Raises:
         ValueError: another shape, no points, NaN or infinity.
     """
-    columns = [torch.as_tensor(column).detach().double().cpu() for column in (t, rate, distortion)]
+    columns = [torch.as_tensor(column, dtype=torch.float64, device="cpu").detach() for column in (t, rate, distortion)]
     if columns[0].ndim != 1 or not len(columns[0]) or any(column.shape != columns[0].shape for column in columns):
         raise ValueError(f"t, rate and distortion must have one shape (K,), K >= 1, got {', '.join(str(tuple(c.shape)) for c in columns)}")
     for name, column in zip(("t", "rate", "distortion"), columns):

@@ -71,7 +71,7 @@ class Ranks:
         """
         if self.size == 1:
             return well
-        flag = torch.tensor(int(well))
+        flag = torch.tensor(int(well), device="cpu")
         try:
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=self.group)
         except RuntimeError:

@@ -11,7 +11,7 @@ from ddpm_fast import ops
 from ddpm_fast.models.unet_plan import UNetPlan, plan_obstacle
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import gather
-from ddpm_fast.ops._output import split_output
+from ddpm_fast.ops._output import check_output, split_output
 from ddpm_fast.ops.p_step import COLUMNS
 from ddpm_fast.step_tables import StepTable
 
@@ -82,7 +82,10 @@ class ReverseStep:
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The model's output: of 2N samples, conditional and not, where it is guided. ``t`` is a row of ``model_t``."""
-        return self.model(x_t, t) if self.labels is None else self.model(self.doubled(x_t), t, self.labels)
+        x = self.doubled(x_t)
+        out = self.model(x, t) if self.labels is None else self.model(x, t, self.labels)
+        check_output(out, "x_t", x, self.table.variance)
+        return out
 
     def doubled(self, x_t: Tensor) -> Tensor:
         """What the model gets: every sample twice where it is guided."""
@@ -98,10 +101,13 @@ class ReverseStep:
             guidance = without, self.guidance.scale
         if self.threshold is not None:
             out, guidance, rows, clip = self._thresholded(x_t, out, row, guidance), None, self.given_x_start, False
-        return ops.p_step(
-            x_t, out, row, rows, noise, variance=self.table.variance, clip=clip, x_start_previous=x_start_previous, guidance=guidance,
-            x_next=x_next, x_start=x_start,
+        x_next, x_start = ops.p_step(
+            x_t, out, row, rows, noise, variance=self.table.variance, clip=clip and not self.table.output_is_mean,
+            x_start_previous=x_start_previous, guidance=guidance, x_next=x_next, x_start=x_start,
         )  # fmt: skip
+        if clip and self.table.output_is_mean and x_start is not None:
+            x_start.clamp_(-1.0, 1.0)
+        return x_next, x_start
 
     def _thresholded(self, x_t: Tensor, out: Tensor, row: Tensor, guidance: tuple[Tensor, float] | None) -> Tensor:
         """The output with x̂0, thresholded, in place of its prediction."""

@@ -6,20 +6,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddpm_fast import checks
+from ddpm_fast.diffusion import GaussianDiffusion
 from ddpm_fast.noise import FOLD_SAMPLE_KNOWN, FOLD_SAMPLE_START, FOLD_SAMPLE_STEPS, Noise
-from ddpm_fast.ops._common import check_unit_range
+from ddpm_fast.ops._common import check_data, check_unit_range
 from ddpm_fast.reverse_step import Guidance, ReverseStep
 from ddpm_fast.step_graph import Capture, StepGraph, cuda_capture
 from ddpm_fast.step_tables import StepTable, make_table, start_row
-
-if TYPE_CHECKING:
-    from ddpm_fast.diffusion import GaussianDiffusion
 
 Model = Callable[..., Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -104,17 +104,19 @@ class Sampler:
         null_label: int | None = None,
         graph: bool | None = None,
     ) -> None:
+        self.model, self.diffusion = checks.function("model", model), checks.instance("diffusion", diffusion, GaussianDiffusion)
+        self.clip, self.graph = checks.flag("clip", clip), None if graph is None else checks.flag("graph", graph)
         self._make_table = partial(make_table, diffusion, sampler, eta=eta)
         self.table = self._make_table(steps, spacing=spacing)
-        if threshold is not None and not 0.0 < threshold <= 1.0:
+        self.threshold = None if threshold is None else checks.number("threshold", threshold, "lie in (0, 1]")
+        if threshold is not None and not 0.0 < self.threshold <= 1.0:
             raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, got {guidance}")
-        null_label = getattr(model, "num_classes", None) if null_label is None else null_label
+        guidance = checks.number("guidance", guidance)
+        if threshold is not None and self.table.output_is_mean:
+            raise ValueError("threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take sampler 'ddim'")
+        null_label = getattr(model, "num_classes", None) if null_label is None else checks.integer("null_label", null_label, 0)
         if guidance != 1.0 and null_label is None:
             raise ValueError(f"guidance {guidance} needs to know what the model takes for no class; give null_label")
-        self.model, self.diffusion = model, diffusion
-        self.clip, self.threshold, self.graph = clip, threshold, graph
         self.guidance = Guidance(guidance, null_label)
         self._graphs: dict[tuple, StepGraph] = {}
         self._capture: Capture = cuda_capture  # a test puts another in its place
@@ -136,7 +138,7 @@ class Sampler:
         Args:
             shape: (N, C, ...).
             seed: 0..2^64-1.
-            labels: (N,) int64, classes for a class-conditional model.
+            labels: (N,) int64, classes for a class-conditional model: in 0..K-1 where it has a ``num_classes`` of K, or the null label.
             known: (x_start, mask) for inpainting: where mask is True, images keep x_start, which is noised to each step's level so
                 that the rest is drawn to fit (Lugmayr et al. 2022, algorithm 1 without resampling; Song et al. 2021, appendix I.2).
                 x_start in [-1, 1] and the bool mask broadcast to ``shape``.
@@ -152,13 +154,14 @@ class Sampler:
         Raises:
             TypeError, ValueError: for a shape, labels or a known part that do not fit.
         """
-        shape = torch.Size(shape)
-        if len(shape) < 2 or any(size < 1 for size in shape):
-            raise ValueError(f"shape must be (N, C, ...) with sizes of at least 1, got {tuple(shape)}")
+        shape = _shape(shape)
+        if callback is not None:
+            checks.function("callback", callback)
+        checks.flag("keep", keep)
         device = self._device(device)
         labels = self._labels(labels, shape[0], device)
         key = Noise(seed, first_sample=first_sample)
-        constrain = None if known is None else self._constrain(*known, shape, device, key.fold_in(FOLD_SAMPLE_KNOWN))
+        constrain = None if known is None else self._constrain(known, shape, device, key.fold_in(FOLD_SAMPLE_KNOWN))
         x = key.fold_in(FOLD_SAMPLE_START).materialize(shape, device)
         if constrain is not None:
             x = constrain(int(self.table.chain_times[-1]), x)
@@ -183,19 +186,18 @@ class Sampler:
         Raises:
             ValueError: for images, weights or a t that do not fit.
         """
-        if a.shape != b.shape or a.ndim < 2:
+        if checks.tensor("a", a).shape != checks.tensor("b", b).shape or a.ndim < 2:
             raise ValueError(f"a and b must have one shape (N, C, ...), got {tuple(a.shape)} and {tuple(b.shape)}")
         if not len(a):
             raise ValueError("a and b must have at least one image, got none")
-        check_unit_range("a", a)
-        check_unit_range("b", b)
-        weights = [float(weight) for weight in weights]
-        if not weights or not all(0.0 <= weight <= 1.0 for weight in weights):
-            raise ValueError(f"weights must be one or more numbers in [0, 1], got {weights}")
-        if not 0 <= t < len(self.diffusion):
-            raise ValueError(f"t must lie in 0..{len(self.diffusion) - 1}, got {t}")
+        for name, images in (("a", a), ("b", b)):
+            check_data(name, images)
+            check_unit_range(name, images)
+        weights = _weights(weights)
+        t = checks.integer("t", t, 0, len(self.diffusion) - 1)
         # A table of its own: its first step has no history, whatever the step in the whole table has.
-        table = self._make_table(self.table.chain_times[: start_row(self.table, t) + 1].tolist(), spacing="even")
+        table = self._make_table(self.table.chain_times[: start_row(self.table, t) + 1], spacing="even")
+        table = replace(table, output_is_mean=self.table.output_is_mean)
         device = self._device(a.device if not isinstance(self.model, torch.nn.Module) else None)
         labels = self._labels(labels, len(a), device)
         key = Noise(seed, first_sample=first_sample)
@@ -246,19 +248,33 @@ class Sampler:
         if device is None:
             parameter = next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
             device = "cpu" if parameter is None else parameter.device
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device must be a torch.device or its name, got {device!r}") from None
 
     def _labels(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor | None:
         if labels is None:
             if self.guidance.scale != 1.0:
                 raise ValueError(f"guidance {self.guidance.scale} needs labels, got none")
             return None
-        if labels.dtype != torch.int64 or labels.shape != (count,):
+        classes = getattr(self.model, "num_classes", self)  # None says that it is unconditional
+        if classes is None:
+            raise ValueError("labels must be None for a model without classes (num_classes=None)")
+        if checks.tensor("labels", labels).dtype != torch.int64 or labels.shape != (count,):
             raise ValueError(f"labels must be int64 of shape ({count},), got {labels.dtype} {tuple(labels.shape)}")
+        if labels.is_cpu and isinstance(classes, int):  # elsewhere it would wait for the device
+            outside = ((labels < 0) | (labels >= classes)) & (labels != (classes if self.guidance.null_label is None else self.guidance.null_label))
+            if outside.any():
+                i = int(outside.nonzero()[0])
+                raise ValueError(f"labels must lie in 0..{classes - 1}, or be the null label, got labels[{i}] = {int(labels[i])}")
         return labels.to(device)
 
-    def _constrain(self, x_start: Tensor, mask: Tensor, shape: torch.Size, device: torch.device, key: Noise) -> Callable[[int | None, Tensor], Tensor]:
+    def _constrain(self, known: tuple[Tensor, Tensor], shape: torch.Size, device: torch.device, key: Noise) -> Callable[[int | None, Tensor], Tensor]:
         """Puts the known part, noised to time t (None: as it is), where the mask says."""
+        if not isinstance(known, (tuple, list)) or len(known) != 2 or not all(isinstance(part, Tensor) for part in known):
+            raise TypeError(f"known must be two tensors, (x_start, mask), got {type(known).__name__}")
+        x_start, mask = known
         if mask.dtype != torch.bool:
             raise TypeError(f"the mask must be bool, True where the image is known, got {mask.dtype}")
         try:
@@ -274,6 +290,27 @@ class Sampler:
             return torch.where(mask, noised, x)
 
         return constrain
+
+
+def _shape(shape: Sequence[int]) -> torch.Size:
+    try:
+        sizes = [checks.integer("a size", size, 1) for size in shape]
+    except (TypeError, ValueError):
+        sizes = []
+    if len(sizes) < 2:
+        got = tuple(shape) if isinstance(shape, (list, tuple)) else shape
+        raise ValueError(f"shape must be (N, C, ...) with sizes of at least 1, got {got!r}")
+    return torch.Size(sizes)
+
+
+def _weights(weights: Sequence[float]) -> list[float]:
+    try:
+        found = [checks.number("a weight", weight) for weight in weights]
+    except (TypeError, ValueError):
+        found = []
+    if not found or not all(0.0 <= weight <= 1.0 for weight in found):
+        raise ValueError(f"weights must be one or more numbers in [0, 1], got {weights!r}")
+    return found
 
 
 def sample(

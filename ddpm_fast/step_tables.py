@@ -2,16 +2,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_fast import checks
 from ddpm_fast.ops._output import FIXED
 from ddpm_fast.ops.p_step import COLUMNS
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.schedules import NoiseSchedule, as_timesteps
 from ddpm_fast.tables import VARIANCES, log_variance_range, x_start_coefficients
 
 if TYPE_CHECKING:
@@ -30,12 +32,14 @@ class StepTable:
         timesteps: (S,) int64, the t that the model is told at each row.
         chain_times: (S,) int64, the time of the diffusion's own chain; another one where its schedule was respaced.
         variance: how the log-variance columns are read.
+        output_is_mean: the model's output is the step's mean itself, which clipping x̂0 leaves as it is.
     """
 
     table: Tensor
     timesteps: Tensor
     chain_times: Tensor
     variance: str
+    output_is_mean: bool = False
 
     def __len__(self) -> int:
         """S, the number of steps."""
@@ -65,24 +69,23 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "even", log_snr: Tensor 
     Returns:
         (steps,) int64, ascending.
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
-        raise ValueError(f"steps must be an integer in 1..{T}, got {steps!r}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    T = checks.integer("T", T, 1)
+    steps = checks.integer("steps", steps, 1, T)
+    checks.choice("spacing", spacing, SPACINGS)
     if steps == 1:
-        return torch.tensor([T - 1])
+        return torch.tensor([T - 1], device="cpu")
     if spacing == "logsnr":
         if log_snr is None:
             raise ValueError("spacing 'logsnr' needs log_snr, the schedule's")
-        wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
+        wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64, device="cpu")
         above = torch.searchsorted(-log_snr, -wanted).clamp(1, T - 1)
         nearer = wanted - log_snr[above] > log_snr[above - 1] - wanted
         chosen = above - nearer.long()
     else:
         power = 2 if spacing == "quadratic" else 1
-        chosen = torch.linspace(0, (T - 1) ** (1 / power), steps, dtype=torch.float64).pow(power).round().long()
+        chosen = torch.linspace(0, (T - 1) ** (1 / power), steps, dtype=torch.float64, device="cpu").pow(power).round().long()
     # Where the wish is for less than one step of the chain, every step of it is taken.
-    place = torch.arange(steps)
+    place = torch.arange(steps, device="cpu")
     return (chosen - place).cummax(0).values.clamp_max(T - steps) + place
 
 
@@ -90,13 +93,15 @@ def ddpm_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] |
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on all steps or on the ascending ``timesteps`` alone.
 
     A part of the steps is sampled through the respaced schedule, whose posterior and variances belong to the jump
-    from one listed step to the one before (Nichol & Dhariwal 2021, section 4).
+    from one listed step to the one before (Nichol & Dhariwal 2021, section 4). On all steps a model that predicts the mean gives that
+    of the step; on a part of them it is that of another step, and the mean comes from x̂0 as it does for the other predictions.
     """
     schedule = _respaced(diffusion, timesteps)
-    noise = torch.ones(len(schedule), dtype=torch.float64)
+    noise = torch.ones(len(schedule), dtype=torch.float64, device="cpu")
     noise[0] = 0.0  # the last step returns the mean
     low, high = log_variance_range(schedule, diffusion.variance)
-    return _table(diffusion, timesteps, schedule, schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, None, low, high, noise, VARIANCES[diffusion.variance])
+    table = _table(diffusion, timesteps, schedule, schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, None, low, high, noise, VARIANCES[diffusion.variance])
+    return replace(table, output_is_mean=diffusion.prediction == "mean" and schedule is diffusion.schedule)
 
 
 def ddim_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None, eta: float = 0.0) -> StepTable:
@@ -105,13 +110,16 @@ def ddim_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] |
     ε is derived again from the clipped x̂0, which folds it into the weights of x̂0 and x_t. ``eta`` = 0 is deterministic,
     1 has the variance of ancestral sampling; a learned variance is not used.
     """
+    eta = checks.number("eta", eta, "lie in [0, 1]")
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     schedule = _respaced(diffusion, timesteps)
-    previous, variance = schedule.alphas_bar_prev, eta**2 * schedule.posterior_variance
-    direction = (1.0 - previous - variance).clamp_min(0.0).sqrt() / schedule.sqrt_one_minus_alphas_bar
+    rest, variance = schedule.one_minus_alphas_bar_prev, eta**2 * schedule.posterior_variance
+    # √((1-ᾱ_{t-1}) - η² β̃) / √(1-ᾱ), with 1-ᾱ = β + α (1-ᾱ_{t-1}) put in: a sum, where the difference would cancel.
+    direction = (rest * ((1.0 - eta**2) * schedule.betas + schedule.alphas * rest)).sqrt() / schedule.one_minus_alphas_bar
+    from_x_start = schedule.alphas_bar_prev.sqrt() - direction * schedule.sqrt_alphas_bar
     log_var = variance.clamp_min(torch.finfo(torch.float32).tiny).log()
-    return _table(diffusion, timesteps, schedule, previous.sqrt() - direction * schedule.sqrt_alphas_bar, direction, None, log_var, log_var, (variance > 0).double(), FIXED)
+    return _table(diffusion, timesteps, schedule, from_x_start, direction, None, log_var, log_var, (variance > 0).double(), FIXED)
 
 
 def dpm_solver_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[int] | None = None) -> StepTable:
@@ -126,10 +134,10 @@ def dpm_solver_table(diffusion: GaussianDiffusion, timesteps: Tensor | Sequence[
     """
     schedule = _respaced(diffusion, timesteps)
     signal, sigma = schedule.sqrt_alphas_bar, schedule.sqrt_one_minus_alphas_bar
-    half_log_snr = 0.5 * schedule.snr.log()
+    half_log_snr = 0.5 * schedule.log_snr
     zero = torch.zeros_like(signal)
     step = half_log_snr[:-1] - half_log_snr[1:]  # entry k is of row k + 1, which goes to the time of row k
-    ends = torch.ones(1, dtype=torch.float64)
+    ends = torch.ones(1, dtype=torch.float64, device="cpu")
     from_x_start = torch.cat([ends, -signal[:-1] * torch.expm1(-step)])
     from_x_t = torch.cat([0 * ends, sigma[:-1] / sigma[1:]])
     previous = zero.clone()
@@ -144,23 +152,24 @@ def make_table(diffusion: GaussianDiffusion, sampler: str = "ddpm", steps: int |
 
     Args:
         sampler: "ddpm", "ddim" or "dpmpp_2m".
-        steps: None for all T; a number, spaced as :func:`spaced_timesteps` does; or the ascending list itself, in 0..T-1.
+        steps: None for all T; a number, spaced as :func:`spaced_timesteps` does; or the ascending list itself, in 0..T-1, which may
+            be an array or a tensor.
         eta: DDIM's share of noise, 0..1.
         spacing: of a number of steps.
 
     Raises:
         ValueError: for an unknown name, or what is out of range.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if eta and sampler != "ddim":
+    checks.choice("sampler", sampler, SAMPLERS)
+    checks.choice("spacing", spacing, SPACINGS)
+    if checks.number("eta", eta, "lie in [0, 1]") and sampler != "ddim":
         raise ValueError(f"eta is a part of sampler 'ddim', got {eta} for {sampler!r}")
     T = len(diffusion)
-    listed = isinstance(steps, (Sequence, Tensor)) and not isinstance(steps, str)
+    listed = isinstance(steps, (Sequence, np.ndarray, Tensor)) and not isinstance(steps, str) and getattr(steps, "ndim", 1) > 0
     if (steps is None or listed) and spacing != "even":
         raise ValueError(f"spacing is of a number of steps, got {spacing!r} for {'a list of them' if listed else 'all of them'}")
-    timesteps = torch.as_tensor(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.snr.log())
-    if not timesteps.is_floating_point() and torch.equal(timesteps, torch.arange(T)):
+    timesteps = as_timesteps(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, diffusion.schedule.log_snr)
+    if torch.equal(timesteps, torch.arange(T, device="cpu")):
         timesteps = None  # else respacing checks it
     if sampler == "ddim":
         return ddim_table(diffusion, timesteps, eta)
@@ -192,7 +201,7 @@ def _table(
 ) -> StepTable:
     """x̂0 comes from the schedule that the model was trained on: only where the step goes depends on its length."""
     columns = x_start_coefficients(diffusion.schedule, diffusion.prediction)
-    times = torch.arange(len(diffusion)) if timesteps is None else torch.as_tensor(timesteps).long()
+    times = torch.arange(len(diffusion), device="cpu") if timesteps is None else as_timesteps(timesteps)
     previous = torch.zeros_like(x_t) if previous is None else previous
     columns = [column[times] for column in columns] + [x_start, x_t, previous, low, high, noise]
     return StepTable(torch.stack(columns, 1), schedule.timesteps, times, variance)

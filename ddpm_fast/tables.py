@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_fast import checks
 from ddpm_fast.ops._output import FIXED, LEARNED, LEARNED_RANGE
 from ddpm_fast.schedules import NoiseSchedule
 
@@ -67,7 +68,7 @@ def bound_table(schedule: NoiseSchedule, prediction: str, variance: str) -> Tens
         schedule.posterior_mean_coef2,
         schedule.posterior_log_variance,
         *log_variance_range(schedule, variance),
-        torch.zeros(len(schedule), dtype=torch.float64),
+        torch.zeros(len(schedule), dtype=torch.float64, device="cpu"),
     )
     return torch.stack(columns, 1)
 
@@ -89,9 +90,9 @@ def loss_weights(schedule: NoiseSchedule, prediction: str, weight: str, *, gamma
     if weight == "uniform":
         return torch.ones_like(from_out)
     if weight == "min_snr":
-        return schedule.snr.clamp_max(5.0 if gamma is None else gamma) * x_start_error
+        return schedule.snr.clamp_max(5.0 if gamma is None else checks.number("gamma", gamma)) * x_start_error
     if weight == "p2":
-        return x_start_error * schedule.snr / (1.0 + schedule.snr) ** (1.0 if gamma is None else gamma)
+        return x_start_error * schedule.snr / (1.0 + schedule.snr) ** (1.0 if gamma is None else checks.number("gamma", gamma))
     if weight == "vlb":
         return 0.5 * schedule.posterior_mean_coef1.square() * x_start_error / schedule.posterior_log_variance.exp()
     raise ValueError(f"weight must be one of {', '.join(WEIGHTS)}, got {weight!r}")

@@ -1,7 +1,6 @@
 """conv3x3: the CPU kernel against float64, its bits, weights that change, what is left to PyTorch, errors."""
 from __future__ import annotations
 
-import copy
 import functools
 import io
 import math

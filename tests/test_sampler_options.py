@@ -205,8 +205,8 @@ def test_a_mask_of_numbers_is_refused():
         ((torch.zeros(2, 3), torch.full((2, 3), 2.0), [0.5], 5), r"b must be finite and lie in \[-1, 1\]"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), [], 5), r"weights must be one or more numbers in \[0, 1\], got \[\]"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), [1.5], 5), r"weights must be one or more numbers in \[0, 1\], got \[1.5\]"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3), [0.5], -1), r"t must lie in 0\.\.19, got -1"),
-        ((torch.zeros(2, 3), torch.zeros(2, 3), [0.5], 20), r"t must lie in 0\.\.19, got 20"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), [0.5], -1), r"t must be an integer in 0\.\.19, got -1"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), [0.5], 20), r"t must be an integer in 0\.\.19, got 20"),
         ((torch.zeros(0, 3), torch.zeros(0, 3), [0.5], 5), "a and b must have at least one image, got none"),
     ],
 )

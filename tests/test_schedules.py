@@ -243,14 +243,17 @@ def test_number_of_steps_must_be_a_positive_integer(name, T):
 
 
 def test_rescaled_schedule_needs_more_than_twenty_steps():
-    with pytest.raises(ValueError, match=r"got betas\[19\] = 1 "):
+    message = r"the betas of linear\(20, rescale\) must lie inside \(0, 1\), but run from 0.005 to 1: take more steps, smaller betas or the cosine schedule"
+    with pytest.raises(ValueError, match=message):
         NoiseSchedule.linear(20, rescale=True)
     assert NoiseSchedule.linear(21, rescale=True).betas[-1] < 1
 
 
-def test_quadratic_refuses_negative_ends():
-    with pytest.raises(ValueError, match="beta_start and beta_end must lie inside"):
-        NoiseSchedule.quadratic(10, beta_start=-1e-4)
+@pytest.mark.parametrize("name", ["linear", "quadratic", "sigmoid"])
+@pytest.mark.parametrize("ends", [(-1e-4, 0.02), (0.0, 0.5), (0.1, 1.0)])
+def test_ends_outside_the_open_interval_come_with_advice(name, ends):
+    with pytest.raises(ValueError, match=rf"the betas of {name}\(10\) must lie inside \(0, 1\), but run from .*: take more steps, smaller betas or"):
+        getattr(NoiseSchedule, name)(10, *ends)
 
 
 def test_unknown_schedule_is_named():
@@ -264,6 +267,10 @@ def test_unknown_schedule_is_named():
         ([], "timesteps must be integers of shape"),
         ([[1, 2]], "timesteps must be integers of shape"),
         ([1.0, 2.0], "timesteps must be integers of shape"),
+        ([True, False], "timesteps must be integers of shape"),
+        (["1", "2"], "timesteps must be integers of shape"),
+        (3, "timesteps must be integers of shape"),
+        (None, "timesteps must be integers of shape"),
         ([2, 1], "must ascend strictly within 0..9"),
         ([1, 1], "must ascend strictly within 0..9"),
         ([-1, 3], "must ascend strictly within 0..9"),
@@ -280,3 +287,36 @@ def test_the_callers_betas_are_copied():
     schedule = NoiseSchedule.from_betas(betas)
     betas.zero_()
     assert schedule.betas.tolist() == [0.1, 0.1, 0.1]
+
+
+def test_the_callers_graph_stays_with_the_caller():
+    betas = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
+    schedule = NoiseSchedule.from_betas(betas)
+    assert not any(table.requires_grad for table in vars(schedule).values() if isinstance(table, torch.Tensor))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])
+def test_betas_of_numpy(dtype):
+    betas = np.array([0.125, 0.25], dtype=dtype)
+    assert NoiseSchedule.from_betas(betas).betas.tolist() == NoiseSchedule.from_betas(list(betas)).betas.tolist() == [0.125, 0.25]
+    assert NoiseSchedule.from_betas(torch.tensor([0.125, 0.25], dtype=torch.bfloat16)).betas.tolist() == [0.125, 0.25]
+
+
+@pytest.mark.parametrize("T", [np.int64(12), np.uint8(12), np.array(12), torch.tensor(12)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_numpy_integers_count_steps(name, T):
+    assert_bits_equal(NoiseSchedule.from_name(name, T).betas, NoiseSchedule.from_name(name, 12).betas)
+
+
+def test_arrays_and_tensors_list_timesteps():
+    expected = NoiseSchedule.linear(20).respace([0, 7, 19])
+    for timesteps in (np.array([0, 7, 19]), np.array([0, 7, 19], dtype=np.uint16), torch.tensor([0, 7, 19], dtype=torch.int32), (0, np.int8(7), 19)):
+        found = NoiseSchedule.linear(20).respace(timesteps)
+        assert found.timesteps.dtype == torch.int64
+        assert_bits_equal(found.betas, expected.betas)
+
+
+@pytest.mark.parametrize("betas", [[True, False], [1, 0], torch.ones(3, dtype=torch.bool), torch.tensor([0.1j]), np.array([0.1j]), ["a"], None, [[0.1], [0.1, 0.2]]])
+def test_betas_must_be_floating_point(betas):
+    with pytest.raises(ValueError, match="betas must be floating-point numbers"):
+        NoiseSchedule.from_betas(betas)

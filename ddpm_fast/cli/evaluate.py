@@ -35,7 +35,7 @@ def evaluate(
     no_bound: Annotated[bool, typer.Option("--no-bound", help="Leave the bound out, with --samples.")] = False,
     terms: Annotated[int | None, typer.Option(min=2, help="Of the bound for each image: an unbiased estimate. By default all T.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The bound of only the first so many images.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a pass and a save of what is done; it changes no result.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a pass and a save of what is done; it changes results by the fp32 rounding of the network only.")] = 256,
     clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Clip the model's guess of the image to [-1, 1].")] = True,
     samples: Annotated[Path | None, typer.Option(help="Also the quality of these: a .npz or a folder of images.")] = None,
     features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,

@@ -39,8 +39,8 @@ def sample(
 ) -> None:
     """Draw images from a trained model.
 
-    Image i depends on --seed and i alone: not on --count, --batch or the number of processes (torchrun). Stopped, the same command goes
-    on; with a larger --count it adds images.
+    Image i depends on --seed and i alone: not on --count, and on --batch or the number of processes (torchrun) by the fp32 rounding of
+    the network only. Stopped, the same command goes on; with a larger --count it adds images.
     """
     import torch
 
@@ -68,7 +68,7 @@ def sample(
         )  # fmt: skip
 
         def batch_labels(first: int, size: int) -> torch.Tensor | None:
-            return None if labels is None else torch.tensor(labels)[torch.arange(first, first + size) % len(labels)]
+            return None if labels is None else torch.tensor([labels[i % len(labels)] for i in range(first, first + size)], device="cpu")
 
         def arguments(first: int, size: int) -> dict[str, Any]:
             return dict(labels=batch_labels(first, size), first_sample=first, device=trained.device)
@@ -113,7 +113,7 @@ def draw_process(out: Path, draw: Any, shape: tuple[int, ...], seed: int, gif: b
     from ddpm_fast.plots import write_forward_strip, write_reverse_gif
 
     length = len(draw.table)
-    shown = set(torch.linspace(0, length - 1, min(FRAMES, length)).round().int().tolist())
+    shown = set(torch.linspace(0, length - 1, min(FRAMES, length), device="cpu").round().int().tolist())
     states, guesses, times, step = [], [], [], itertools.count()
 
     def keep(t: int, x: torch.Tensor, x_start: torch.Tensor) -> None:
@@ -129,7 +129,7 @@ def draw_process(out: Path, draw: Any, shape: tuple[int, ...], seed: int, gif: b
         write_reverse_gif(written["reverse process"], torch.stack(states))
     if progressive:
         written["x̂0 on the way"] = out / "progressive.png"
-        columns = sorted({round(k) for k in torch.linspace(0, len(times) - 1, min(10, len(times))).tolist()})
+        columns = sorted({round(k) for k in torch.linspace(0, len(times) - 1, min(10, len(times)), device="cpu").tolist()})
         write_forward_strip(written["x̂0 on the way"], torch.stack([guesses[k] for k in columns]), [times[k] for k in columns])
     return written
 

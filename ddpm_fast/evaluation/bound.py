@@ -9,8 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ddpm_fast import checks
 from ddpm_fast.diffusion import GaussianDiffusion, Model
 from ddpm_fast.noise import FOLD_EVAL_NOISE, FOLD_EVAL_TIMESTEPS, Noise
+from ddpm_fast.ops._common import check_data
 from ddpm_fast.parts import Parts, pieces
 from ddpm_fast.ranks import Ranks
 
@@ -82,7 +84,7 @@ class Bound:
 
 def standard_error(values: Tensor) -> Tensor:
     """Of the mean of (N, ...) independent values over the first dimension; NaN for a single one."""
-    return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full(values.shape[1:], math.nan, dtype=values.dtype)
+    return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else values.new_full(values.shape[1:], math.nan)
 
 
 def intervals(T: int, count: int | None) -> tuple[Tensor, Tensor]:
@@ -91,8 +93,9 @@ def intervals(T: int, count: int | None) -> tuple[Tensor, Tensor]:
     Returns:
         (first t, number of t) of each, int64.
     """
+    count = None if count is None else checks.integer("terms per image", count, 1)
     if count is None or count >= T:
-        return torch.arange(T), torch.ones(T, dtype=torch.int64)
+        return torch.arange(T, device="cpu"), torch.ones(T, dtype=torch.int64, device="cpu")
     if count < 2:
         raise ValueError(f"terms per image must be at least 2, the decoder's and one more, got {count}")
     # Geometric edges, but each at least one t long: the first come out as single steps.
@@ -101,8 +104,8 @@ def intervals(T: int, count: int | None) -> tuple[Tensor, Tensor]:
         left = count - k
         edges.append(max(edges[-1] + 1, round(edges[-1] * (T / edges[-1]) ** (1 / left))))
     edges[-1] = T
-    first = torch.tensor([0, *edges[:-1]])
-    return first, torch.tensor([1, *torch.tensor(edges).diff().tolist()])
+    first = torch.tensor([0, *edges[:-1], T], device="cpu")
+    return first[:-1], first.diff()
 
 
 @torch.no_grad()
@@ -122,8 +125,8 @@ def evaluate_bound(
 ) -> Bound:
     """The bound on every image, term by term.
 
-    Image i draws its noise and its t from (seed, i) alone, so the batch size and the number of ranks change the result by
-    rounding only, and so does an interruption after which another batch size goes on.
+    Image i draws its noise and its t from (seed, i) alone, so the batch size and the number of ranks change the result by the model's
+    own rounding only, and so does an interruption after which another batch size goes on.
 
     Args:
         model: any callable (x_t, t) -> output, in eval mode.
@@ -144,16 +147,24 @@ def evaluate_bound(
         ValueError: for no images, images that are not finite or not in [-1, 1], a batch below 1, fewer than 2 terms, a
             model whose output is not finite, parts of other settings, or ranks without parts.
     """
-    ranks = ranks or Ranks()
+    checks.function("model", model)
+    checks.instance("diffusion", diffusion, GaussianDiffusion)
+    checks.flag("clip", clip)
+    checks.function("report", report)
+    ranks = Ranks() if ranks is None else checks.instance("ranks", ranks, Ranks)
     if isinstance(x_start, Tensor):
+        if x_start.ndim and not len(x_start):
+            raise ValueError("the bound needs at least one image, got none")
+        check_data("x_start", x_start)
         images, count = x_start, len(x_start)
         fetch = lambda part: images[part]  # noqa: E731
+    elif callable(x_start):
+        fetch, count = x_start, checks.integer("count", count, 1)
     else:
-        fetch = x_start
-    if not count:
-        raise ValueError("the bound needs at least one image, got none")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+        raise TypeError(f"x_start must be a tensor, or a function of a slice, got {type(x_start).__name__}")
+    batch = checks.integer("batch", batch, 1)
+    if parts is not None:
+        checks.instance("parts", parts, Parts)
     if ranks.size > 1 and parts is None:
         raise ValueError(f"{ranks.size} ranks share their work through parts, but there are none")
     first, counts = intervals(len(diffusion), terms_per_image)

@@ -116,7 +116,7 @@ def digits_classifier() -> DigitsClassifier:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small are slower on more, and sums in one order give one result
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.default_generator.manual_seed(_DIGITS_SEED)
             classifier = DigitsClassifier()
             optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)

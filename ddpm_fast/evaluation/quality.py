@@ -169,7 +169,7 @@ def evaluate_quality(
     known, generated = extract(data.batch(reference, slice(None))[0]), extract(samples)
     others = getattr(data, other)
     # Spread over the part: folders and photos are in order of their classes.
-    chosen = torch.linspace(0, len(others) - 1, min(len(samples), len(others)), dtype=torch.float64).round().long()
+    chosen = torch.linspace(0, len(others) - 1, min(len(samples), len(others)), dtype=torch.float64, device="cpu").round().long()
     sets = {"samples": generated}
     if len(chosen) >= least:
         sets[f"real ({other})"] = extract(data.batch(other, chosen)[0])

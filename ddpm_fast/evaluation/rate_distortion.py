@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_fast import checks
 from ddpm_fast.evaluation.bound import Bound, standard_error
 
 # Black and white are 2 apart in the data and 255 in an 8-bit image. Other numbers of levels are put on that scale too.
@@ -48,6 +49,7 @@ def rate_distortion(bound: Bound) -> RateDistortion:
 
     Source: Ho et al. 2020, section 4.3 and fig. 5.
     """
+    checks.instance("bound", bound, Bound)
     spent = bound.terms * bound.counts
     after = spent.flip(1).cumsum(1).flip(1) - spent
     rate = bound.prior[:, None] + after

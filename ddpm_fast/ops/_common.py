@@ -13,11 +13,6 @@ from ddpm_fast.ops._op import goes_through_dispatcher
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-
-
 def check_data(name: str, x: Tensor) -> None:
     """A floating-point batch, (N, ...), which may have no samples but no empty ones."""
     if not isinstance(x, Tensor):

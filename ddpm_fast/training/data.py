@@ -166,7 +166,7 @@ class Batches:
             raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
         _check_seed(seed)
         self.n, self.batch_size, self.seed = n, batch_size, seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def indices(self, step: int) -> torch.Tensor:
         """(batch_size,) int64 in 0..n-1, CPU."""

@@ -70,7 +70,7 @@ class Trainer:
             raise ValueError(f"loss 'hybrid' trains a learned variance, got variance {config.variance!r}; use learned or learned_range")
         if config.loss == "simple" and self.diffusion.learns_variance:
             raise ValueError(f"loss 'simple' does not train a variance, got variance {config.variance!r}; use loss hybrid or vlb")
-        with seeded(config.seed):  # on the CPU: the same weights on any device
+        with seeded(config.seed), torch.device("cpu"):  # on the CPU: the same weights on any device
             self.model = config.make_network(data).to(self.device).train()
         self.ema = EMA(self.model, config.ema)
         # One fused kernel for all parameters, on CPU as on CUDA.
@@ -139,7 +139,7 @@ class Trainer:
 
     def _load_optimizer(self, packed: dict[str, Tensor], meta: dict[str, Any]) -> None:
         expected = {f"{index}.{name}": p for index, p in enumerate(self.model.parameters()) for name in ("exp_avg", "exp_avg_sq")}
-        expected |= {f"{index}.step": torch.zeros(()) for index, _ in enumerate(self.model.parameters())}
+        expected |= {f"{index}.step": torch.zeros((), device="cpu") for index, _ in enumerate(self.model.parameters())}
         shapes = {name: tuple(tensor.shape) for name, tensor in packed.items()}
         if meta["step"] and shapes != {name: tuple(like.shape) for name, like in expected.items()}:
             raise ValueError(f"its optimizer's state must be that of {len(expected) // 3} parameters, got other tensors")
@@ -243,7 +243,7 @@ class Trainer:
             metrics = stack.enter_context(open_metrics(Path(out) / METRICS, history)) if out is not None else None
             start = saved = time.perf_counter()
             first, spent = self.step, history[-1]["elapsed_s"] if history else 0.0
-            loss = norm = torch.zeros(())
+            loss = norm = torch.zeros((), device="cpu")
             try:
                 while self.step < self.config.steps:
                     loss, norm = self.train_step()

@@ -1,0 +1,75 @@
+"""Checks of arguments that no op checks: each gives the plain Python value, or says in one line what was expected and what came.
+
+NumPy's numbers and tensors of one element are as good as Python's; a bool is no number.
+"""
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """An integer in low..high."""
+    try:
+        found = None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or found < low or (high is not None and found > high):
+        wanted = f"of at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
+    return found
+
+
+def number(name: str, value: Any, wanted: str = "be a finite number") -> float:
+    """A finite number; ``wanted`` says what its caller wants of it."""
+    try:
+        found = math.nan if _is_bool(value) or not hasattr(value, "__float__") else float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array of several
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{name} must {wanted}, got {value!r}")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """One of some names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def function(name: str, value: Any) -> Any:
+    """Anything that can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+    return value
+
+
+def tensor(name: str, value: Any) -> torch.Tensor:
+    """A tensor, of which an op will check the rest; what a caller looks at before that would be a traceback of something else."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def instance(name: str, value: Any, kind: type) -> Any:
+    """An object of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) in (torch.bool, np.bool_)

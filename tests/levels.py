@@ -36,7 +36,8 @@ LEVELS = {
     "AVX2": (("avx2", "fma"), machine("avx2", "AVX2", "AVX2")),
     "AVX-512": (("avx512f", "avx512bw", "avx512vl", "avx512dq"), machine("avx512", "AVX512_CORE", "AVX512")),
     "AMX": (("amx_tile", "amx_bf16"), machine("avx512", "AVX512_CORE_AMX", "AVX512")),
-    "ATen without vectors": ((), {"ATEN_CPU_CAPABILITY": "default"}),
+    # Beside oneDNN with AMX PyTorch's flash attention takes a way that ATen without AVX-512 has not: "pack_vnni2 is only supported".
+    "ATen without vectors": ((), {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     "MKL compatible": ((), COMPATIBLE),
     "without oneDNN": ((), WITHOUT_ONEDNN),
     "AVX2 without oneDNN": (("avx2", "fma"), machine("avx2", "AVX2", "AVX2") | WITHOUT_ONEDNN),

@@ -38,7 +38,9 @@ def number(name: str, value: Any, wanted: str = "be a finite number") -> float:
 
 def flag(name: str, value: Any) -> bool:
     """True or False."""
-    if not isinstance(value, (bool, np.bool_)):
+    if value is True or value is False:  # fast: each step of a loop asks
+        return value
+    if not isinstance(value, np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 

@@ -49,6 +49,8 @@ class NoiseSchedule:
             i = int(outside.nonzero()[0])
             raise ValueError(f"every beta must lie inside (0, 1), got betas[{i}] = {betas[i].item():g} ({name})")
         timesteps = torch.arange(len(betas), device="cpu") if timesteps is None else as_timesteps(timesteps)
+        if len(timesteps) != len(betas):
+            raise ValueError(f"timesteps must have shape ({len(betas)},), as betas have, got {tuple(timesteps.shape)}")
         self._derive(name, timesteps, betas, 1.0 - betas, torch.log1p(-betas).cumsum(0))
 
     def _derive(self, name: str, timesteps: Tensor, betas: Tensor, alphas: Tensor, log_alphas_bar: Tensor) -> None:

@@ -58,10 +58,9 @@ def straightforward_term(diffusion, out, x_start, x_t, t, clip=False):
         a, s = math.sqrt(bar), math.sqrt(1 - bar)
         guess = {"epsilon": (x - s * value) / a, "x_start": value, "v": a * x - s * value}.get(diffusion.prediction)
         c1, c2 = math.sqrt(before) * beta / (1 - bar), math.sqrt(alpha) * (1 - before) / (1 - bar)
-        if guess is None:  # the mean itself is predicted
-            guess = (value - c2 * x) / c1
-        guess = min(max(guess, -1.0), 1.0) if clip else guess
-        mean, true_mean = c1 * guess + c2 * x, c1 * x0 + c2 * x
+        true_mean = c1 * x0 + c2 * x
+        # Where the mean itself is predicted, no clipping of x̂0 changes it.
+        mean = value if guess is None else c1 * (min(max(guess, -1.0), 1.0) if clip else guess) + c2 * x
         if diffusion.variance == "learned":
             log_variance = out[channels:].flatten()[i].item()
         elif diffusion.variance == "learned_range":

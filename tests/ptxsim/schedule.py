@@ -4,7 +4,8 @@ A schedule is written ORDER or ORDER:SEED. Orders:
 
     in order    all threads at the lowest PC, so that what diverged meets again
     reversed    the last warp that can run, its threads at the highest PC first, until it must wait
-    random      some warps at some PC up to their next memory access or branch, then others
+    random      warps have random ranks, and those of the lowest rank run; before a memory access and at a branch the ranks
+                may be drawn anew, and others go on
 
 With a seed, registers, shared and local memory and unwritten global memory begin as garbage (NaN, where it is read as a
 float), cp.async reads its source when it is waited for instead of at issue, and the results of approximate instructions
@@ -47,21 +48,23 @@ class Reversed:
 
 class Random:
     def __init__(self, kernel, seed):
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.ranks = np.random.default_rng(seed), None             # of the warps; the lowest goes first
         self.memory = [pc for pc, (ins, _) in enumerate(kernel.flat) if ins.op[0] in MEMORY and "param" not in ins.op]
 
     def take(self, m):
-        pc = sorted(m.ready)[self.rng.integers(len(m.ready))]
-        warps = np.flatnonzero(m.ready[pc].reshape(-1, 32).any(axis=1))
-        chosen = np.zeros(m.total // 32, bool)
-        chosen[self.rng.choice(warps, self.rng.integers(1, len(warps) + 1), replace=False)] = True
-        return pc, take(m, pc, np.repeat(chosen, 32))
+        if self.ranks is None or len(self.ranks) != m.total // 32 or self.rng.random() < REDRAW:
+            self.ranks = self.rng.integers(0, 3, m.total // 32)
+        ready = {pc: self.ranks[mask.reshape(-1, 32).any(axis=1)].min() for pc, mask in sorted(m.ready.items())}
+        first = min(ready.values())
+        pc = self.rng.choice([pc for pc, rank in ready.items() if rank == first]).item()
+        return pc, take(m, pc, np.repeat(self.ranks == first, 32))
 
     def limit(self, m, pc, jumped):
         after = bisect.bisect_right(self.memory, pc)
         return pc if jumped else self.memory[after] if after < len(self.memory) else NEVER
 
 
+REDRAW = 1 / 8          # chance of new ranks at a point where warps may be pre-empted
 MEMORY = {"ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "stmatrix", "wmma"}
 
 

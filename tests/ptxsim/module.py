@@ -14,6 +14,7 @@ from .memory import ALLOCATED, INITIALISED, Device, DeviceArray, Space, Unsuppor
 from .parser import SIZES, Imm, Name
 from .races import GlobalMarks, RaceDetector
 from .report import Report
+from .schedule import fill, parse
 
 
 class _Launch:
@@ -114,13 +115,14 @@ class Module:
         return DeviceArray(device, self.load(device)[name], shape, dtype)
 
     def launch(self, name, grid, block, args, shared_bytes=0, *, device=None, uninitialised="error", races="error",
-               same_value_writes=(), exited_threads="error", shuffle_check=True, batch_threads=32768, max_branches=50_000_000):
+               same_value_writes=(), exited_threads="error", shuffle_check=True, schedule=None, batch_threads=32768, max_branches=50_000_000):
         """Run a kernel to completion and return its Report.
 
         grid, block: int or up to three ints. args: DeviceArray, numbers, bytes or NumPy scalars, one per parameter.
         uninitialised, races: 'error', 'warn' or 'ignore'/'off'. same_value_writes: spaces ('shared', 'global') in which
         several threads may write one value to the same bytes. exited_threads: 'error' counts threads that have
-        exited as missing from a barrier, 'ignore' lets the remaining ones pass. batch_threads: simulated together.
+        exited as missing from a barrier, 'ignore' lets the remaining ones pass. schedule: see schedule.py, such as
+        'random:1'; None: what the environment's PTXSIM_SCHEDULE says, else in order. batch_threads: simulated together.
         """
         name = self.find(name)
         run = _Launch()
@@ -148,6 +150,9 @@ class Module:
         run.uninitialised, run.races, run.same_value_writes = uninitialised, races, same_value_writes
         run.exited_threads, run.shuffle_check = exited_threads, shuffle_check
         run.fuel = run.max_branches = max_branches
+        run.schedule, run.seed = parse(schedule, kernel)
+        if run.seed is not None:
+            fill(run.device.heap, run.seed)
         run.report = Report(name, run.grid, run.block)
         run.threads_at, run.warps_at = [0] * len(kernel.steps), [0] * len(kernel.steps)
         run.divergence, run.warned = 0, set()

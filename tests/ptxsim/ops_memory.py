@@ -5,7 +5,7 @@ import numpy as np
 
 from .core import BOOL, DTYPES, U32, UNSIGNED, op
 from .group import Group
-from .memory import ALLOCATED, INITIALISED
+from .memory import ALLOCATED, GLOBAL_BASE, INITIALISED
 from .ops_float import DECODE, ENCODE, is_float
 from .parser import SIZES, Name, Vec
 
@@ -158,7 +158,7 @@ def atom(k, ins):
 
 @op("cp")
 def cp_async(k, ins):
-    """cp.async: the source is read at issue, the data lands when a wait covers its group; until then the bytes of
+    """cp.async: the source is read at issue (or with a seed at the wait), the data lands when a wait covers its group; until then the bytes of
     the destination count as uninitialised."""
     if ins.op[:3] == ("cp", "async", "commit_group"):
         def commit(m, g):
@@ -211,7 +211,8 @@ def cp_async(k, ins):
         m.count_shared("store", flat, size, g.index)
         m.race("shared", flat, size, g, "write", rows_changed(space, flat, rows))
         space.state[flat[:, None] + np.arange(size)] = ALLOCATED
-        m.copies.append((g.index, m.commits[g.index], flat, rows))
+        late = None if m.seed is None else (address.view(np.int64) - GLOBAL_BASE, wanted)
+        m.copies.append((g.index, m.commits[g.index], flat, rows, late))
     return run
 
 
@@ -227,7 +228,11 @@ def land_copies(m, g, pending, everything):
     if everything:
         m.commits = m.commits + g.mask
     left = []
-    for index, number, flat, rows in m.copies:
+    for index, number, flat, rows, late in m.copies:
+        if late is not None:
+            source, wanted = late
+            there = np.arange(rows.shape[1]) < wanted[:, None]
+            rows[there] = m.device.heap.data[(source[:, None] + np.arange(rows.shape[1]))[there]]
         done = g.mask[index] & (number < m.commits[index] - pending)
         if done.any():
             there, data = flat[done], rows[done]
@@ -235,5 +240,5 @@ def land_copies(m, g, pending, everything):
             m.shared.write_rows(there, data)
         if not done.all():
             keep = ~done
-            left.append((index[keep], number[keep], flat[keep], rows[keep]))
+            left.append((index[keep], number[keep], flat[keep], rows[keep], late and tuple(x[keep] for x in late)))
     m.copies = left

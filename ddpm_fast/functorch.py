@@ -48,6 +48,11 @@ def draw(make: Callable[[int], Tensor], count: int, like: Tensor | None = None) 
         if innermost.level() == 1 and innermost.key() != _functorch.TransformType.Vmap:
             return make(count)
         torch._dynamo.graph_break("a Noise under vmap: a compiler cannot ask how it is to be drawn")
+    uncompiled = torch._dynamo.disable(_draw_under_vmap) if "torch._dynamo" in sys.modules else _draw_under_vmap
+    return uncompiled(make, count, like)
+
+
+def _draw_under_vmap(make: Callable[[int], Tensor], count: int, like: Tensor | None) -> Tensor:
     vmaps = [level for level in retrieve_all_functorch_interpreters() if isinstance(level, VmapInterpreter)]
     batched = {level.level() for level in vmaps} if like is None else unwrapped(like)[1]
     if any(level.randomness() == "error" and level.level() in batched for level in vmaps):

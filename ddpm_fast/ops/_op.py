@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from ddpm_fast.backends import BackendTable
 from ddpm_fast.functorch import in_functorch
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._native import resolved, scale_samples
+from ddpm_fast.ops._native import address, holds_values, resolved, scale_samples
 
 library = torch.library.Library("ddpm_fast", "DEF")
 NOISE = "Tensor? noise, SymInt? seed, SymInt stream, SymInt first_sample"  # how an operator takes a Noise, a tensor or None
@@ -93,14 +93,17 @@ class Op:
         try:
             self.own_check(*arguments)
         except (RuntimeError, NotImplementedError):  # from a tensor that has no shape or strides to ask for
-            self._require_dense(arguments)
+            self._require_memory(arguments)
             raise
 
-    def _require_dense(self, arguments: Sequence) -> None:
+    def _require_memory(self, arguments: Sequence) -> None:
+        """Says of a call that failed which tensor could not be read, if that was it."""
         for i in self.tensors:
             x = arguments[i]
             if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested):
                 raise TypeError(f"{self.names[i]} must be a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
+            if isinstance(x, Tensor) and x.is_cpu and x.numel() and holds_values(x) and not in_functorch():
+                address(x)
 
     def __call__(self, arguments: tuple, like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Tensor] | None = None) -> Any:
         """Runs it.
@@ -144,7 +147,7 @@ class Op:
                 return _Differentiable.apply(self, implementation, *arguments)
             return implementation(*arguments)
         except (RuntimeError, NotImplementedError):
-            self._require_dense(arguments)
+            self._require_memory(arguments)
             raise
 
     @staticmethod

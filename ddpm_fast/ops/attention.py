@@ -183,7 +183,7 @@ def _kernel_takes(qkv: Tensor) -> bool:
 
 def _choice(qkv: Tensor, scale: float) -> str:
     """"ddpm_fast" or "pytorch", for a tensor that is not on the CPU."""
-    if qkv.dtype not in NATIVE_DTYPES or in_functorch() or not qkv.numel():
+    if qkv.dtype not in NATIVE_DTYPES or in_functorch() or 0 in qkv.shape:
         return "ddpm_fast"  # which goes to the reference
     if qkv.device.type != "cuda" or missing("cuda") or not _kernel_takes(qkv):
         return "pytorch"

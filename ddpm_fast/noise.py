@@ -42,7 +42,8 @@ class Noise:
     """ε ~ N(0, I) of any shape, given by three integers instead of a tensor. Immutable.
 
     Stands wherever a noise tensor may be given. The values depend on (seed, stream, sample index, element index)
-    alone: not on the device, the batch size, the memory layout, the number of threads or of ranks.
+    alone: not on the device, the batch size, the memory layout, the number of threads or of ranks. Under torch.func.vmap its
+    ``randomness`` decides: "different" draws by the batch index, as a batch would, "error" (the default) refuses.
 
     Args:
         seed: 0..2^64-1, the key.

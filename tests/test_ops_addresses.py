@@ -9,7 +9,7 @@ from numerics import assert_bits_equal
 from op_cases import KEY, TABLES, every_case, everything, make, upstreams
 from test_ops_destinations import step_arguments
 
-from ddpm_fast.ops import attention, group_norm, p_step, q_sample, randn
+from ddpm_fast.ops import attention, conv3x3, group_norm, p_step, q_sample, randn
 
 SHAPE = (3, 2, 5)
 X = torch.randn(3, 4, 6, 6)
@@ -61,6 +61,18 @@ def test_ops_of_networks_read_views_that_negate(op, layout):
     y = call(x, weight, row)
     upstream = torch.randn_like(y)
     assert_bits_equal(torch.autograd.grad(y, x, negating(upstream), retain_graph=True)[0], torch.autograd.grad(y, x, upstream)[0])
+
+
+@torch.no_grad()
+def test_conv3x3_reads_views_that_negate():
+    x, weight, bias = torch.randn(2, 16, 4, 4), torch.randn(16, 16, 3, 3), torch.randn(16)
+    tensors = dict(x=x, weight=weight, bias=bias, residual=x)
+    tensors = {name: y if name == "bias" else y.to(memory_format=torch.channels_last) for name, y in tensors.items()}
+    expected = conv3x3(**tensors, backend="reference")
+    for name, y in tensors.items():
+        torch.testing.assert_close(conv3x3(**tensors | {name: negating(y)}), expected, rtol=1e-5, atol=1e-4)
+        with pytest.raises(RuntimeError, match="backend 'cpu' of conv3x3 takes no view that negates what it reads"):
+            conv3x3(**tensors | {name: negating(y)}, backend="cpu")
 
 
 def test_the_imaginary_part_of_a_conjugate_is_what_it_says():

@@ -13,11 +13,11 @@ polynomials evaluated with separately rounded fp32 multiplications and additions
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch import Tensor
 
+from ddpm_fast.arguments import integer
 from ddpm_fast.functorch import draw
 
 MASK32 = 0xFFFFFFFF
@@ -42,7 +42,8 @@ class Noise:
     """ε ~ N(0, I) of any shape, given by three integers instead of a tensor. Immutable.
 
     Stands wherever a noise tensor may be given. The values depend on (seed, stream, sample index, element index)
-    alone: not on the device, the batch size, the memory layout, the number of threads or of ranks.
+    alone: not on the device, the batch size, the memory layout, the number of threads or of ranks. Under torch.func.vmap its
+    ``randomness`` decides: "different" draws by the batch index, as a batch would, "error" (the default) refuses.
 
     Args:
         seed: 0..2^64-1, the key.
@@ -235,18 +236,6 @@ def _sample_index(count: int, first_sample: int, device: torch.device) -> Tensor
 
 def _split64(x: Tensor) -> tuple[Tensor, Tensor]:
     return x & MASK32, (x >> 32) & MASK32
-
-
-def integer(name: str, value: int) -> int:
-    """An int of anything that is an integer: NumPy's too, and a tensor of one. Not of a bool."""
-    if type(value) is int or isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    try:
-        return operator.index(value)
-    except TypeError:  # a tensor or an array of something else
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _check_integer(name: str, value: int, bits: int) -> int:

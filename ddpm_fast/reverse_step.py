@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_fast import checks, ops
 from ddpm_fast.models.unet_plan import UNetPlan, plan_obstacle
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._common import gather
+from ddpm_fast.ops._common import gather, overlap
 from ddpm_fast.ops._output import check_output, split_output
 from ddpm_fast.ops.p_step import COLUMNS
 from ddpm_fast.step_tables import StepTable
@@ -76,7 +76,7 @@ class ReverseStep:
     ) -> tuple[Tensor, Tensor | None]:
         """From the state at ``row`` to the one before it: (x', x̂0 or None). Without ``keep``, x' is written over x_t where that is possible."""
         out = self.plan(self.doubled(x_t), row) if self.plan is not None else self.predict(x_t, self.model_t[row])
-        reuse = not keep and x_t.is_contiguous() and out.untyped_storage().data_ptr() != x_t.untyped_storage().data_ptr()  # it may return its input
+        reuse = not keep and x_t.is_contiguous() and not overlap(x_t, out)  # it may return its input
         into = x_start_previous if x_start_previous is not None and not keep else with_x_start or self.multistep
         return self.apply(x_t, out, self.row_index[row], noise, x_start_previous, x_t if reuse else None, into)
 

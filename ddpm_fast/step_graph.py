@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.noise import Noise
+from ddpm_fast.ops._common import overlap
 from ddpm_fast.ops.randn import randn
 from ddpm_fast.reverse_step import ReverseStep
 
@@ -73,7 +74,7 @@ class StepGraph:
         # A table's first step multiplies its history by zero: any finite memory will do.
         history = self.x_start if self.multistep else None
         out = self.step.predict(self.x, self.t)
-        if out.untyped_storage().data_ptr() == self.x.untyped_storage().data_ptr():
+        if overlap(self.x, out):
             out = out.clone()  # the model returned its input, which p_step writes over
         self.step.apply(self.x, out, self.row, self.z, history, self.x, self.x_start)
 

@@ -3,9 +3,13 @@ import math
 
 import pytest
 import torch
+from interpreter import INTERPRETED
 from test_vlb_terms import STEPS
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule, gaussian_kl
+from ddpm_fast.ops import vlb_terms
+from ddpm_fast.ops._common import table_dtype
+from ddpm_fast.tables import bound_table
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -70,6 +74,25 @@ def test_finite_differences_that_overflow(backend, logvars):
     assert kl[0, 7] == INF and grads[0][0, 7] == INF and grads[1][0, 7] == -INF
 
 
+def test_compiled_triton_kernels_give_what_the_cpu_kernels_do():
+    pytest.importorskip("triton", reason="Triton is not installed, so its kernels cannot be compiled")
+    if INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process")
+    from simulator import simulated
+
+    logvar1, logvar2, mean1 = (torch.tensor([[case[i] for case in CASES] + [large[i] if i < 2 else 0.0 for large in LARGE]]) for i in range(3))
+
+    def results(backend):
+        leaves = [x.clone().requires_grad_() for x in (mean1, logvar1, torch.zeros_like(mean1), logvar2)]
+        kl = gaussian_kl(*leaves, backend=backend)
+        return [kl.detach(), *torch.autograd.grad(kl, leaves, torch.ones_like(kl))]
+
+    with simulated(80):
+        got = results("triton")
+    for x, y in zip(got, results("cpu"), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.backends("vlb_terms")
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,10 +100,6 @@ def test_terms_of_an_infinite_variance_half(backend, dtype, variance):
     """At t > 0 plus infinity; at t = 0 the decoder's bins have the floor of their probability, and stay finite."""
     if dtype == torch.float64 and backend.name != "reference":
         pytest.skip("float64 is the reference's")
-    from ddpm_fast.ops import vlb_terms
-    from ddpm_fast.ops._common import table_dtype
-    from ddpm_fast.tables import bound_table
-
     diffusion = GaussianDiffusion(NoiseSchedule.linear(STEPS, 1e-3, 0.3), "epsilon", variance)
     table = bound_table(diffusion.schedule, "epsilon", variance).to(backend.device, table_dtype(dtype))
     raw = torch.tensor([INF, -INF, NAN, INF, -INF, NAN])

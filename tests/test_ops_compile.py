@@ -230,7 +230,7 @@ def test_functional_transforms(name, given):
     assert_as_accurate(torch.func.grad(value)(x), plain(case, x, grads, backend="reference"), truth, floor=4.0, what="grad")
 
     many = torch.stack([x, 0.5 * x])
-    mapped = torch.func.vmap(lambda x: case(**{first: x}))(many)
+    mapped = torch.func.vmap(lambda x: case(**{first: x}), randomness="same")(many)  # of a Noise: test_ops_functorch.py has the others
     for i, each in enumerate(many):
         for y, base, truth in zip(mapped, case(**{first: each}, backend="reference"), exact(**{first: each.double()}), strict=True):
             assert_as_accurate(y[i], base, truth, floor=4.0, what=f"vmap, {i}")

@@ -49,7 +49,7 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_flag(name: str, value: bool) -> None:
-    if value not in (True, False):
+    if value is not True and value is not False and value not in (True, False):  # the common case is asked first
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
@@ -68,7 +68,7 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
     check_device("t", t, x_name, x)
     if torch.compiler.is_compiling():
         return
-    if in_functorch():
+    if torch._C._are_functorch_transforms_active():
         with torch._C._DisableFuncTorch():
             check_t_values(unwrapped(t)[0], steps)
     else:
@@ -77,11 +77,15 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
 
 def check_t_values(t: Tensor, steps: int) -> None:
     """Of any shape."""
-    if not t.is_cpu or not holds_values(t) or not t.numel():
+    count = t.numel()
+    if not count or not t.is_cpu or (type(t) is not Tensor and not holds_values(t)):
         return
     if native is not None:
-        t = resolved(t).contiguous()
-        first = native.first_out_of_range(address(t), t.numel(), steps)
+        try:
+            t = (resolved(t) if t.is_neg() else t).contiguous()
+        except (RuntimeError, NotImplementedError):
+            raise TypeError(f"t must be a dense tensor, got {t.layout}") from None
+        first = native.first_out_of_range(t.data_ptr() or address(t), count, steps)
     else:
         outside = ((t < 0) | (t >= steps)).flatten()
         first = int(outside.nonzero()[0]) if outside.any() else -1
@@ -100,7 +104,7 @@ def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[i
         raise TypeError(f"{name} must be {expected} for {x.dtype} data, got {table.dtype}")
     if table.ndim != 1 if shape is None else table.shape != shape:
         raise ValueError(f"{name} must have shape {shape or '(T,)'}, got {tuple(table.shape)}")
-    if not table.is_contiguous() and not in_functorch():
+    if table.layout is not torch.strided or (not table.is_contiguous() and not in_functorch()):
         raise ValueError(f"{name} must be contiguous")
     check_device(name, table, x_name, x)
 
@@ -140,42 +144,46 @@ def gather_columns(table: Tensor, t: Tensor, x: Tensor) -> list[Tensor]:
     return [column.view(-1, *[1] * (x.ndim - 1)) for column in take(table, t).unbind(1)]
 
 
-def check_target(name: str, target: Tensor) -> None:
-    """Memory that a result can be written into."""
+def check_target(name: str, target: Tensor) -> bool:
+    """Memory that a result can be written into. Gives whether it has an address: not while tracing or transforming."""
     if not target.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     if target.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name} requires a gradient and cannot be written into")
-    if not goes_through_dispatcher() and target.is_neg():
+    if goes_through_dispatcher() or in_functorch() or (type(target) is not Tensor and not holds_values(target)):
+        return False
+    if target.is_neg():
         raise ValueError(f"{name} must not be a view that negates what it reads")
+    return True
 
 
 def check_destination(name: str, target: Tensor, x_name: str, x: Tensor, *others: Tensor | Noise | None, in_place: bool = True) -> None:
     """A contiguous tensor like x to write a result into: x itself, where it may be ``in_place``, or none of the inputs' memory."""
     check_like(name, target, x_name, x)
-    check_target(name, target)
-    # While tracing or transforming there are no addresses to compare, and no need: the result is computed apart and copied.
-    if goes_through_dispatcher() or in_functorch() or not holds_values(target):
+    if not check_target(name, target):  # nothing to compare, and no need: the result is computed apart and copied
         return
     if not in_place or target.data_ptr() != x.data_ptr():
         others = (x, *others)
     elif not x.is_contiguous():
         raise ValueError(f"{name} may be {x_name} itself only where that is contiguous")
+    if overlap(target, *others):
+        raise ValueError(f"{name} must not share memory with another input")
+
+
+def overlap(target: Tensor, *others: Tensor | Noise | None) -> bool:
+    """Whether a byte of memory may belong to a contiguous tensor and another one, whatever storages they were made from."""
+    first = target.data_ptr()
+    last = first + target.nbytes
     for other in others:
-        if isinstance(other, Tensor) and overlap(target, other):
-            raise ValueError(f"{name} must not share memory with another input")
-
-
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether a byte of memory may belong to both, whatever storages they were made from: compares the ranges of addresses."""
-    a_first, b_first = a.data_ptr(), b.data_ptr()
-    return a_first < b_first + _extent(b) and b_first < a_first + _extent(a)
+        if isinstance(other, Tensor):
+            start = other.data_ptr()
+            if start < last and first < start + (other.nbytes if other.is_contiguous() else _extent(other)):
+                return True
+    return False
 
 
 def _extent(x: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    if x.is_contiguous():
-        return x.nbytes
+    """Bytes from the first element to the end of the last, of any strides."""
     return (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size() if x.numel() else 0
 
 

@@ -70,7 +70,7 @@ class Op:
         **backends: Callable,
     ) -> None:
         self.name = name
-        self.own_check = check
+        self.check = check
         self.fake = fake
         self.reference = reference
         self.differentiable = tuple(differentiable)
@@ -88,20 +88,12 @@ class Op:
         self.backends = BackendTable(name, reference=reference, **backends)
         self._register(schema, returns)
 
-    def check(self, *arguments: Any) -> None:
-        """Of the arguments of an operator call; raises as the public function does."""
-        try:
-            self.own_check(*arguments)
-        except (RuntimeError, NotImplementedError):  # from a tensor that has no shape or strides to ask for
-            self._require_memory(arguments)
-            raise
-
     def _require_memory(self, arguments: Sequence) -> None:
         """Says of a call that failed which tensor could not be read, if that was it."""
         for i in self.tensors:
             x = arguments[i]
-            if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested):
-                raise TypeError(f"{self.names[i]} must be a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
+            if isinstance(x, Tensor) and x.layout is not torch.strided:
+                raise TypeError(f"{self.names[i]} must be a dense tensor, got {x.layout}")
             if isinstance(x, Tensor) and x.is_cpu and x.numel() and holds_values(x) and not in_functorch():
                 address(x)
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast import autotune
+from ddpm_fast.arguments import integer, number
 from ddpm_fast.backends import NATIVE_DTYPES, missing, native
 from ddpm_fast.functorch import in_functorch
-from ddpm_fast.noise import integer
 from ddpm_fast.ops._common import check_data, table_dtype
 from ddpm_fast.ops._native import dtype_tag, stream_of, workspace_floats
 from ddpm_fast.ops._op import Op, goes_through_dispatcher
@@ -165,7 +165,8 @@ def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = No
         if heads < 1 or qkv.shape[2] % (3 * heads):
             raise ValueError(f"the last size of qkv must be a multiple of 3 heads = {3 * heads}, got {qkv.shape[2]}")
         qkv = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads)))
-    _op.check(qkv, 1.0 if scale is None else scale)
+    scale = None if scale is None else number("scale", scale)
+    _check(qkv, 1.0 if scale is None else scale)
     if heads is not None and heads != qkv.shape[3]:
         raise ValueError(f"qkv must have {heads} heads, got shape {tuple(qkv.shape)}")
     scale = qkv.shape[4] ** -0.5 if scale is None else float(scale)
@@ -182,7 +183,7 @@ def _kernel_takes(qkv: Tensor) -> bool:
 
 def _choice(qkv: Tensor, scale: float) -> str:
     """"ddpm_fast" or "pytorch", for a tensor that is not on the CPU."""
-    if qkv.dtype not in NATIVE_DTYPES or in_functorch() or not qkv.numel():
+    if qkv.dtype not in NATIVE_DTYPES or in_functorch() or 0 in qkv.shape:
         return "ddpm_fast"  # which goes to the reference
     if qkv.device.type != "cuda" or missing("cuda") or not _kernel_takes(qkv):
         return "pytorch"

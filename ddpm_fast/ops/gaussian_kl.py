@@ -45,7 +45,7 @@ def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2
     # Squared last: e^-logvar2 alone overflows fp32 below -88.
     distance = ((mean1 - mean2) * torch.exp((-0.5 * logvar2).clamp_max(_MAX_EXPONENT[logvar2.dtype]))).square()
     kl = 0.5 * (exp_minus_one_minus(logvar1 - logvar2) + distance)
-    return (kl if reduction is None else kl.reshape(len(kl), -1).mean(1)).to(dtype)
+    return (kl if reduction is None else kl.reshape(kl.shape[0], math.prod(kl.shape[1:])).mean(1)).to(dtype)
 
 
 def _operand(x: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
@@ -194,7 +194,7 @@ def gaussian_kl(
         RuntimeError: for a forced backend that is not available here.
     """
     arguments = (mean1, logvar1, mean2, logvar2, reduction)
-    _op.check(*arguments)
+    _check(*arguments)
     if not (mean1.numel() and logvar1.numel() and mean2.numel() and logvar2.numel()):
         backend = "reference"
     return _op(arguments, mean1, mean1.dtype, backend)

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_fast.arguments import integer, number, pair
 from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.functorch import draw
-from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference, integer
+from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
 from ddpm_fast.ops._native import address, contiguous, dtype_tag, stream_of, workspace_floats
 from ddpm_fast.ops._op import NOISE, Op, laid_out_as, memory_format
@@ -48,7 +49,7 @@ def group_norm_reference(
     h = x.to(dtype)
     if pre_bias is not None:
         h = h + over_pixels(pre_bias)
-    grouped = h.reshape(x.shape[0], groups, -1)
+    grouped = h.reshape(x.shape[0], groups, channels // groups * math.prod(x.shape[2:]))
     variance, mean = torch.var_mean(grouped, dim=2, correction=0)
     rstd = torch.rsqrt(variance + eps)
     z = ((grouped - mean[..., None]) * rstd[..., None]).reshape(x.shape)
@@ -268,8 +269,11 @@ def group_norm(
     """
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
-    groups = integer("groups", groups)
-    probability, noise = (0.0, None) if dropout is None else dropout
+    groups, eps = integer("groups", groups), number("eps", eps)
+    probability, noise = 0.0, None
+    if dropout is not None:
+        probability, noise = pair("dropout", dropout, "(probability, Noise)")
+        probability = number("the probability of dropout", probability)
     arguments = (x, groups, weight, bias, pre_bias, scale, shift, eps, activation == "silu", probability, noise if probability else None)
-    _op.check(*arguments)
+    _check(*arguments)
     return _op(arguments, x, x.dtype, backend)[0]

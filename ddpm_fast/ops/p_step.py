@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_fast.arguments import pair
 from ddpm_fast.backends import native
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import (
@@ -174,10 +175,10 @@ def p_step(
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here, or a tensor to write into where a gradient is needed.
     """
-    without, scale = (None, 1.0) if guidance is None else guidance
+    without, scale = (None, 1.0) if guidance is None else pair("guidance", guidance, "(output, scale)")
     with_x_start = x_start is not False
     arguments = (x_t, out, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
-    _op.check(*arguments)
+    _check(*arguments)
     into = None
     if x_next is not None or not isinstance(x_start, bool):
         into = {"x_next": x_next, "x_start": None if isinstance(x_start, bool) else x_start}

@@ -108,7 +108,7 @@ def q_sample(
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here, or ``out`` where a gradient is needed.
     """
-    _op.check(x_start, t, signal, sigma, noise)
+    _check(x_start, t, signal, sigma, noise)
     if out is not None:
         check_destination("out", out, "x_start", x_start, t, signal, sigma, noise)
     return _op((x_start, t, signal, sigma, noise), x_start, x_start.dtype, backend, None if out is None else {"out": out})

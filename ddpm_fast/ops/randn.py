@@ -6,13 +6,15 @@ csrc/cuda/randn.cu and triton_kernels/randn.py. All give the same bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from ddpm_fast.arguments import integer
 from ddpm_fast.backends import NATIVE_DTYPES, BackendTable, native
 from ddpm_fast.functorch import draw, in_functorch
-from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, integer, noise_reference
+from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, noise_reference
 from ddpm_fast.ops._common import FLOATING, check_target
 from ddpm_fast.ops._op import goes_through_dispatcher, library, signed64, unsigned64, was_written
 from ddpm_fast.ops._triton import triton_function
@@ -64,6 +66,8 @@ def randn(
         TypeError, ValueError: for a dtype that is not floating, a shape without dimensions, a negative size, or a sample
             of more than 2^34 elements, or an ``out`` that is not like the result.
     """
+    if not isinstance(shape, Iterable):
+        raise TypeError(f"shape must be sizes (N, ...), got {shape!r}")
     shape = torch.Size([integer("a size", size) for size in shape])
     if not isinstance(noise, Noise):
         raise TypeError(f"noise must be a Noise, got {type(noise).__name__}")

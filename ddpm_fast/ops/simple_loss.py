@@ -117,5 +117,5 @@ def simple_loss(
         RuntimeError: for a forced backend that is not available here.
     """
     arguments = (out, x_start, t, weight, x_start_coef, noise_coef, noise)
-    _op.check(*arguments)
+    _check(*arguments)
     return _op(arguments, x_start, arithmetic_dtype(out, x_start), backend)

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ddpm_fast.arguments import integer
 from ddpm_fast.backends import native
-from ddpm_fast.noise import integer
 from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
 from ddpm_fast.ops._native import address, dtype_tag, native_sizes, new_like
 from ddpm_fast.ops._op import Op
@@ -191,5 +191,5 @@ def vlb_terms(
     """
     levels = integer("levels", levels)
     arguments = (out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
-    _op.check(*arguments)
+    _check(*arguments)
     return _op(arguments, x_t, arithmetic_dtype(out, x_t), backend)

@@ -1,6 +1,5 @@
 """Whole CUDA C++ kernels against NumPy."""
 import math
-import time
 
 import numpy as np
 import pytest
@@ -386,15 +385,12 @@ def test_group_norm_silu(cuda, device, rng):
     x = to_bfloat16(rng.standard_normal((n, c, h * h)) * 2 + 1)
     gamma, beta = rng.standard_normal((2, c)).astype("f4")
     y, stats = device.empty((n, c, h * h), "u2"), device.empty((n * g, 2), "f4")
-    start = time.process_time()
     report = module.launch("group_norm_silu", n * g, 128, [device.array(x), device.array(gamma), device.array(beta), y, stats, c, g, h * h, 1e-5])
-    seconds = time.process_time() - start
     w = from_bfloat16(x).astype("f8").reshape(n, g, -1)
     mean, rstd = w.mean(-1, keepdims=True), 1 / np.sqrt(w.var(-1, keepdims=True) + 1e-5)
     z = ((w - mean) * rstd).reshape(n, c, -1) * gamma[:, None] + beta[:, None]
     want = z / (1 + np.exp(-z))
     assert np.abs(from_bfloat16(y.numpy()) - want).max() < 0.04
     assert np.allclose(stats.numpy()[:, 0], mean.ravel(), atol=1e-5)
-    assert seconds < 5
     assert report.global_load.unique_bytes == x.nbytes + gamma.nbytes + beta.nbytes
     assert report.global_store.unique_bytes == x.nbytes + stats.nbytes

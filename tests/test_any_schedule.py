@@ -3,7 +3,6 @@ chosen against them: garbage in registers and shared memory, late copies, approx
 
 By default one seed and small calls. PTXSIM_SEEDS=20 pytest tests/test_any_schedule.py takes more seeds, and further calls with them.
 """
-import functools
 import os
 
 import pytest
@@ -32,7 +31,6 @@ def seed(request):
     return request.param
 
 
-@functools.cache
 def module(source):
     return Module.from_ptx(compile_ptx(source, "sm_80", [], ["-std=c++17"]))
 
@@ -56,9 +54,9 @@ def in_every_order(call, seed, monkeypatch):
     return results
 
 
-GROUP_NORM = [Case(2, 12, 20, 4, dropout=0.3), Case(2, 40, 16, 4, True, torch.bfloat16, dropout=0.3), Case(1, 2056, 2, 8, True)]
+GROUP_NORM = [Case(2, 12, 20, 4, dropout=0.3), Case(2, 40, 16, 4, True, torch.bfloat16, dropout=0.3), Case(1, 4, 4096, 1, True)]  # the last in two launches
 if MORE:
-    GROUP_NORM += [Case(2, 6, 1, 2), Case(3, 32, 64, 8, True), Case(2, 1040, 3, 2), Case(1, 16, 9000, 4, True), Case(2, 12, 49, 4, True, torch.float16)]
+    GROUP_NORM += [Case(2, 6, 1, 2), Case(1, 2056, 2, 8, True), Case(3, 32, 64, 8, True), Case(2, 1040, 3, 2), Case(1, 16, 9000, 4, True), Case(2, 12, 49, 4, True, torch.float16)]
 
 
 @pytest.mark.parametrize("case", GROUP_NORM, ids=str)

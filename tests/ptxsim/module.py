@@ -1,6 +1,8 @@
 """The public API: modules, kernel lookup, argument packing and launches."""
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 import subprocess
 
@@ -43,16 +45,44 @@ def _pack(param, value):
     return raw
 
 
+def _entry_bodies(text):
+    """{kernel: (start, end)}: where the text between the outermost braces of each entry stands."""
+    out = {}
+    for entry in re.finditer(r"\.entry\s+([\w$]+)", text):
+        depth = 0
+        for mark in re.compile(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"|[{}]', re.S).finditer(text, entry.end()):
+            depth += {"{": 1, "}": -1}.get(mark.group(), 0)
+            if mark.group() == "{" and depth == 1:
+                start = mark.end()
+            elif mark.group() == "}" and depth == 0:
+                out[entry[1]] = start, mark.start()
+                break
+    return out
+
+
 class Module:
     """A parsed PTX module."""
 
-    def __init__(self, program):
-        self.program = program
+    def __init__(self, text):
+        self.text, self.bodies = text, _entry_bodies(text)
+        self.program = self._parse(None)
         self._kernels = {}
 
+    def _parse(self, name):
+        """The program with the code of one kernel: a file may hold dozens, and reading one takes long."""
+        text, at = [], 0
+        for other, (start, end) in self.bodies.items():
+            if other != name:
+                text += [self.text[at:start], "ret;", "\n" * self.text.count("\n", start, end)]
+                at = end
+        program = parser.parse("".join(text) + self.text[at:])
+        program.lines = self.text.splitlines()
+        return program
+
     @classmethod
+    @functools.lru_cache(maxsize=16)                # several tests run the kernels of one file
     def from_ptx(cls, text):
-        return cls(parser.parse(text))
+        return cls(text)
 
     @classmethod
     def from_cuda(cls, source, arch="sm_80", include=(), flags=()):
@@ -130,7 +160,7 @@ class Module:
         symbols = self.load(run.device)
         key = (name, tuple(symbols.values()))
         if key not in self._kernels:
-            self._kernels[key] = Kernel(self.program, name, symbols)
+            self._kernels[key] = Kernel(self._parse(name), name, symbols)
         kernel = self._kernels[key]
         if len(args) != len(kernel.entry.params):
             raise TypeError(f"{name} takes {len(kernel.entry.params)} arguments, got {len(args)}")

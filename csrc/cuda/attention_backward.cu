@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_regi
   extern __shared__ __align__(128) unsigned char shared[];
   const Tile<T, D> k_tile{reinterpret_cast<T*>(shared)}, v_tile = k_tile.from(keys), buffers = v_tile.from(keys);
   float* const numbers = reinterpret_cast<float*>(buffers.from(4 * queries).data);  // logsumexp and δ of the queries, twice
-  const uint32_t lane = threadIdx.x % warp_size, t = lane % 4, warp_row = threadIdx.x / warp_size * rows_of_warp;
+  const uint32_t t = threadIdx.x % 4, warp_row = threadIdx.x / warp_size * rows_of_warp;
   const Share share = share_of_block(tokens, heads, keys);
   const HeadRows<const T> q = packed_rows(qkv, 0, share, tokens, heads, channels);
   const HeadRows<const T> grad = out_rows(grad_out, share, tokens, heads, channels);
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_regi
   const auto load_queries = [&](int64_t first, int buffer) {
     load_tile<queries, threads>(buffers.from(2 * buffer * queries), q, first);
     load_tile<queries, threads>(buffers.from((2 * buffer + 1) * queries), grad, first);
-    for (int i = threadIdx.x; i < 2 * queries; i += threads) {
+    static_assert(2 * queries <= threads, "a thread copies one number");
+    if (const uint32_t i = thread_anew(); i < 2 * queries) {
       const int64_t token = first + i % queries;
       const float* const from = (i < queries ? logsumexp : delta) + first_number;
       copy_async_4(numbers + 2 * buffer * queries + i, token < tokens ? from + token : from, token < tokens);
@@ -121,6 +122,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_regi
       for (int i = 0; i < 4; ++i)
         weights[n][i] = weight_of(weights[n][i], scale, numbers_of_tile[8 * n + 2 * t + i % 2]);
     if constexpr (with_values) multiply<T, D, queries>(grad_v, weights, grad_tile);
+    __syncwarp();  // ptxas would mix this product and the next one, and spill
     if constexpr (with_keys) {
       float grad_logits[queries / 8][4];
       multiply_transposed<T, D, queries>(grad_logits, v_tile.from(warp_row), grad_tile);

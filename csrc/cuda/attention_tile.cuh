@@ -37,6 +37,14 @@ struct Tile {
   __device__ __forceinline__ Tile from(int row) const { return {data + row * D}; }  // row: a multiple of 8
 };
 
+// threadIdx.x, of which the compiler cannot know that it is the same in every turn of a loop: what follows from it is computed
+// anew, a few instructions a tile, in place of being held in registers that the sums need.
+__device__ __forceinline__ uint32_t thread_anew() {
+  uint32_t thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
 // One head's rows in global memory, `stride` values apart. Rows from `rows` on and channels from `channels` on do not exist.
 template <typename T>
 struct HeadRows {
@@ -50,7 +58,7 @@ template <int count, int threads, typename T, int D>
 __device__ __forceinline__ void load_tile(Tile<T, D> tile, const HeadRows<const T>& head, int64_t first) {
   constexpr uint32_t chunks = Tile<T, D>::chunks, rows_at_once = threads / chunks;
   static_assert(threads % chunks == 0 && count % rows_at_once == 0, "every thread copies one chunk of as many rows");
-  const uint32_t row = threadIdx.x / chunks, c = threadIdx.x % chunks;
+  const uint32_t thread = thread_anew(), row = thread / chunks, c = thread % chunks;
   const bool channels_exist = c * Tile<T, D>::chunk < uint32_t(head.channels);
   const T* source = head.data + (first + row) * head.stride + c * Tile<T, D>::chunk;
 #pragma unroll 4
@@ -64,13 +72,13 @@ __device__ __forceinline__ void load_tile(Tile<T, D> tile, const HeadRows<const 
 // products = rows columnsᵀ for the warp's 16 rows and N rows of `columns`.
 template <typename T, int D, int N>
 __device__ __forceinline__ void multiply_transposed(float (&products)[N / 8][4], Tile<T, D> rows, Tile<T, D> columns) {
-  const uint32_t lane = threadIdx.x % warp_size;
+  const uint32_t lane = thread_anew() % warp_size;
   float rest[N / 8][4] = {};
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) products[n][i] = 0;
-#pragma unroll 2
+#pragma unroll(is_fp32<T> ? 1 : 2)
   for (uint32_t c = 0; c < Tile<T, D>::chunks; c += 4) {  // two steps of 32 bytes, so that one ldmatrix has all of a column's
     Fragment<T, 4> a[2];
 #pragma unroll
@@ -84,13 +92,19 @@ __device__ __forceinline__ void multiply_transposed(float (&products)[N / 8][4],
     for (int n = 0; n < N / 8; ++n) {
       uint32_t words[4];
       load_matrices(words, columns.at(8 * n + lane % 8, c + lane / 8));
+      float part[4] = {};
+      float(&sum)[4] = is_fp32<T> ? part : products[n];
+      static_assert(fp32_steps == 2, "a part is what one ldmatrix has");
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         Fragment<T, 2> b;
         b.set(0, words[2 * step]);
         b.set(1, words[2 * step + 1]);
-        multiply_add<T>(products[n], rest[n], a[step], b);
+        mma<T>(sum, a[step].big, b.big);
+        add_corrections<T>(rest[n], a[step], b);
       }
+#pragma unroll
+      for (int i = 0; i < 4 && is_fp32<T>; ++i) products[n][i] += part[i];
     }
   }
   if constexpr (is_fp32<T>) {  // an infinite product has NaN as its correction
@@ -104,24 +118,36 @@ __device__ __forceinline__ void multiply_transposed(float (&products)[N / 8][4],
 // sums += weights values, for the warp's 16 rows of weights and N rows of values. 16-bit types round the weights.
 template <typename T, int D, int N>
 __device__ __forceinline__ void multiply(float (&sums)[D / 8][4], const float (&weights)[N / 8][4], Tile<T, D> values) {
-  const uint32_t lane = threadIdx.x % warp_size;
+  const uint32_t lane = thread_anew() % warp_size;
   if constexpr (is_fp32<T>) {
     // The order of the inner dimension is free as long as both sides have it: element t is taken to be 2t and 4 + t to be
     // 2t + 1, so that a C fragment is an A fragment. It also keeps rows apart that would share banks.
     const uint32_t g = lane / 4, t = lane % 4;
+    constexpr int steps = N / 8 < fp32_steps ? N / 8 : fp32_steps;
 #pragma unroll
-    for (int k = 0; k < N / 8; ++k) {
-      Fragment<T, 4> a;
-      a.set(0, __float_as_uint(weights[k][0]));
-      a.set(1, __float_as_uint(weights[k][2]));
-      a.set(2, __float_as_uint(weights[k][1]));
-      a.set(3, __float_as_uint(weights[k][3]));
+    for (int first = 0; first < N / 8; first += steps) {
+      Fragment<T, 4> a[steps];
+#pragma unroll
+      for (int k = 0; k < steps; ++k) {
+        a[k].set(0, __float_as_uint(weights[first + k][0]));
+        a[k].set(1, __float_as_uint(weights[first + k][2]));
+        a[k].set(2, __float_as_uint(weights[first + k][1]));
+        a[k].set(3, __float_as_uint(weights[first + k][3]));
+      }
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
-        Fragment<T, 2> b;
+        float part[4] = {};
+        Fragment<T, 2> b[steps];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) b.set(i, __float_as_uint(values.at(8 * k + 2 * t + i, 2 * n + g / 4)[g % 4]));
-        multiply_add<T>(sums[n], sums[n], a, b);
+        for (int k = 0; k < steps; ++k) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) b[k].set(i, __float_as_uint(values.at(8 * (first + k) + 2 * t + i, 2 * n + g / 4)[g % 4]));
+          add_corrections<T>(part, a[k], b[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < steps; ++k) mma<T>(part, a[k].big, b[k].big);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[n][i] += part[i];
       }
     }
   } else {
@@ -139,7 +165,7 @@ __device__ __forceinline__ void multiply(float (&sums)[D / 8][4], const float (&
           Fragment<T, 2> b;
           b.set(0, words[2 * half]);
           b.set(1, words[2 * half + 1]);
-          multiply_add<T>(sums[2 * n + half], sums[2 * n + half], a, b);
+          mma<T>(sums[2 * n + half], a.big, b.big);
         }
       }
     }

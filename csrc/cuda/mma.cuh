@@ -6,8 +6,11 @@
 //   B (8 columns):   word t and word 4 + t of column g
 //   C (16 x 8 fp32): columns 2t and 2t + 1 of row g, then of row g + 8
 // fp32 goes through tf32 three times: x = big + small, and a b is taken as big big + big small + small big. What is dropped is
-// at most 2^-21 of a product, about the size of fp32's own rounding in a sum. A tensor core also cuts off, where fp32 arithmetic
-// rounds, what does not fit when it adds to its accumulator (Ootomo & Yokota 2022): long sums may lose a few bits more.
+// at most 2^-21 of a product, about the size of fp32's own rounding in a sum. A tensor core cuts off, where fp32 arithmetic
+// rounds, what does not fit when it adds to its accumulator (Fasi et al. 2021), so that the error of a sum kept there grows with
+// its length. As Ootomo & Yokota 2022 do, fp32's sums are therefore kept in registers: an accumulator takes fp32_steps steps,
+// corrections first, and is added to the sum with ordinary rounding. 16-bit types, whose results are rounded to 8 or 11 bits,
+// need no such care.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -22,6 +25,7 @@ constexpr int warp_size = 32;
 constexpr int chunk_bytes = 16;  // the widest access of a thread, and the row of an ldmatrix
 
 template <typename T> constexpr bool is_fp32 = std::is_same_v<T, float>;
+constexpr int fp32_steps = 2;  // of 8 products each
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -74,14 +78,13 @@ struct Fragment {
   }
 };
 
-// c += a b, of fp32 with the corrections added to `rest`.
+// rest += what a.big b.big lacks of a b; nothing for 16-bit types.
 template <typename T>
-__device__ __forceinline__ void multiply_add(float (&c)[4], float (&rest)[4], const Fragment<T, 4>& a, const Fragment<T, 2>& b) {
+__device__ __forceinline__ void add_corrections(float (&rest)[4], const Fragment<T, 4>& a, const Fragment<T, 2>& b) {
   if constexpr (is_fp32<T>) {
     mma<T>(rest, a.small, b.big);
     mma<T>(rest, a.big, b.small);
   }
-  mma<T>(c, a.big, b.big);
 }
 
 // Two neighbours of a row as 16-bit values in one word.

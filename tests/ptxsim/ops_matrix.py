@@ -1,18 +1,17 @@
-"""Matrix instructions: ldmatrix, stmatrix, mma.sync, wmma.
-
-Products are exact, sums are float32 in an unspecified order; hardware sums with its own internal alignment.
-"""
+"""Matrix instructions: ldmatrix, stmatrix, mma.sync, wmma. `multiply_accumulate` says how a tensor core adds."""
 from __future__ import annotations
 
 import numpy as np
 
-from .core import F16, F32, U16, U32, op
+from .core import F16, F32, F64, I32, I64, U16, U32, U64, op
 from .group import Group
 from .memory import ALLOCATED, INITIALISED, BarrierError, from_bfloat16
 from .ops_float import DECODE, ENCODE, packed
 from .ops_memory import rows_changed, space_of
 from .ops_warp import warp_synchronous
 from .parser import SIZES, Imm, Vec
+
+I16 = np.dtype("i2")
 
 
 def whole_warps(m, g):
@@ -72,9 +71,68 @@ def unpack_elements(words, t):
     return halves.view(F16).astype(F32) if t == "f16" else from_bfloat16(halves)
 
 
+PRODUCTS_AT_ONCE = {"f16": 8, "bf16": 8, "tf32": 4}
+EXTRA_BITS = 1                                                  # that alignment keeps below the last bit of a float32
+ZERO = -4096                                                    # its exponent
+
+
+def exponents(x):
+    """floor(log2 |x|) of float32 numbers, -126 for subnormal ones; that of infinities and NaN is 128."""
+    exponent = (x.view(U32) >> np.uint32(23)).astype(I16) & np.int16(0xFF)
+    return np.where(x == 0, np.int16(ZERO), np.maximum(exponent, np.int16(1)) - np.int16(127))
+
+
+def powers(exponent):
+    return (exponent.astype(I64) + 1023 << 52).view(F64)
+
+
+def multiply_accumulate(left, right, c, kind, half=False):
+    """c + left right as the tensor cores of an A100 compute it, c and the result float32.
+
+    Eight products of 16-bit numbers, or four of tf32, are summed with c at a time. Each is exact. All are cut off, toward zero,
+    at the same bit: one below the last bit that a float32 of the largest exponent has, where a product's exponent is the sum of
+    its factors'. The sum of what is left is exact, and is cut off to 24 bits, toward zero; `half` accumulators (float16 numbers)
+    are rounded to nearest instead. So 1 + 2^-25 + ... + 2^-25 is 1, and a long sum of positive numbers comes out low.
+
+    Fasi, Higham, Mikaitis & Pranesh 2021, "Numerical behavior of NVIDIA tensor cores" (PeerJ CS 7:e330), found the alignment,
+    the rounding and the extra bit; Khattak & Mikaitis 2025, "Accurate models of NVIDIA tensor cores" (arXiv 2512.07004), the rest,
+    compared with the hardware bit by bit. An H100 keeps one bit more and takes twice as many products at a time; sm_90 is
+    computed as sm_80 here all the same, which is the less accurate of the two.
+
+    left is (K, 16, n), right (K, n * columns), c (16, n * columns): n products of 16 rows each, side by side.
+    """
+    columns = right.shape[1] // left.shape[2]
+    left, exponent = np.repeat(left, columns, axis=2), np.repeat(exponents(left), columns, axis=2)
+    exponent += exponents(right)[:, None]
+    for first in range(0, len(left), PRODUCTS_AT_ONCE[kind]):
+        block = slice(first, first + PRODUCTS_AT_ONCE[kind])
+        c = add_products(left[block], right[block, None], exponent[block], c, half)
+    return c
+
+
+def add_products(left, right, exponent, c, half):
+    largest = np.maximum(exponent.max(0), exponents(c))
+    # float32 and int32 hold all that is needed unless numbers are tiny (where they are all zero it does not matter) or huge
+    ordinary = not np.any((largest > ZERO + 1000) & (largest < -100) | (largest > 120))
+    real, integer, smallest = (F32, I32, -126) if ordinary else (F64, I64, -149)
+    last = np.maximum(largest - np.int16(23 + EXTRA_BITS), np.int16(smallest))   # exponent of the last bit that is kept
+    scale = powers(-last).astype(real)
+    with np.errstate(all="ignore"):
+        products = left.astype(real) * right                                     # exact, or below the last bit
+        total = np.add.reduce((products * scale).astype(integer), axis=0, dtype=integer)
+        total = (total + (c * scale).astype(integer)).astype(F64)
+        if not half:
+            total = (total.view(U64) & ~np.uint64((1 << 53 - 24) - 1)).view(F64)
+        total *= powers(last)
+        if not ordinary:                                                         # infinities and NaN as IEEE has them
+            plain = products.sum(0) + c
+            total = np.where(np.isfinite(plain), total, plain)
+        return total.astype(F16).astype(F32) if half else total.astype(F32)
+
+
 @op("mma")
 def mma(k, ins):
-    """mma.sync m16n8kK: fragments are gathered to (warps, 16, K) x (warps, K, 8) and multiplied in float32."""
+    """mma.sync m16n8kK: fragments are gathered to matrices of (K, 16) and (K, 8) for each warp."""
     shape, types = next(p for p in ins.op if p.startswith("m16") or p.startswith("m8")), ins.op[-4:]
     dt, at, bt, ct = types
     depth = {("m16n8k16", "f16"): 16, ("m16n8k16", "bf16"): 16, ("m16n8k8", "f16"): 8, ("m16n8k8", "bf16"): 8,
@@ -96,18 +154,19 @@ def mma(k, ins):
         )
         fa, fb = unpack_elements(take(a), at), unpack_elements(take(b), at)  # register, warp, group, quad lane, element
         n = len(warps)
-        left = fa.reshape(-1, 2, n, 8, 4, per).transpose(2, 1, 3, 0, 4, 5).reshape(n, 16, depth)
-        right = fb.transpose(1, 0, 3, 4, 2).reshape(n, depth, 8)
-        product = np.matmul(left, right).reshape(n, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
+        left = fa.reshape(-1, 2, n, 8, 4, per).transpose(0, 4, 5, 1, 3, 2).reshape(depth, 16, n)
+        right = fb.transpose(0, 3, 4, 1, 2).reshape(depth, 8 * n)
+        if dt == "f32":
+            held = take(c, F32)
+        else:                                                   # two columns of a row in a register
+            held = packed(np.ascontiguousarray(take(c)).reshape(-1), F16).astype(F32).reshape(2, n, 8, 4, 2).transpose(0, 4, 1, 2, 3)
+        held = held.reshape(2, 2, n, 8, 4).transpose(0, 3, 2, 4, 1).reshape(16, 8 * n)  # (row half, column parity, warp, row, quad lane)
+        total = multiply_accumulate(left, right, held, at, half=dt == "f16")
+        total = total.reshape(2, 8, n, 4, 2).transpose(0, 4, 2, 1, 3).reshape(4, -1)
         m.report.mma_flops += flops * n
         m.report.mma_instructions += n
-        if dt == "f32":
-            for j, (slot, s) in enumerate(zip(slots, c)):
-                m.put_compact(slot, product[j] + m.value(s, F32, g), g)
-        else:
-            for j, (slot, s) in enumerate(zip(slots, c)):
-                held = packed(np.broadcast_to(m.value(s, U32, g), g.n).copy(), F16).astype(F32)
-                m.put_compact(slot, ENCODE["f16x2"](product[2 * j:2 * j + 2].T + held), g)
+        for j, slot in enumerate(slots):
+            m.put_compact(slot, total[j] if dt == "f32" else ENCODE["f16x2"](total[2 * j:2 * j + 2].T), g)
     return warp_synchronous(k, None, run)
 
 
@@ -178,7 +237,9 @@ def wmma_mma(k, ins):
                 else DECODE[t](np.ascontiguousarray(words).view(F16 if t == "f16" else U16))
             )
             return held.reshape(n, 32, 8).transpose(0, 2, 1).reshape(n, 16, 16)
-        out = np.matmul(matrix(a, at), matrix(b, at)) + matrix(c, ct)
+        right, held = matrix(b, at).transpose(1, 0, 2).reshape(16, -1), matrix(c, ct).transpose(1, 0, 2).reshape(16, -1)
+        out = multiply_accumulate(np.ascontiguousarray(matrix(a, at).transpose(2, 1, 0)), right, held, at, half=dt == "f16")
+        out = out.reshape(16, n, 16).transpose(1, 0, 2)
         m.report.mma_flops += 2 * 16 ** 3 * n
         m.report.mma_instructions += n
         held = out.reshape(n, 8, 32).transpose(0, 2, 1).reshape(n * 32, 8)

@@ -33,8 +33,9 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """The whole suite runs in worker processes, one a core, where pytest-xdist is there and nothing else is asked for (``-n 0``)."""
-    whole = all(Path(argument).is_dir() for argument in config.args)
-    if whole and not INTERPRETED and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+    if hasattr(config, "workerinput") or INTERPRETED or config.option.usepdb:
+        return
+    if getattr(config.option, "numprocesses", 0) is None and all(Path(argument).is_dir() for argument in config.args):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         config.option.numprocesses = min(cores, MOST_WORKERS) if cores > 1 else 0
         config.option.dist = "worksteal" if cores > 1 else "no"

@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """What is compiled, and which architecture for: the files, or for wrong kernels their changed texts."""
+    """What is compiled, and which architecture for."""
 
     arch: str
     forward: str = str(CUDA / "attention.cu")
@@ -44,15 +44,6 @@ def ptx(source: str, arch: str) -> str:
 @functools.cache
 def module(source: str, arch: str) -> Module:
     return Module.from_ptx(ptx(source, arch))
-
-
-def wrong_source(name: str, good: str, bad: str) -> str:
-    """A .cu file with the headers that a change may be in written out, and the change made."""
-    text = (CUDA / name).read_text()
-    for header in ("attention_tile.cuh", "mma.cuh"):
-        text = text.replace(f'#include "{header}"', (CUDA / header).read_text().replace("#pragma once", ""))
-    assert text.count(good) == 1, f"{text.count(good)} times in {name} and its headers: {good}"
-    return text.replace(good, bad)
 
 
 def plan(shape: tuple[int, ...], dtype: torch.dtype, backward: bool = False) -> dict:

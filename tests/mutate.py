@@ -1,8 +1,8 @@
 """How good the tests are: ``python tests/mutate.py`` plants the bugs of mutations.py, one at a time, and tells which tests catch each.
 
 Works on copies of the tree in a temporary folder. A bug in the CPU kernels is built with CMake (the ``dev`` extra); one in the CUDA
-kernels is compiled by the tests themselves, with nvcc, and runs in the simulator, as the Triton kernels do. Before, the same tests
-must pass without a bug. Ends with status 1 where one survives. The whole takes about half an hour on two cores; --only WORD picks.
+kernels is compiled by the tests themselves, with nvcc, and runs in the simulator, as the Triton kernels do. At the end the tests that
+caught a bug must pass without it. Ends with status 1 where a bug survives. The whole takes about TIME on two cores; --only WORD picks.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,26 +27,25 @@ NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "runs", "demo", "__py
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", metavar="WORD", default="", help="bugs whose kind, description or file holds it")
-    chosen = [m for m in MUTATIONS if parser.parse_args().only in f"{m.kind} {m.what} {m.file}"]
-    survived = []
+    word = parser.parse_args().only
+    chosen = [m for m in MUTATIONS if word in f"{m.kind} {m.what} {m.file}"]
+    caught = 0
     with tempfile.TemporaryDirectory() as folder:
-        trees = {built: Tree(Path(folder) / ("cpu" if built else "device"), built) for built in {is_built(m) for m in chosen}}
-        for built, tree in trees.items():
-            tests = sorted({m.tests for m in chosen if is_built(m) is built})
-            for arguments in tests:
-                if failures := tree.failures(arguments):
-                    sys.exit(f"without a bug, {arguments} fails: {', '.join(failures)}")
-            print(f"{tree.folder.name}: {len(tests)} sets of tests pass without a bug", flush=True)
-        print("kind        | file                       | bug                                                | caught by")
-        for mutation in chosen:
-            tree = trees[is_built(mutation)]
-            with tree.planted(mutation):
-                failures = tree.failures(mutation.tests, most=3)
-            if not failures:
-                survived.append(mutation)
-            print(f"{mutation.kind:11} | {Path(mutation.file).name:26} | {mutation.what:50} | {', '.join(failures) or 'NONE: it survives'}", flush=True)
-    print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
-    return 1 if survived else 0
+        print("kind        | file                       | bug                                                | time  | caught by")
+        for built in sorted({is_built(m) for m in chosen}):
+            tree, catching = Tree(Path(folder) / ("cpu" if built else "device"), built), set()
+            for mutation in (m for m in chosen if is_built(m) is built):
+                start = time.monotonic()
+                with tree.planted(mutation):
+                    found = tree.failures(*mutation.tests.split(" "), most=3)
+                caught += bool(found)
+                catching.update(found)
+                name, seconds, by = Path(mutation.file).name, time.monotonic() - start, ", ".join(found) or "NONE: it survives"
+                print(f"{mutation.kind:11} | {name:26} | {mutation.what:50} | {seconds:3.0f} s | {by}", flush=True)
+            if catching and (wrong := tree.failures(*sorted(catching))):
+                sys.exit(f"fails without a bug too: {', '.join(wrong)}")
+    print(f"{caught} of {len(chosen)} caught, by tests that pass without the bug")
+    return 0 if caught == len(chosen) else 1
 
 
 def is_built(mutation: Mutation) -> bool:
@@ -68,7 +68,6 @@ class Tree:
                 "cmake", "-G", "Ninja", "-B", "build", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'ddpm_fast'}", "-DDDPM_FAST_CUDA=0",
             )  # fmt: skip
-            self._run("cmake", "--build", "build")
 
     @contextlib.contextmanager
     def planted(self, mutation: Mutation) -> Iterator[None]:
@@ -76,31 +75,27 @@ class Tree:
         text = path.read_text()
         path.write_text(mutated(text, mutation))
         try:
-            if self.built:
-                self._run("cmake", "--build", "build")
             yield
         finally:
             path.write_text(text)
-            if self.built:
-                os.utime(path)  # Ninja goes by the time
 
-    def failures(self, tests: str, most: int = 1) -> list[str]:
-        """Names of the tests that fail, the first ``most`` of them."""
-        files, _, word = tests.partition(" -k ")
+    def failures(self, *tests: str, most: int = 1) -> list[str]:
+        """Names of the tests that fail, the first ``most`` of them. ``tests`` are files of tests/, names of tests, or -k and its word."""
+        if self.built:
+            self._run("cmake", "--build", "build")
+        names, (word, *_) = (tests[:-2], tests[-1:]) if "-k" in tests else (tests, [""])
         # A test that plants a bug of its own does not find its place in a file that has another.
-        chosen = ["-k", f"{word} and not wrong" if word else "not wrong"]
-        options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", f"--maxfail={most}"]
-        done = self._pytest(*options, *chosen, *(f"tests/{file}" for file in files.split()))
-        if done.returncode not in (0, 1):
-            raise SystemExit(f"pytest {tests}: status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        choice = f"{word} and not wrong" if word else "not wrong"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--maxfail={most}", "-k", choice,
+             *(f"tests/{name}" for name in names)],
+            cwd=self.folder, env=os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
         found = re.findall(r"^(?:FAILED|ERROR) tests/(\S+?::[^\[\s]+(?:\[.*?\])?)(?: - |$)", done.stdout, re.M)
-        if bool(found) != bool(done.returncode):
-            raise SystemExit(f"pytest {tests}: status {done.returncode}, but no test is named\n{done.stdout[-3000:]}")
+        is_built = not re.search(r"nvcc .* failed$|CompilationError", done.stdout, re.M)
+        if done.returncode not in (0, 1) or bool(found) != bool(done.returncode) or not is_built:
+            raise SystemExit(f"pytest {' '.join(tests)}: status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         return found
-
-    def _pytest(self, *arguments: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=self.folder, env=environment, capture_output=True, text=True)
 
     def _run(self, *command: str) -> None:
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)

@@ -104,7 +104,11 @@ def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[i
         raise TypeError(f"{name} must be {expected} for {x.dtype} data, got {table.dtype}")
     if table.ndim != 1 if shape is None else table.shape != shape:
         raise ValueError(f"{name} must have shape {shape or '(T,)'}, got {tuple(table.shape)}")
-    if table.layout is not torch.strided or (not table.is_contiguous() and not in_functorch()):
+    try:
+        contiguous = table.is_contiguous()
+    except RuntimeError:  # a table without strides
+        contiguous = False
+    if not contiguous and not in_functorch():
         raise ValueError(f"{name} must be contiguous")
     check_device(name, table, x_name, x)
 

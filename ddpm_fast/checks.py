@@ -1,4 +1,4 @@
-"""Checks of arguments that no op checks: each gives the plain Python value, or says in one line what was expected and what came.
+"""Checks of arguments that are no data: each gives the plain Python value, or says in one line what was expected and what came.
 
 NumPy's numbers and tensors of one element are as good as Python's; a bool is no number.
 """
@@ -23,6 +23,34 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         wanted = f"of at least {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
     return found
+
+
+def index(name: str, value: Any) -> int:
+    """An integer of any size, on an op's way: a compiler's SymInt stays one."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor or an array of something else
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def real(name: str, value: Any) -> float:
+    """What compares as a float does, on an op's way: anything but a text that says one; a compiler's SymFloat stays one."""
+    if isinstance(value, (int, float, torch.SymFloat)):
+        return value
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def pair(name: str, value: Any, of: str) -> tuple:
+    """Two of what ``of`` says."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be {of}, got {value!r}")
+    return tuple(value)
 
 
 def number(name: str, value: Any, wanted: str = "be a finite number") -> float:

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_fast.arguments import integer
+from ddpm_fast import checks
 from ddpm_fast.functorch import draw
 
 MASK32 = 0xFFFFFFFF
@@ -120,7 +120,7 @@ class Noise:
         Returns:
             int64 tensor of shape (count,).
         """
-        high = integer("high", high)
+        high = checks.index("high", high)
         if not 1 <= high <= 2**31:
             raise ValueError(f"high must lie in 1..2^31, got {high}")
         return (self._words(count, device) * high) >> 32
@@ -131,7 +131,7 @@ class Noise:
 
     def _words(self, count: int, device: torch.device | str) -> Tensor:
         """The first 32-bit word of each sample's first block, as int64."""
-        count = integer("count", count)
+        count = checks.index("count", count)
         if count < 0:
             raise ValueError(f"count must be at least 0, got {count}")
 
@@ -239,7 +239,7 @@ def _split64(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_integer(name: str, value: int, bits: int) -> int:
-    value = integer(name, value)
+    value = checks.index(name, value)
     if value < 0 or value >= 1 << bits:
         raise ValueError(f"{name} must lie in 0..2^{bits}-1, got {value}")
     return value

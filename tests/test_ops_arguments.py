@@ -149,7 +149,7 @@ def test_none_for_a_tensor_is_named(name, given):
     (lambda d, x, t: d.prior_bpd(None), "x_start"),
     (lambda d, x, t: d.bits_per_dim(lambda x, t: x, None), "x_start"),
     (lambda d, x, t: d.bits_per_dim(lambda x, t: None, x), "the model output"),
-], ids=str)  # fmt: skip
+], ids=lambda x: x if isinstance(x, str) else "call")  # fmt: skip
 def test_the_diffusion_names_a_missing_tensor(call, name):
     x, t = torch.zeros(2, 1, 4, 4), torch.tensor([0, 3])
     with pytest.raises(TypeError, match=f"^{name} must be a (Noise or a )?tensor, got NoneType"):

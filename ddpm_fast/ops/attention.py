@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast import autotune
-from ddpm_fast.arguments import integer, number
+from ddpm_fast import autotune, checks
 from ddpm_fast.backends import NATIVE_DTYPES, missing, native
 from ddpm_fast.functorch import in_functorch
 from ddpm_fast.ops._common import check_data, table_dtype
@@ -159,13 +158,13 @@ def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = No
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here.
     """
-    heads = heads if heads is None else integer("heads", heads)
+    heads = heads if heads is None else checks.index("heads", heads)
     if isinstance(qkv, Tensor) and qkv.ndim == 3:
         heads = 1 if heads is None else heads
         if heads < 1 or qkv.shape[2] % (3 * heads):
             raise ValueError(f"the last size of qkv must be a multiple of 3 heads = {3 * heads}, got {qkv.shape[2]}")
         qkv = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads)))
-    scale = None if scale is None else number("scale", scale)
+    scale = None if scale is None else checks.real("scale", scale)
     _check(qkv, 1.0 if scale is None else scale)
     if heads is not None and heads != qkv.shape[3]:
         raise ValueError(f"qkv must have {heads} heads, got shape {tuple(qkv.shape)}")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.arguments import integer, number, pair
+from ddpm_fast import checks
 from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.functorch import draw
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
@@ -269,11 +269,11 @@ def group_norm(
     """
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
-    groups, eps = integer("groups", groups), number("eps", eps)
+    groups, eps = checks.index("groups", groups), checks.real("eps", eps)
     probability, noise = 0.0, None
     if dropout is not None:
-        probability, noise = pair("dropout", dropout, "(probability, Noise)")
-        probability = number("the probability of dropout", probability)
+        probability, noise = checks.pair("dropout", dropout, "(probability, Noise)")
+        probability = checks.real("the probability of dropout", probability)
     arguments = (x, groups, weight, bias, pre_bias, scale, shift, eps, activation == "silu", probability, noise if probability else None)
     _check(*arguments)
     return _op(arguments, x, x.dtype, backend)[0]

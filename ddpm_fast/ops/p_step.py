@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast.arguments import pair
+from ddpm_fast import checks
 from ddpm_fast.backends import native
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import (
@@ -175,7 +175,7 @@ def p_step(
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here, or a tensor to write into where a gradient is needed.
     """
-    without, scale = (None, 1.0) if guidance is None else pair("guidance", guidance, "(output, scale)")
+    without, scale = (None, 1.0) if guidance is None else checks.pair("guidance", guidance, "(output, scale)")
     with_x_start = x_start is not False
     arguments = (x_t, out, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
     _check(*arguments)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ddpm_fast.arguments import integer
+from ddpm_fast import checks
 from ddpm_fast.backends import NATIVE_DTYPES, BackendTable, native
 from ddpm_fast.functorch import draw, in_functorch
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, noise_reference
@@ -68,7 +68,7 @@ def randn(
     """
     if not isinstance(shape, Iterable):
         raise TypeError(f"shape must be sizes (N, ...), got {shape!r}")
-    shape = torch.Size([integer("a size", size) for size in shape])
+    shape = torch.Size([checks.index("a size", size) for size in shape])
     if not isinstance(noise, Noise):
         raise TypeError(f"noise must be a Noise, got {type(noise).__name__}")
     if dtype not in FLOATING:

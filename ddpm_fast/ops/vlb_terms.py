@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_fast.arguments import integer
+from ddpm_fast import checks
 from ddpm_fast.backends import native
 from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
 from ddpm_fast.ops._native import address, dtype_tag, native_sizes, new_like
@@ -189,7 +189,7 @@ def vlb_terms(
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here.
     """
-    levels = integer("levels", levels)
+    levels = checks.index("levels", levels)
     arguments = (out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
     _check(*arguments)
     return _op(arguments, x_t, arithmetic_dtype(out, x_t), backend)

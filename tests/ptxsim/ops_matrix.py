@@ -73,13 +73,14 @@ def unpack_elements(words, t):
 
 PRODUCTS_AT_ONCE = {"f16": 8, "bf16": 8, "tf32": 4}
 EXTRA_BITS = 1                                                  # that alignment keeps below the last bit of a float32
-ZERO = -4096                                                    # its exponent
+ZERO, NOT_FINITE = -4096, 8192                                  # their exponents: the second outweighs the first
 
 
 def exponents(x):
-    """floor(log2 |x|) of float32 numbers, -126 for subnormal ones; that of infinities and NaN is 128."""
+    """floor(log2 |x|) of float32 numbers, -126 for subnormal ones."""
     exponent = (x.view(U32) >> np.uint32(23)).astype(I16) & np.int16(0xFF)
-    return np.where(x == 0, np.int16(ZERO), np.maximum(exponent, np.int16(1)) - np.int16(127))
+    exponent = np.where(x == 0, np.int16(ZERO), np.maximum(exponent, np.int16(1)) - np.int16(127))
+    return np.where(exponent == 128, np.int16(NOT_FINITE), exponent)
 
 
 def powers(exponent):

@@ -54,7 +54,7 @@ def is_built(mutation: Mutation) -> bool:
 
 
 class Tree:
-    """A copy of the repository to plant bugs in. Where it is built it has no CUDA part."""
+    """A copy of the repository to plant bugs in. Where it is built it is without the CUDA part, and portable: all CPU builds have one source."""
 
     def __init__(self, folder: Path, built: bool) -> None:
         self.folder, self.built = folder, built
@@ -63,6 +63,9 @@ class Tree:
         if built:
             import pybind11
 
+            lists, x86 = folder / "CMakeLists.txt", 'if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")'
+            assert x86 in lists.read_text()
+            lists.write_text(lists.read_text().replace(x86, "if(FALSE)"))
             self._run(
                 "cmake", "-G", "Ninja", "-B", "build", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'ddpm_fast'}", "-DDDPM_FAST_CUDA=0",

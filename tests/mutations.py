@@ -108,7 +108,7 @@ TRITON_KERNELS = [
     Mutation("mask", "a sample beyond the last", f"{TRITON}_tile.py", "(n < samples)[:, None] & (i", "(n <= samples)[:, None] & (i",
              "test_triton_simulated.py -k noise",
              "test_triton_simulated.py::test_noise_of_extreme_keys[Noise(seed=0, stream=0, first_sample=0)]"),
-    Mutation("mask", "t equal to T is read with", f"{TRITON}_tile.py", "(t >= 0) & (t < steps)", "(t >= 0) & (t <= steps)", "test_triton_simulated.py"),
+    Mutation("mask", "t equal to T is read with", f"{TRITON}_tile.py", "(t >= 0) & (t < steps)", "(t >= 0) & (t <= steps)", "test_triton_simulated.py -k outside"),
     Mutation("coefficient", "a sign in the gradient of the second mean", f"{TRITON}gaussian_kl.py",
              "sums_ptr, -pull, place", "sums_ptr, pull, place", "test_triton_simulated.py -k gaussian"),
     Mutation("fragment", "words of the generator exchanged", f"{TRITON}_philox.py",

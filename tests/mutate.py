@@ -2,7 +2,7 @@
 
 Works on copies of the tree in a temporary folder. A bug in the CPU kernels is built with CMake (the ``dev`` extra); one in the CUDA
 kernels is compiled by the tests themselves, with nvcc, and runs in the simulator, as the Triton kernels do. At the end the tests that
-caught a bug must pass without it. Ends with status 1 where a bug survives. The whole takes about TIME on two cores; --only WORD picks.
+caught a bug must pass without it. Ends with status 1 where a bug survives. The whole takes about half an hour on two cores; --only WORD picks.
 """
 from __future__ import annotations
 

@@ -89,15 +89,15 @@ class Tree:
         # A test that plants a bug of its own does not find its place in a file that has another.
         choice = f"{word} and not test_wrong" if word else "not test_wrong"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        environment |= {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--maxfail={most}", "-k", choice,
              "-o", "addopts=-rfE", *(f"tests/{name}" for name in names)],
             cwd=self.folder, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         found = re.findall(r"^(?:FAILED|ERROR) tests/(\S+?::[^\[\s]+(?:\[.*?\])?)(?: - |$)", done.stdout, re.M)
-        is_built = not re.search(r"nvcc .* failed$|CompilationError", done.stdout, re.M)
-        if done.returncode not in (0, 1) or bool(found) != bool(done.returncode) or not is_built:
+        compiles = not re.search(r"nvcc .* failed$|CompilationError", done.stdout, re.M)
+        if done.returncode not in (0, 1) or bool(found) != bool(done.returncode) or not compiles:
             raise SystemExit(f"pytest {' '.join(tests)}: status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         return found
 

@@ -14,6 +14,7 @@ class Mutation(NamedTuple):
     good: str
     bad: str
     tests: str  # pytest's arguments: files of tests/, and -k of one word
+    quick: str = ""  # one test that catches it in seconds, for the suite's sample
 
 
 GROUP_NORM = "csrc/cuda/group_norm.cuh"
@@ -25,7 +26,8 @@ TRITON = "ddpm_fast/triton_kernels/"
 
 CUDA = [
     Mutation("barrier", "no __syncwarp before the centre is overwritten", GROUP_NORM,
-             "    __syncwarp();  // all lanes have read the centre that is written next\n", "", "test_group_norm_cuda.py"),
+             "    __syncwarp();  // all lanes have read the centre that is written next\n", "", "test_group_norm_cuda.py",
+             "test_group_norm_wrong_cuda.py::test_the_kernels_compiled_so_are_right_without_an_edit[forward]"),
     Mutation("barrier", "no barrier behind the first means", GROUP_NORM,
              "table.centre[c] = mean;\n  });\n  __syncthreads();\n", "table.centre[c] = mean;\n  });\n", "test_group_norm_cuda.py"),
     Mutation("tail", "the last tile is as long as the others", "csrc/cuda/group_norm_tile.cuh",
@@ -81,7 +83,8 @@ CUDA = [
     Mutation("barrier", "no __syncwarp before the stage is read", TILE, "  __syncwarp();\n  constexpr uint32_t chunks", "  constexpr uint32_t chunks",
              "test_attention_cuda.py"),
     Mutation("tail", "normals beyond a row's end stored", "csrc/cuda/randn.cu",
-             "if (i + k < elements) target[k] = values[k];", "target[k] = values[k];", "test_randn_cuda.py"),
+             "if (i + k < elements) target[k] = values[k];", "target[k] = values[k];", "test_randn_cuda.py",
+             "test_randn_cuda.py::test_simulated_bits_are_the_references[sm_80-(2, 1023)-torch.float32]"),
     Mutation("stride", "rows of two taken for aligned", "csrc/cuda/randn.cu", "elements % 4 == 0", "elements % 2 == 0", "test_randn_cuda.py"),
     Mutation("index", "sample numbers of 32 bits", "csrc/cuda/randn.cu",
              "first_sample + uint64_t(sample), uint32_t(j)", "uint32_t(first_sample + uint64_t(sample)), uint32_t(j)", "test_randn_cuda.py"),
@@ -89,23 +92,31 @@ CUDA = [
 
 TRITON_KERNELS = [
     Mutation("coefficient", "a gradient by the other table", f"{TRITON}q_sample.py",
-             "entry(sigma_ptr, t, known) * grad", "entry(signal_ptr, t, known) * grad", "test_triton_simulated.py -k q_sample"),
+             "entry(sigma_ptr, t, known) * grad", "entry(signal_ptr, t, known) * grad", "test_triton_simulated.py -k q_sample",
+             "test_triton_simulated.py::test_results_and_gradients[q_sample, tensor-(6, 2, 7, 13)-float32-sm_80]"),
     Mutation("coefficient", "history by the wrong coefficient", f"{TRITON}p_step.py",
              "x_next + previous * read", "x_next + x_t * read", "test_triton_simulated.py -k p_step"),
     Mutation("coefficient", "guidance forgotten in a gradient", f"{TRITON}p_step.py",
              "(from_out - through) * g_start", "from_out * g_start", "test_triton_simulated.py -k p_step"),
     Mutation("column", "bounds of the variance exchanged", f"{TRITON}_output.py",
              "entry(table_ptr, at + 4, known), entry(table_ptr, at + 5, known), entry(table_ptr, at + 6, known)",
-             "entry(table_ptr, at + 4, known), entry(table_ptr, at + 6, known), entry(table_ptr, at + 5, known)", "test_triton_simulated.py -k learned"),
+             "entry(table_ptr, at + 4, known), entry(table_ptr, at + 6, known), entry(table_ptr, at + 5, known)", "test_triton_simulated.py -k learned",
+             "test_triton_simulated.py::test_results_and_gradients[vlb_terms learned, clipped, erf-(6, 2, 7, 13)-float32-sm_80]"),
     Mutation("stride", "a doubled output taken for a single one", f"{TRITON}simple_loss.py",
-             "n[:, None] * elements * DOUBLED + i", "n[:, None] * elements + i", "test_triton_simulated.py -k half"),
-    Mutation("mask", "t equal to T is read with", f"{TRITON}_tile.py", "(t >= 0) & (t < steps)", "(t >= 0) & (t <= steps)", "test_triton_simulated.py"),
+             "n[:, None] * elements * DOUBLED + i", "n[:, None] * elements + i", "test_triton_simulated.py -k half",
+             "test_triton_simulated.py::test_results_and_gradients[simple_loss with a variance half, tensor-(6, 2, 7, 13)-float32-sm_80]"),
+    Mutation("mask", "a sample beyond the last", f"{TRITON}_tile.py", "(n < samples)[:, None] & (i", "(n <= samples)[:, None] & (i",
+             "test_triton_simulated.py -k noise",
+             "test_triton_simulated.py::test_noise_of_extreme_keys[Noise(seed=0, stream=0, first_sample=0)]"),
+    Mutation("mask", "t equal to T is read with", f"{TRITON}_tile.py", "(t >= 0) & (t < steps)", "(t >= 0) & (t <= steps)", "test_triton_simulated.py -k outside"),
     Mutation("coefficient", "a sign in the gradient of the second mean", f"{TRITON}gaussian_kl.py",
              "sums_ptr, -pull, place", "sums_ptr, pull, place", "test_triton_simulated.py -k gaussian"),
     Mutation("fragment", "words of the generator exchanged", f"{TRITON}_philox.py",
-             "c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)", "c3, c1 = p1.to(tl.uint32), p0.to(tl.uint32)", "test_triton_simulated.py -k noise"),
+             "c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)", "c3, c1 = p1.to(tl.uint32), p0.to(tl.uint32)", "test_triton_simulated.py -k noise",
+             "test_triton_simulated.py::test_noise_of_extreme_keys[Noise(seed=0, stream=0, first_sample=0)]"),
     Mutation("index", "eight normals a thread in the wrong order", f"{TRITON}_philox.py",
-             "even, odd = tl.join(tl.join(a, e), tl.join(c, g))", "even, odd = tl.join(tl.join(a, c), tl.join(e, g))", "test_triton_simulated.py -k noise"),
+             "even, odd = tl.join(tl.join(a, e), tl.join(c, g))", "even, odd = tl.join(tl.join(a, c), tl.join(e, g))", "test_triton_simulated.py -k noise",
+             "test_triton_simulated.py::test_noise_has_the_bits_of_the_contract[(5, 1024)-torch.bfloat16]"),
     Mutation("tail", "a sum's tiles beyond the last", f"{TRITON}_reduce.py", "range(0, tiles, BLOCK)", "range(0, tiles - 1, BLOCK)", "test_triton_simulated.py"),
 ]  # fmt: skip
 

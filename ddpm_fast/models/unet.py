@@ -218,9 +218,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: for an unknown name; TypeError and ValueError as `UNet`.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**PRESETS[checks.choice("preset", name, sorted(PRESETS))], **overrides})
 
     @property
     def config(self) -> dict:
@@ -310,6 +308,8 @@ def _check_config(config: dict) -> None:
         if config[name] is not None or name not in _OPTIONAL:
             config[name] = _positive_int(name, config[name])
     for name in ("channel_mult", "attention_resolutions"):  # lists, so that the dictionary is equal to itself after JSON
+        if isinstance(config[name], (str, bytes)) or not hasattr(config[name], "__len__") or not getattr(config[name], "ndim", 1):
+            raise TypeError(f"{name} must be a list of integers, got {type(config[name]).__name__}")
         config[name] = [_positive_int(f"each entry of {name}", value) for value in config[name]]
     for name in ("dropout", "norm_eps"):
         if isinstance(config[name], bool) or not isinstance(config[name], Real):

@@ -43,7 +43,10 @@ def real(name: str, value: Any) -> float:
         return value
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array of several
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
 
 
 def pair(name: str, value: Any, of: str) -> tuple:
@@ -92,6 +95,16 @@ def tensor(name: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     return value
+
+
+def device(name: str, value: Any) -> torch.device:
+    """A device, or the name of one."""
+    if isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}") from None
 
 
 def instance(name: str, value: Any, kind: type) -> Any:

@@ -135,8 +135,10 @@ class Noise:
         if count < 0:
             raise ValueError(f"count must be at least 0, got {count}")
 
+        device = checks.device("device", device)
+
         def words(count: int) -> Tensor:
-            sample = _sample_index(count, self.first_sample, torch.device(device))
+            sample = _sample_index(count, self.first_sample, device)
             counter = (torch.zeros_like(sample), self.stream, *_split64(sample))
             return philox4x32_10(*counter, self.seed & MASK32, self.seed >> 32)[0]
 

@@ -248,10 +248,7 @@ class Sampler:
         if device is None:
             parameter = next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
             device = "cpu" if parameter is None else parameter.device
-        try:
-            return torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"device must be a torch.device or its name, got {device!r}") from None
+        return checks.device("device", device)
 
     def _labels(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor | None:
         if labels is None:

@@ -228,8 +228,9 @@ def test_numbers_of_numpy():
     ema = EMA(nn.Linear(2, 3), decay=np.float32(0.5), warmup=np.bool_(False))
     ema.load_state_dict({**ema.state_dict(), "num_updates": np.int64(7)})
     assert type(ema.num_updates) is int and ema.num_updates == 7 and ema.current_decay() == 0.5
-    with pytest.raises(TypeError, match="num_updates must be an integer, got 7.5"):
-        ema.load_state_dict({**ema.state_dict(), "num_updates": 7.5})
+    for number in (7.5, -1, None):
+        with pytest.raises(ValueError, match=f"num_updates must be an integer of at least 0, got {number}"):
+            ema.load_state_dict({**ema.state_dict(), "num_updates": number})
 
 
 def test_a_model_without_parameters():
@@ -244,10 +245,24 @@ def test_a_model_without_parameters():
 # Errors
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan"), None, "0.9"])
 def test_decay_out_of_range(decay):
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got"):
         EMA(small_model(), decay=decay)
+
+
+@pytest.mark.parametrize("other", [None, 3, "model", {}])
+def test_what_is_no_module_and_no_state(other):
+    ema = EMA(nn.Linear(2, 3))
+    for use in (EMA, ema.update, ema.copy_to, lambda model: ema.applied(model).__enter__()):
+        with pytest.raises(TypeError, match=f"model must be a Module, got {type(other).__name__}"):
+            use(other)
+    state = ema.state_dict()
+    for bad in (other, {**state, "parameters": other or None}, {**state, "parameters": {**state["parameters"], "bias": other}}):
+        with pytest.raises((TypeError, ValueError), match=r"(EMA state|parameters|bias) must"):
+            ema.load_state_dict(bad)
+    with pytest.raises(TypeError, match="warmup must be True or False, got 3"):
+        EMA(nn.Linear(2, 3), warmup=3)
 
 
 @pytest.mark.parametrize(("other", "message"), [

@@ -10,7 +10,7 @@ from op_cases import KEY, NAMES, every_case, everything, make
 from test_ops_destinations import step_arguments
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
-from ddpm_fast.ops import attention, gaussian_kl, group_norm, p_step, q_sample, randn, vlb_terms
+from ddpm_fast.ops import attention, conv3x3, gaussian_kl, group_norm, p_step, q_sample, randn, vlb_terms
 from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
 
 SHAPE = (3, 2, 5)
@@ -102,6 +102,14 @@ def test_numpy_integers_are_integers():
     (lambda: vlb_terms(**make("vlb_terms", None, SHAPE).arguments | dict(clip="x")), TypeError, "clip must be True or False, got 'x'"),
     (lambda: p_step(**step_arguments(make("p_step", "Noise", SHAPE)) | dict(clip="x")), TypeError, "clip must be True or False, got 'x'"),
     (lambda: group_norm(torch.ones(1, 2, 2), 1, eps="x"), TypeError, "eps must be a number, got str"),
+    (lambda: group_norm(torch.ones(1, 2, 2), 1, eps=np.ones(2)), TypeError, "eps must be a number, got ndarray"),
+    (lambda: attention(torch.ones(1, 2, 6), scale=torch.ones(2)), TypeError, "scale must be a number, got Tensor"),
+    (lambda: conv3x3(None, torch.ones(1, 2, 3, 3)), TypeError, "x must be a tensor, got NoneType"),
+    (lambda: conv3x3(torch.ones(1, 2, 4, 4), None), TypeError, "weight must be a tensor, got NoneType"),
+    (lambda: randn((2,), KEY, device=2.5), ValueError, "device must be a torch.device or its name, got 2.5"),
+    (lambda: KEY.materialize((2,), "gpu"), ValueError, "device must be a torch.device or its name, got 'gpu'"),
+    (lambda: KEY.integers(2, 3, device=None), ValueError, "device must be a torch.device or its name, got None"),
+    (lambda: KEY.uniform(2, ()), ValueError, r"device must be a torch.device or its name, got \(\)"),
     (lambda: group_norm(torch.ones(1, 2, 2), 1, dropout=0.5), TypeError, r"dropout must be \(probability, Noise\), got 0.5"),
     (lambda: group_norm(torch.ones(1, 2, 2), 1, dropout=("x", KEY)), TypeError, "the probability of dropout must be a number, got str"),
     (lambda: p_step(**step_arguments(make("p_step", "Noise", SHAPE)) | dict(guidance=1.5)), TypeError, r"guidance must be \(output, scale\), got 1.5"),

@@ -382,7 +382,7 @@ def test_config_errors(overrides, error, message):
 
 
 def test_layer_and_preset_errors():
-    with pytest.raises(ValueError, match=r"preset must be one of \['cifar10', 'digits', 'photos32'\], got 'cifar'"):
+    with pytest.raises(ValueError, match="preset must be one of cifar10, digits, photos32, got 'cifar'"):
         UNet.from_preset("cifar")
     with pytest.raises(ValueError, match="channels must be even and at least 4, got 5"):
         timestep_embedding(torch.tensor([0]), 5)

@@ -64,6 +64,23 @@ def test_what_is_no_integer(value):
         UNet(**{**TINY, "base_channels": value})
 
 
+@pytest.mark.parametrize("name", ["channel_mult", "attention_resolutions"])
+@pytest.mark.parametrize("value", [None, 2, "12", b"12", np.array(2), {1, 2}.__iter__()], ids=lambda value: type(value).__name__)
+def test_what_is_no_list(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a list of integers, got {type(value).__name__}"):
+        UNet(**{**TINY, name: value})
+
+
+@pytest.mark.parametrize("value", [3, [0.5], np.zeros((2, 2, 8, 8), np.float32), "x"], ids=str)
+def test_what_is_no_tensor(value):
+    model, x, t = tiny(num_classes=3), torch.zeros(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64)
+    for name, call in dict(x_t=(value, t), t=(x, value), y=(x, t, value)).items():
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got {type(value).__name__}"):
+            model(*call)
+    with pytest.raises(TypeError, match=f"dropout must be a Noise, got {type(value).__name__}"):
+        model(x, t, dropout=value)
+
+
 @pytest.mark.skipif(bool(native_missing), reason=f"plans call the CPU kernels: {native_missing}")
 @pytest.mark.parametrize("default", ["set_default_device", "with"])
 def test_the_default_device_is_for_new_networks_alone(default):

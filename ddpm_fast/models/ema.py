@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ddpm_fast import checks
 
 
 class EMA:
@@ -30,14 +31,15 @@ class EMA:
             the initial weights within the first steps.
 
     Raises:
+        TypeError: if model is no module, or warmup is not True or False.
         ValueError: if decay is outside [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
-        if not 0.0 <= decay < 1.0:
+        self.decay = checks.number("decay", decay, "be in [0, 1)")
+        if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        self.decay = float(decay)
-        self.warmup = bool(warmup)
+        self.warmup = checks.flag("warmup", warmup)
         self.num_updates = 0
         parameters, buffers = _tensors(model)
         self._parameters = {name: p.clone().to(_shadow_dtype(p)) for name, p in parameters.items()}
@@ -54,6 +56,7 @@ class EMA:
         """Take one step of the average towards the weights of `model`; does not synchronise the device.
 
         Raises:
+            TypeError: if `model` is no module.
             ValueError: if a parameter or buffer of `model` differs from the shadow in name, shape, device, kind of dtype
                 or sharding. Nothing is changed then.
         """
@@ -70,7 +73,7 @@ class EMA:
         """Overwrite the parameters of `model` with their averages, and its buffers with the last copies.
 
         Raises:
-            ValueError: as `update`.
+            TypeError, ValueError: as `update`.
         """
         averaged, copied = self._matched(model)
         _copy([(own, shadow) for shadow, own in averaged + copied])
@@ -83,7 +86,7 @@ class EMA:
         meanwhile.
 
         Raises:
-            ValueError: as `update`, before anything is changed.
+            TypeError, ValueError: as `update`, before anything is changed.
         """
         averaged, copied = self._matched(model)
         kept = [(own, own.clone()) for _, own in averaged + copied]
@@ -108,18 +111,15 @@ class EMA:
         """Restore what `state_dict` gave, exactly. Nothing is changed when it does not fit.
 
         Raises:
-            TypeError: if the number of updates is not an integer.
-            ValueError: if an entry is missing or one too many, or a tensor differs in name, shape, dtype or sharding.
+            TypeError: if the state is no dictionary of such ones.
+            ValueError: if the number of updates is no count, an entry is missing or one too many, or a tensor differs in name, shape, dtype or sharding.
         """
         expected = {"num_updates", "parameters", "buffers"}
-        if set(state) != expected:
-            raise ValueError(f"EMA state must have the entries {sorted(expected)}, got {sorted(state)}")
-        try:
-            num_updates = operator.index(state["num_updates"])
-        except TypeError:
-            raise TypeError(f"num_updates must be an integer, got {state['num_updates']!r}") from None
+        if set(checks.instance("EMA state", state, dict)) != expected:
+            raise ValueError(f"EMA state must have the entries {sorted(expected)}, got {list(state)}")
+        num_updates = checks.integer("num_updates", state["num_updates"], 0)
         for kind, own in (("parameter", self._parameters), ("buffer", self._buffers)):
-            loaded = state[kind + "s"]
+            loaded = checks.instance(kind + "s", state[kind + "s"], dict)
             _check(kind, own, loaded, "EMA state")
             for name, tensor in own.items():
                 if loaded[name].dtype != tensor.dtype:
@@ -146,7 +146,7 @@ class EMA:
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The parameters and buffers of a model, out of its wrappers, detached."""
-    _reshard(model)
+    _reshard(checks.instance("model", model, nn.Module))
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
@@ -196,7 +196,7 @@ def _check(kind: str, own: dict[str, Tensor], theirs: dict[str, Tensor], what: s
         raise ValueError(f"{what} does not match the EMA: missing {kind}s {missing[:5]}, unexpected {extra[:5]} "
                          f"({len(missing)} and {len(extra)} in all)")
     for name, tensor in own.items():
-        if theirs[name].shape != tensor.shape:
+        if checks.tensor(name, theirs[name]).shape != tensor.shape:
             raise ValueError(f"{kind} {name} must have shape {tuple(tensor.shape)}, got {tuple(theirs[name].shape)}")
         if _sharding(theirs[name]) != _sharding(tensor):
             raise ValueError(f"{kind} {name} must be sharded as when the EMA was created, {_sharding(tensor)}, got {_sharding(theirs[name])}")

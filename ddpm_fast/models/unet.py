@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_fast import checks
 from ddpm_fast.functorch import channels_last
 from ddpm_fast.models.layers import Conv3x3, Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample
 from ddpm_fast.models.presets import PRESETS
@@ -217,9 +218,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: for an unknown name; TypeError and ValueError as `UNet`.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**PRESETS[checks.choice("preset", name, sorted(PRESETS))], **overrides})
 
     @property
     def config(self) -> dict:
@@ -244,14 +243,14 @@ class UNet(nn.Module):
             for float64), contiguous (NCHW) because the diffusion operators read it linearly.
 
         Raises:
-            TypeError: for a wrong dtype.
+            TypeError: for what is no tensor, or of a wrong dtype.
             ValueError: for a wrong shape, or y given to an unconditional model.
         """
         self._check_inputs(x_t, t, y)
         dtype = self.conv_in.weight.dtype
         if x_t.dtype != dtype and not _autocast_unites(x_t, dtype):
             return self.forward(x_t.to(dtype), t, y, dropout=dropout).to(x_t.dtype)
-        if dropout is not None and not (isinstance(dropout, Noise) and dropout.first_sample + x_t.shape[0] <= SAMPLES_A_BLOCK):
+        if dropout is not None and checks.instance("dropout", dropout, Noise).first_sample + x_t.shape[0] > SAMPLES_A_BLOCK:
             raise ValueError(f"dropout must be a Noise whose samples are below 2^48, got {dropout} for {x_t.shape[0]} samples")
         masks = _Masks(dropout)
         embedding = self.time_embedding(t)
@@ -272,14 +271,14 @@ class UNet(nn.Module):
         return self.conv_out(self.norm_out(x)).contiguous()
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:
-        if x_t.dim() != 4 or x_t.shape[1] != self.in_channels:
+        if checks.tensor("x_t", x_t).dim() != 4 or x_t.shape[1] != self.in_channels:
             raise ValueError(f"x_t must have shape (N, {self.in_channels}, H, W), got {tuple(x_t.shape)}")
         if not x_t.is_floating_point():
             raise TypeError(f"x_t must have a floating-point dtype, got {x_t.dtype}")
         n, _, height, width = x_t.shape
         if height % self.size_divisor or width % self.size_divisor:
             raise ValueError(f"height and width of x_t must be divisible by {self.size_divisor}, got {height} x {width}")
-        if t.dtype != torch.int64 and not t.is_floating_point():
+        if checks.tensor("t", t).dtype != torch.int64 and not t.is_floating_point():
             raise TypeError(f"t must have dtype torch.int64 or a floating-point dtype, got {t.dtype}")
         if t.dim() != 1 or t.shape[0] != n:
             raise ValueError(f"t must have shape ({n},), got {tuple(t.shape)}")
@@ -287,7 +286,7 @@ class UNet(nn.Module):
             return
         if self.label_embedding is None:
             raise ValueError("y must be None: this model is unconditional (num_classes=None)")
-        if y.dtype != torch.int64:
+        if checks.tensor("y", y).dtype != torch.int64:
             raise TypeError(f"y must have dtype torch.int64, got {y.dtype}")
         if y.dim() != 1 or y.shape[0] != n:
             raise ValueError(f"y must have shape ({n},), got {tuple(y.shape)}")
@@ -309,6 +308,8 @@ def _check_config(config: dict) -> None:
         if config[name] is not None or name not in _OPTIONAL:
             config[name] = _positive_int(name, config[name])
     for name in ("channel_mult", "attention_resolutions"):  # lists, so that the dictionary is equal to itself after JSON
+        if isinstance(config[name], (str, bytes)) or not hasattr(config[name], "__len__") or not getattr(config[name], "ndim", 1):
+            raise TypeError(f"{name} must be a list of integers, got {type(config[name]).__name__}")
         config[name] = [_positive_int(f"each entry of {name}", value) for value in config[name]]
     for name in ("dropout", "norm_eps"):
         if isinstance(config[name], bool) or not isinstance(config[name], Real):

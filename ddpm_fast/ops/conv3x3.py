@@ -152,7 +152,7 @@ def conv3x3(
     The formula is equation 8 of Lavin & Gray (2016).
     """
     obstacle = _obstacle(x, weight, bias, residual)
-    if obstacle:  # without one they are float32 on the CPU
+    if obstacle or x is None or weight is None:  # else they are float32 on the CPU
         _check_kinds(x=x, weight=weight, bias=bias, residual=residual)
     _check_shapes(x, weight, bias, residual)
     implementation = backends.choose(x.device, x.dtype, backend)

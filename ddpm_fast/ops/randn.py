@@ -78,7 +78,7 @@ def randn(
     elements = math.prod(shape[1:])
     if elements > MAX_ELEMENTS_PER_SAMPLE:
         raise ValueError(f"a sample may have at most 2^34 elements, got {elements}")
-    device = torch.device(device)
+    device = checks.device("device", device)
     if out is not None:
         _check_out(out, shape, dtype, device)
     if backend is None and (goes_through_dispatcher() or in_functorch()):

@@ -30,7 +30,7 @@ def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
     locked any more. Where the file system knows no locks (some networks' don't), the block runs without.
 
     Args:
-        folder: created if missing.
+        folder: created if missing, and then removed at the end if nothing was written into it.
         activity: a noun: those of different activities do not exclude each other.
 
     Raises:
@@ -42,6 +42,7 @@ def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
     if path in mine:
         yield
         return
+    made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = None
     try:
@@ -55,6 +56,9 @@ def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
                 with contextlib.suppress(OSError):  # Windows keeps open files
                     path.unlink()
                 os.close(handle)
+            if made:
+                with contextlib.suppress(OSError):  # not empty
+                    path.parent.rmdir()
 
 
 def _locked(path: Path, folder: Path, activity: str) -> int:

@@ -98,3 +98,19 @@ def test_classes_by_name_and_number(text, classes, labels):
 def test_wrong_classes(text, classes, message):
     with pytest.raises(ValueError, match=message):
         parse_label(text, classes)
+
+
+def test_held_out_data_of_another_range_and_size_can_be_evaluated(folder, tmp_path):
+    """The advice that is given for them can be followed."""
+    images = np.random.default_rng(0).random((6, 8, 8))
+    np.save(tmp_path / "x.npy", (images * 255).astype(np.uint8))
+    np.save(tmp_path / "unit.npy", images)
+    assert run(*TRAIN, "--data", tmp_path / "x.npy", "--out", tmp_path / "run")[0] == 0
+    evaluate = ["eval", tmp_path / "run", "--terms", 2, "--out", tmp_path / "out"]
+    code, text = run(*evaluate, "--data", tmp_path / "unit.npy")
+    assert code == 2 and "--range 0 1" in text
+    assert run(*evaluate, "--data", tmp_path / "unit.npy", "--range", 0, 1)[0] == 0
+    code, text = run(*evaluate, "--data", folder, "--range", 0, 4095, "--image-size", 8)
+    assert code == 0 and "evaluating 6 of all 6 images" in text
+    code, text = run(*evaluate, "--data", tmp_path / "x.npy", "--range", 0, 255)
+    assert code == 2 and "those of the run are read as in training" in text

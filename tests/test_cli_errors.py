@@ -79,6 +79,9 @@ def test_other_runtime_errors_are_faults_of_the_program(run, tmp_path, monkeypat
         ("train", "x has images of 8x8, got image_size=32; only folders", "x has images of 8x8, got --image-size 32; only folders"),
         ("train", "class_conditional needs labels", "--class-conditional needs labels"),
         ("sample", "eta must be in [0, 1]", "--eta must be in [0, 1]"),
+        ("sample", "eta is a part of sampler 'ddim', got 0.5 for 'ddpm'", "--eta is a part of --sampler 'ddim', got 0.5 for 'ddpm'"),
+        ("train", "weight is of the simple loss", "--weight is of the simple loss"),
+        ("train", "loss 'hybrid' trains a learned variance, got variance 'fixed_large'", "--loss 'hybrid' trains a learned variance, got --variance 'fixed_large'"),
         # Words and paths that only look like arguments.
         ("train", "lower the learning rate or check the data", "lower the learning rate or check the data"),
         ("train", "no such file: /a/image_size/b and image_size.png must be", "no such file: /a/image_size/b and image_size.png must be"),
@@ -98,7 +101,7 @@ def test_arguments_become_options(command_name, text, told):
         (["--image-size", 32], "got --image-size 32; only folders are resized"),
         (["--data", "{tall}"], "needs sides divisible by 2, got 7x8; crop or resize them (--image-size does it for a folder)"),
         (["--data", "{tall}", "--class-conditional", "--preset", "digits"], "got 7x8"),
-        (["-T", 19], "--timesteps must be more than 19.5 for schedule 'linear', whose last beta is 19.5 / timesteps, got 19; schedule 'cosine' takes fewer"),
+        (["-T", 19], "--timesteps must be more than 19.5 for --schedule 'linear', whose last beta is 19.5 / timesteps, got 19; --schedule 'cosine' takes fewer"),
     ],
 )
 def test_messages_name_what_was_typed(tmp_path, command, options, message):
@@ -237,3 +240,24 @@ def test_numbers_of_numpy_are_numbers(value):
     for wrong, message in ((dict(steps=1.5), "steps must be int, got 1.5"), (dict(steps=True), "steps must be int, got True"), (dict(flip=1), "flip must be bool, got 1"), (dict(network={"dropout": np.float32(0.5)}), "network must hold JSON values")):
         with pytest.raises(TypeError, match=message):
             TrainConfig(**wrong)
+
+
+def test_a_folder_that_is_a_file_is_told_without_numbers_of_errors(run, tmp_path, command):
+    (tmp_path / "x").write_text("")
+    code, _, error = command("sample", run, "-n", 1, "--out", tmp_path / "x")
+    assert code == 2 and error.endswith(f"ddpm-fast: {tmp_path / 'x'}: file exists\n")
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["sample", "{run}"]], ids=["train", "sample"])
+def test_a_seed_of_more_than_64_bits_leaves_nothing(run, tmp_path, command, arguments):
+    code, _, error = command(*(a.format(run=run) for a in arguments), "--seed", 2**64, "--out", tmp_path / "out")
+    assert code == 2 and "--seed" in error and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=f"seed must be at most {2**64 - 1}"):
+        TrainConfig(seed=2**64)
+
+
+def test_too_few_samples_are_noticed_before_the_bound(run, tmp_path, command):
+    np.savez(tmp_path / "few.npz", images=np.zeros((3, 8, 8), np.uint8))
+    code, _, error = command("eval", run, "--samples", tmp_path / "few.npz", "--out", tmp_path / "out")
+    assert code == 2 and error == "ddpm-fast: --samples must be at least 4 images, got 3\n"
+    assert not (tmp_path / "out").exists()

@@ -200,3 +200,19 @@ def test_saved_floats_and_png_of_one_sample_set_agree(tmp_path):
     for index, image in enumerate(np.rint(FLOATS * 255).astype(np.uint8)):
         Image.fromarray(image).save(folder / f"{index}.png")
     assert torch.equal(load_data(folder).train, load_data(tmp_path / "x.npy").train)
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        (np.linspace(0.4, 254.7, 256), "value_range=(0, 255) (--range 0 255) says what they can span"),
+        (np.linspace(-3, 255, 256), "value_range=(-3, 255) (--range -3 255) says what they can span"),
+        (np.full(256, 2**64 - 1, np.uint64), None),  # no range that could be given holds them
+    ],
+    ids=["like grey levels", "floats", "too wide"],
+)
+def test_the_range_that_is_offered_can_be_given(tmp_path, values, told):
+    np.save(tmp_path / "x.npy", values.reshape(4, 8, 8))
+    with pytest.raises(DataError) as error:
+        load_data(tmp_path / "x.npy")
+    assert str(error.value).endswith(told) if told else "--range" not in str(error.value)

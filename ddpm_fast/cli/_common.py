@@ -39,7 +39,7 @@ console = Console(highlight=False, markup=False)  # folders may have brackets in
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:i].")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of everything random.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a training run, or its checkpoint file.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default PyTorch's choice.")]
 
@@ -66,6 +66,14 @@ def one_process(command: str) -> None:
         if os.environ.get("RANK", "0") == "0":
             raise ValueError(text)
         raise typer.Exit(2)  # the first one says why
+
+
+def parse_size(text: str | None) -> int | tuple[int, int] | None:
+    """ "32", or "32x48": a side, or height and width."""
+    sides = [] if text is None else text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"--image-size must be a side such as 32, or a height and a width such as 32x48, got {text!r}")
+    return None if text is None else int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def print_table(rows: dict[str, Any]) -> None:

@@ -23,20 +23,22 @@ def explain(error: Exception, options: Mapping[str, str], batch: int | None = No
         return f"out of memory{_amount(error)}{cure}"
     if isinstance(error, OSError) and error.errno == errno.EPIPE:  # `ddpm-fast info | head`: click knows what to do
         return None
+    if isinstance(error, OSError) and error.strerror and error.filename is not None and error.filename2 is None:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
     return in_options(" ".join(str(error).splitlines()), options) if isinstance(error, ValueError | OSError | FloatingPointError) else None
 
 
 def in_options(text: str, options: Mapping[str, str]) -> str:
     """A message of the library with options for its arguments: "learning_rate must be positive" is of --lr.
 
-    A name with an underscore is an argument's anywhere; another one, which may be a word, before "must", "needs" and "=".
+    A name with an underscore is an argument's anywhere; another one, which may be a word, before "must", "needs", "is of", "=" and a quoted value.
     """
     for name, option in options.items():
         if option in text:
             continue
         word = rf"(?<![\w./'\"-]){name}"
         text = re.sub(rf"{word}=(?=\S)", f"{option} ", text)
-        text = re.sub(rf"{word}(?![\w/]|\.\w)" if "_" in name else rf"(?:network )?{word}(?= must\b| needs\b)", option, text)
+        text = re.sub(rf"{word}(?![\w/]|\.\w)" if "_" in name else rf"(?:network )?{word}(?= must\b| needs\b| is (?:a part )?of\b| ')", option, text)
     return text
 
 

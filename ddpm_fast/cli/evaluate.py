@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ddpm_fast.cli._common import Device, Run, Seed, Threads, app, bound_rows, console, print_table, set_threads
+from ddpm_fast.cli._common import Device, Run, Seed, Threads, app, bound_rows, console, parse_size, print_table, set_threads
 from ddpm_fast.cli.errors import reading
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ FEATURES_HELP = (
 def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Held-out data of your own, of which all are evaluated, or the test part that a file has. By default the held-out part of what the run was trained on.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="Crop and resize the images of a folder given with --data to this side, or to HEIGHTxWIDTH; by default as in training.")] = None,
+    value_range: Annotated[tuple[float, float] | None, typer.Option("--range", metavar="LOW HIGH", help="Values in --data that are black and white; by default as in training.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is written; by default the run's.")] = None,
     no_bound: Annotated[bool, typer.Option("--no-bound", help="Leave the bound out, with --samples.")] = False,
     terms: Annotated[int | None, typer.Option(min=2, help="Of the bound for each image: an unbiased estimate. By default all T.")] = None,
@@ -50,7 +52,7 @@ def evaluate(
     Stopped, it goes on where it was when the same command is given again. Under torchrun the processes share the bound.
     """
     from ddpm_fast.evaluation.features import DIGITS, INCEPTION, load_features
-    from ddpm_fast.evaluation.quality import REFERENCES, load_samples
+    from ddpm_fast.evaluation.quality import REFERENCES, check_enough, load_samples
     from ddpm_fast.lock import exclusive
     from ddpm_fast.parts import Parts
     from ddpm_fast.ranks import launched_ranks
@@ -63,13 +65,14 @@ def evaluate(
         raise ValueError("--no-bound, --features and --inception-weights go with --samples, which is missing")
     if reference not in REFERENCES:
         raise ValueError(f"--reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+    given = {name: value for name, value in dict(image_size=parse_size(image_size), value_range=value_range).items() if value is not None}
     set_threads(threads)
     warnings.simplefilter("ignore", DataWarning)  # printed as notes
     with launched_ranks() as ranks, contextlib.ExitStack() as held:
         trained = load_trained(run, resolve_device(ranks.device(device)))
         source = data or trained.config.data
         with reading(source):
-            images = images_to_evaluate(source, trained)
+            images = images_to_evaluate(source, trained, given)
         for note in images.origin.notes if ranks.first else ():
             console.print(f"note: {note}", soft_wrap=True)
         if images.image_shape != trained.image_shape or images.levels != trained.diffusion.levels:
@@ -82,8 +85,9 @@ def evaluate(
             nonlocal extractor, drawn, compared
             held.enter_context(exclusive(out, "evaluation"))
             if samples is not None:  # what cannot be read is noticed before the long part
-                compared = images if len(images.train) else load_data(source, **as_trained(source, trained))
+                compared = images if len(images.train) or reference == "test" else load_data(source, **as_trained(source, trained, given))
                 drawn = load_samples(samples, compared)
+                check_enough(drawn, compared, reference)
                 name = features or (DIGITS if images.name == DIGITS else INCEPTION)
                 extractor = load_features(name, trained.device, inception_weights=inception_weights)
 
@@ -103,28 +107,31 @@ def evaluate(
             measure_samples(out, drawn, compared, extractor, reference, batch, seed)
 
 
-def as_trained(source: str, trained: TrainedModel) -> dict[str, Any]:
-    """How data are to be read for a model: as those of training were. Built-in ones have levels that a file leaves open."""
+def as_trained(source: str, trained: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """How data are to be read for a model: as those of training were, but for what is given. Built-in ones have levels that a file
+    leaves open, and a range of its own is divided into the model's."""
     from ddpm_fast.training.data import BUILT_IN
 
     options, levels = trained.config.data_options, trained.diffusion.levels
     if trained.config.data in BUILT_IN and levels < 256 and Path(source).suffix.lower() in (".npy", ".npz"):
-        return {**options, "levels": levels}
-    return options
+        options["levels"] = levels
+    return {**options, **given, **({"levels": levels} if "value_range" in given else {})}
 
 
-def images_to_evaluate(source: str, trained: TrainedModel) -> ImageData:
+def images_to_evaluate(source: str, trained: TrainedModel, given: dict[str, Any]) -> ImageData:
     """The held-out part of what the model was trained on; of anything else the test part that it has, else all of it (as ``test``).
 
     Raises:
-        ValueError: the data of training have changed, and with them which images are held out.
+        ValueError: the data of training have changed, and with them which images are held out; or are to be read in another way.
     """
     from ddpm_fast.training import load_data
     from ddpm_fast.training.trained import fingerprint, load_run_data
 
     config, known = trained.config, trained.meta.get("fingerprints")  # which the first version did not keep
-    options = as_trained(source, trained)
+    options = as_trained(source, trained, given)
     own = source == config.data or Path(source).resolve() == Path(config.data).resolve()
+    if own and given:
+        raise ValueError("--image-size and --range go with other data, given with --data; those of the run are read as in training")
     images = load_run_data(config) if own else load_data(source, **options, test_fraction=1.0)
     if own:
         if known is not None and fingerprint(images.test) != known["test"]:

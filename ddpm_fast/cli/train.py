@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, console, one_process, print_table, set_threads
+from ddpm_fast.cli._common import Device, Out, Seed, Threads, app, console, one_process, parse_size, print_table, set_threads
 from ddpm_fast.cli.errors import reading
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def train(
                 trainer = Trainer.restore(out, **{name: options[name] for name in typed})
             if trainer.step == trainer.config.steps:
                 further = "; --steps goes further" if trainer.config.decay == "constant" else ""
-                console.print(f"the run in {out} is finished: {trainer.step} of {trainer.config.steps} steps are done{further}")
+                console.print(f"the run in {out} is finished: {trainer.step} of {trainer.config.steps} steps are done{further}", soft_wrap=True)
                 return
             console.print(f"going on after step {trainer.step} of {trainer.config.steps}")
         else:
@@ -100,12 +100,12 @@ def train(
         config = trainer.config
         left = float(trainer.diffusion.schedule.alphas_bar[-1])
         if left > 0.01:
-            console.print(f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it")
+            console.print(f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it", soft_wrap=True)
         for line in trainer.data.summary:
             console.print(line, soft_wrap=True)
         parameters = sum(p.numel() for p in trainer.model.parameters())
-        console.print(f"network {config.preset} with {parameters:,} parameters, on {trainer.device}")
-        console.print(describe(config))
+        console.print(f"network {config.preset} with {parameters:,} parameters, on {trainer.device}", soft_wrap=True)
+        console.print(describe(config), soft_wrap=True)
         try:
             with Bar("training") as bar:
                 history = trainer.run(
@@ -114,7 +114,7 @@ def train(
                 )  # fmt: skip
         except KeyboardInterrupt:
             saved = f"; its checkpoint is in {out}, and --resume goes on from there" if trainer.step else ""
-            console.print(f"stopped after step {trainer.step} of {config.steps}{saved}")
+            console.print(f"stopped after step {trainer.step} of {config.steps}{saved}", soft_wrap=True)
             raise
         write_loss_curve(out / "loss.png", [line["step"] for line in history], [line["loss"] for line in history], ylabel=f"{config.loss} loss")
     print_table({"loss": f"{history[-1]['loss']:.4f}", "images/s": history[-1]["images_per_s"], "checkpoint": checkpoint, "metrics": out / "metrics.jsonl", "loss curve": out / "loss.png"})
@@ -126,14 +126,6 @@ def describe(config: TrainConfig) -> str:
     decay = min(config.ema, config.steps / (config.steps + 9))  # of the last update of `EMA`
     back = f"in the end the weights of the last {1 / (1 - decay):.0f} or so are averaged"
     return f"{config.steps} steps of {config.batch} images, learning rate {config.learning_rate:g}{warmup}; {back}"
-
-
-def parse_size(text: str | None) -> int | tuple[int, int] | None:
-    """ "32", or "32x48": a side, or height and width."""
-    sides = [] if text is None else text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise ValueError(f"--image-size must be a side such as 32, or a height and a width such as 32x48, got {text!r}")
-    return None if text is None else int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def implied_loss(variance: str | None) -> str | None:

@@ -152,15 +152,8 @@ def evaluate_quality(
         ValueError: for another reference, images of another shape or range, and as :func:`quality_from_features`. (Of the other part
             of the data too few images are no fault of the samples': there are then no rows of real images.)
     """
-    if reference not in REFERENCES:
-        raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
-    if tuple(samples.shape[1:]) != data.image_shape:
-        raise ValueError(f"samples must be {data.image_shape} images like the data, got {tuple(samples.shape[1:])}")
+    check_enough(samples, data, reference)
     other, least = REFERENCES[1 - REFERENCES.index(reference)], _NEIGHBOURS + 1
-    if len(samples) < least:
-        raise ValueError(f"samples must be at least {least} images, got {len(samples)}")
-    if len(getattr(data, reference)) < least:
-        raise ValueError(f"{data.name} must have at least {least} images for {reference} to compare samples with, got {len(getattr(data, reference))}")
     device = features.device  # where distances between all pairs are quicker too
 
     def extract(images: Tensor) -> Tensor:
@@ -182,6 +175,19 @@ def evaluate_quality(
             row["inception_score"], row["inception_score_std"] = inception_score(features.logits(found.float()), seed=seed)
         rows.append(row)
     return rows
+
+
+def check_enough(samples: Tensor, data: ImageData, reference: str) -> None:
+    """What `evaluate_quality` checks before its long part."""
+    if reference not in REFERENCES:
+        raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+    if tuple(samples.shape[1:]) != data.image_shape:
+        raise ValueError(f"samples must be {data.image_shape} images like the data, got {tuple(samples.shape[1:])}")
+    least = _NEIGHBOURS + 1
+    if len(samples) < least:
+        raise ValueError(f"samples must be at least {least} images, got {len(samples)}")
+    if len(getattr(data, reference)) < least:
+        raise ValueError(f"{data.name} must have at least {least} images for {reference} to compare samples with, got {len(getattr(data, reference))}")
 
 
 def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:

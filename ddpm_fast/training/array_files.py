@@ -151,7 +151,7 @@ def _header(file: BinaryIO, size: int, what: str) -> _Header:
     if dtype.hasobject:
         raise DataError(f"cannot read {what}: it holds Python objects (pickles); expected plain numbers")
     if dtype.kind not in _PLAIN or dtype.itemsize == 0:
-        raise DataError(f"{what} must hold integers or floats, got {_line(str(dtype))}")
+        raise DataError(f"{what} must hold integers or floats (labels: integers or text), got {_line(str(dtype))}")
     if any(side < 0 for side in shape):
         raise DataError(f"cannot read {what}: its shape is {shape}")
     header = _Header(shape, fortran, dtype, math.prod(shape) * dtype.itemsize, file.tell())

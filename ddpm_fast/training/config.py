@@ -18,8 +18,8 @@ from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 PRECISIONS = ("fp32", "bf16")
 DECAYS = ("constant", "cosine")
 WARMUP_SHARE = 8  # a recipe's warm-up takes at most one part in so many of a run
-# Far beyond any use: more is a slip or a damaged file, and would fill the memory with tables or take hours to count out.
-_MOST = {"timesteps": 1_000_000, "batch": 1_000_000}
+# Far beyond any use (but for the seed, which has 64 bits): more is a slip or a damaged file, and would fill the memory with tables or take hours to count out.
+_MOST = {"timesteps": 1_000_000, "batch": 1_000_000, "seed": 2**64 - 1}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class TrainConfig:
         given |= {f"network {name}": value for name, value in given.pop("network", {}).items()}
         other = [name for name, value in given.items() if name not in ("steps", "device") and value != own.get(name)]
         if other:
-            what = ", ".join(f"{name} must be {own.get(name)!r}, got {given[name]!r}" for name in other)
+            what = ", ".join(f"{name} must be {'left out' if own.get(name) is None else repr(own[name])}, got {given[name]!r}" for name in other)
             raise ValueError(f"a run goes on as it began: {what}")
         if self.decay != "constant" and given.get("steps", self.steps) != self.steps:
             raise ValueError(

@@ -122,7 +122,7 @@ class ImageData:
             counts = torch.bincount(torch.cat([self.train_labels, self.test_labels]), minlength=self.num_classes).tolist()
             names = self.classes or tuple(map(str, range(len(counts))))
             listed = ", ".join(f"{name} {count}" for name, count in list(zip(names, counts))[:_LISTED])
-            lines.append(f"{len(counts)} classes: {listed}" + (f" and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""))
+            lines.append(f"{len(counts)} class{'es' * (len(counts) != 1)}: {listed}" + (f" and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""))
         if self.origin.skipped:
             lines.append(f"passed over: {', '.join(f'{count} {what}' for what, count in self.origin.skipped.items())}")
         return lines + [f"note: {note}" for note in self.origin.notes]

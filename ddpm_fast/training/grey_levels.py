@@ -145,7 +145,7 @@ class Scale:
             slack = _FLOAT_TOLERANCE * (high - low) / 2
         if least < low - slack or most > high + slack:
             wanted = f"[{_number(low)}, {_number(high)}]" if self._kind == "floats" else bounds(low, high)
-            advice = f"; {_offer(least, most)} says what they can span" if self.value_range is None else ""
+            advice = f"; {_offer(least, most)} says what they can span" if self.value_range is None and (self._kind == "floats" or max(-2 * least, most) < _WIDEST) else ""
             raise DataError(f"{where} must hold {self._kind} in {wanted}, got {bounds(least, most)}{advice}")
         before = self.seen.get(span, (least, most))
         self.seen[span] = min(before[0], least), max(before[1], most)
@@ -178,8 +178,9 @@ def _offer(least: float, most: float) -> str:
     """The range that such values probably have: from 0, and up to all bits set where they take more than eight."""
     if isinstance(least, int):
         return option(min(least, 0), max(1, most) if most < 256 else 2 ** most.bit_length() - 1)
-    unit = least >= -_FLOAT_TOLERANCE and most <= 1 + _FLOAT_TOLERANCE
-    return option(0, 1) if unit or least == most else option(least, most)
+    if (least >= -_FLOAT_TOLERANCE and most <= 1 + _FLOAT_TOLERANCE) or least == most:
+        return option(0, 1)
+    return option(0, 255) if least >= 0 and 128 <= most <= 255 else option(least, most)
 
 
 def _rescaled(value: int, high: int) -> int:

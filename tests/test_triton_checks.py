@@ -158,7 +158,9 @@ def test_the_launcher_itself_compiles_what_the_simulator_ran(name, given, monkey
         monkeypatch.setattr(triton.runtime.driver, "_active", driver)
         everything(case, backend="triton")
     assert compiled
-    assert [kernel.asm["ptx"] for kernel in compiled] == [launch.compiled.asm["ptx"] for launch in launches]
+    # The code ends where the files' names begin: Triton's cache goes by the source, and may give what another checkout compiled.
+    code = [[kernel.asm["ptx"].partition("\n\t.file")[0] for kernel in side] for side in (compiled, [launch.compiled for launch in launches])]
+    assert code[0] == code[1] and all("ret;" in text for text in code[0])
 
 
 def test_an_unaltered_copy_passes(altered):

@@ -213,6 +213,19 @@ def test_missed_bin_is_floored_and_has_no_gradient():
     assert torch.autograd.grad(log_p.sum(), mean)[0].item() == 0
 
 
+@pytest.mark.backends("vlb_terms")
+@pytest.mark.parametrize("cdf", ["tanh", "erf"])
+def test_missed_bins_have_no_gradient(backend, cdf):
+    """Of the mean nor of the variance: the floor is a constant."""
+    table = bound_table(NoiseSchedule.linear(STEPS, 1e-3, 0.3), "x_start", "learned").float()
+    x_start, t = torch.full((1, 1, 4), 1 / 255), torch.zeros(1, dtype=torch.int64)
+    out = torch.tensor([[0.5, 0.25, -0.5, -1.0], [-8.0] * 4])[None]
+    out, x_start, t, table = (x.to(backend.device) for x in (out, x_start, t, table))
+    value = vlb_terms(out.requires_grad_(), x_start, x_start, t, table, variance="learned", cdf=cdf, backend=backend.name)
+    assert value.item() == pytest.approx(-math.log2(1e-12), rel=1e-6)
+    assert (torch.autograd.grad(value.sum(), out)[0] == 0).all()
+
+
 @pytest.mark.backends("vlb_terms", without=("reference",))
 @pytest.mark.parametrize("cdf", ["tanh", "erf"])
 def test_kernels_keep_the_precision_of_narrow_bins(backend, cdf):

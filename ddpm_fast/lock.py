@@ -43,7 +43,6 @@ def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
         yield
         return
     made = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle = None
     try:
         handle = _locked(path, Path(folder), activity)
@@ -64,8 +63,11 @@ def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
 def _locked(path: Path, folder: Path, activity: str) -> int:
     """A handle of the file at ``path``, locked."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another one that wrote nothing has just removed the folder
+            continue
         except OSError as error:
             error.filename = str(folder)  # the lock's own name would mean nothing to a reader
             raise

@@ -46,16 +46,16 @@ def _pack(param, value):
 
 
 def _entry_bodies(text):
-    """{kernel: (start, end)}: where the text between the outermost braces of each entry stands."""
+    """{kernel: (start, end)}: where the text between the outermost braces of each entry stands, and by number that of sections."""
     out = {}
-    for entry in re.finditer(r"\.entry\s+([\w$]+)", text):
+    for entry in re.finditer(r"^\s*(?:\.\w+\s+)*?\.(?:entry\s+([\w$]+)|section\b)", text, re.M):
         depth = 0
         for mark in re.compile(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"|[{}]', re.S).finditer(text, entry.end()):
             depth += {"{": 1, "}": -1}.get(mark.group(), 0)
             if mark.group() == "{" and depth == 1:
                 start = mark.end()
             elif mark.group() == "}" and depth == 0:
-                out[entry[1]] = start, mark.start()
+                out[entry[1] or entry.start()] = start, mark.start()
                 break
     return out
 
@@ -64,9 +64,9 @@ class Module:
     """A parsed PTX module."""
 
     def __init__(self, text):
-        self.text, self.bodies = text, _entry_bodies(text)
+        self.text, self.lines, self.bodies = text, text.splitlines(), _entry_bodies(text)
         self.program = self._parse(None)
-        self._kernels = {}
+        self._programs, self._kernels = {}, {}
 
     def _parse(self, name):
         """The program with the code of one kernel: a file may hold dozens, and reading one takes long."""
@@ -76,7 +76,7 @@ class Module:
                 text += [self.text[at:start], "ret;", "\n" * self.text.count("\n", start, end)]
                 at = end
         program = parser.parse("".join(text) + self.text[at:])
-        program.lines = self.text.splitlines()
+        program.lines = self.lines
         return program
 
     @classmethod
@@ -94,17 +94,20 @@ class Module:
     def entries(self):
         return [f.name for f in self.program.functions.values() if f.entry]
 
+    @functools.cached_property
+    def _readable(self):
+        """{mangled name: demangled name} of the entries."""
+        if not shutil.which("c++filt") or not self.entries:
+            return dict(zip(self.entries, self.entries))
+        out = subprocess.run(["c++filt"], input="\n".join(self.entries), capture_output=True, text=True, check=True).stdout
+        return dict(zip(self.entries, out.splitlines()))
+
     def find(self, name):
         """Mangled name of a kernel, from its exact name or a unique substring of its demangled name."""
         entries = self.entries
         if name in entries:
             return name
-        readable = dict(zip(entries, entries))
-        if shutil.which("c++filt") and entries:
-            out = subprocess.run(
-                ["c++filt"], input="\n".join(entries), capture_output=True, text=True, check=True
-            ).stdout
-            readable = dict(zip(entries, out.splitlines()))
+        readable = self._readable
         hits = [e for e, text in readable.items() if name in text]
         exact = [e for e in hits if readable[e].split("(")[0].split("<")[0].split(" ")[-1].split("::")[-1] == name]
         hits = exact if len(exact) == 1 else hits
@@ -160,7 +163,9 @@ class Module:
         symbols = self.load(run.device)
         key = (name, tuple(symbols.values()))
         if key not in self._kernels:
-            self._kernels[key] = Kernel(self._parse(name), name, symbols)
+            if name not in self._programs:
+                self._programs[name] = self._parse(name)
+            self._kernels[key] = Kernel(self._programs[name], name, symbols)
         kernel = self._kernels[key]
         if len(args) != len(kernel.entry.params):
             raise TypeError(f"{name} takes {len(kernel.entry.params)} arguments, got {len(args)}")

@@ -69,6 +69,8 @@ class GlobalMarks:
 
     def unordered(self, order, q, lanes, whole):
         record = self.record[q]
+        if not record.any():
+            return record[:0]
         thread = record & EVERY_LANE
         foreign = ((thread - order.start[lanes]).view(np.uint64) >= np.uint64(order.size)) & (record != 0)
         doubt = np.flatnonzero(foreign | (record >> 34 > order.cta[lanes >> 5]))

@@ -15,7 +15,9 @@ namespace {
 constexpr int warps = 4;  // a block of 64 queries: two and more fit an SM, so that one multiplies while another takes exponentials
 constexpr int threads_per_block = warps * warp_size;
 constexpr int queries = warps * rows_of_warp;
-constexpr int blocks_by_registers = 2;  // left to itself ptxas spills to fit three of the smallest
+
+// Blocks that an SM's registers must hold, or 0: left to itself ptxas spills in fp32 to fit more of the smallest.
+constexpr int blocks_by_registers(int element_size, int D) { return element_size == 2 ? 0 : D <= 64 ? 3 : 2; }
 
 // Keys of a tile: as many as leave registers for D sums a row, and shared memory for two blocks an SM of sm_80 (fp32 of D 256: one).
 __host__ __device__ constexpr int keys_of_tile(int element_size, int D) {
@@ -27,7 +29,7 @@ constexpr uint32_t shared_bytes(int element_size, int D) {
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(threads_per_block, blocks_by_registers) attention_kernel(
+__global__ void __launch_bounds__(threads_per_block, blocks_by_registers(sizeof(T), D)) attention_kernel(
     const T* __restrict__ qkv,       // (samples, tokens, 3, heads, channels)
     T* __restrict__ out,             // (samples, tokens, heads, channels)
     float* __restrict__ logsumexp,   // (samples, heads, tokens), nats, or null

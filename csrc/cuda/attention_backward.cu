@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_regi
     load_tile<queries, threads>(buffers.from(2 * buffer * queries), q, first);
     load_tile<queries, threads>(buffers.from((2 * buffer + 1) * queries), grad, first);
     static_assert(2 * queries <= threads, "a thread copies one number");
-    if (const uint32_t i = thread_anew(); i < 2 * queries) {
+    if (const uint32_t i = thread_anew<T>(); i < 2 * queries) {
       const int64_t token = first + i % queries;
       const float* const from = (i < queries ? logsumexp : delta) + first_number;
       copy_async_4(numbers + 2 * buffer * queries + i, token < tokens ? from + token : from, token < tokens);

@@ -37,11 +37,12 @@ struct Tile {
   __device__ __forceinline__ Tile from(int row) const { return {data + row * D}; }  // row: a multiple of 8
 };
 
-// threadIdx.x, of which the compiler cannot know that it is the same in every turn of a loop: what follows from it is computed
+// threadIdx.x; in fp32 the compiler cannot know that it is the same in every turn of a loop: what follows from it is computed
 // anew, a few instructions a tile, in place of being held in registers that the sums need.
+template <typename T>
 __device__ __forceinline__ uint32_t thread_anew() {
   uint32_t thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
+  if constexpr (is_fp32<T>) asm volatile("" : "+r"(thread));
   return thread;
 }
 
@@ -58,7 +59,7 @@ template <int count, int threads, typename T, int D>
 __device__ __forceinline__ void load_tile(Tile<T, D> tile, const HeadRows<const T>& head, int64_t first) {
   constexpr uint32_t chunks = Tile<T, D>::chunks, rows_at_once = threads / chunks;
   static_assert(threads % chunks == 0 && count % rows_at_once == 0, "every thread copies one chunk of as many rows");
-  const uint32_t thread = thread_anew(), row = thread / chunks, c = thread % chunks;
+  const uint32_t thread = thread_anew<T>(), row = thread / chunks, c = thread % chunks;
   const bool channels_exist = c * Tile<T, D>::chunk < uint32_t(head.channels);
   const T* source = head.data + (first + row) * head.stride + c * Tile<T, D>::chunk;
 #pragma unroll 4
@@ -72,7 +73,7 @@ __device__ __forceinline__ void load_tile(Tile<T, D> tile, const HeadRows<const 
 // products = rows columnsᵀ for the warp's 16 rows and N rows of `columns`.
 template <typename T, int D, int N>
 __device__ __forceinline__ void multiply_transposed(float (&products)[N / 8][4], Tile<T, D> rows, Tile<T, D> columns) {
-  const uint32_t lane = thread_anew() % warp_size;
+  const uint32_t lane = thread_anew<T>() % warp_size;
   float rest[N / 8][4] = {};
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
@@ -118,7 +119,7 @@ __device__ __forceinline__ void multiply_transposed(float (&products)[N / 8][4],
 // sums += weights values, for the warp's 16 rows of weights and N rows of values. 16-bit types round the weights.
 template <typename T, int D, int N>
 __device__ __forceinline__ void multiply(float (&sums)[D / 8][4], const float (&weights)[N / 8][4], Tile<T, D> values) {
-  const uint32_t lane = thread_anew() % warp_size;
+  const uint32_t lane = thread_anew<T>() % warp_size;
   if constexpr (is_fp32<T>) {
     // The order of the inner dimension is free as long as both sides have it: element t is taken to be 2t and 4 + t to be
     // 2t + 1, so that a C fragment is an A fragment. It also keeps rows apart that would share banks.

@@ -139,8 +139,8 @@ def test_simulated_with_many_tiles(shape, dtype):
 
 
 def test_fp32_error_does_not_grow_with_the_number_of_keys():
-    """1024 of them, where sums kept in a tensor core's accumulator err fifteen times as much as PyTorch's."""
-    qkv, grad_out, scale = inputs((1, 1024, 1, 64), torch.float32)
+    """512 of them: sums kept in a tensor core's accumulator err ten times as much as PyTorch's here, and more the more there are."""
+    qkv, grad_out, scale = inputs((1, 512, 1, 64), torch.float32)
     result = simulate(Sources("sm_80"), qkv, scale, grad_out, first_block=True)
     exact_out, _, exact_grad = with_gradient(qkv.double(), scale, grad_out)
     out, _, grad = with_gradient(qkv, scale, grad_out)

@@ -87,9 +87,9 @@ def evaluate(
             if samples is not None:  # what cannot be read is noticed before the long part
                 compared = images if len(images.train) or reference == "test" else load_data(source, **as_trained(source, trained, given))
                 drawn = load_samples(samples, compared)
-                check_enough(drawn, compared, reference)
                 name = features or (DIGITS if images.name == DIGITS else INCEPTION)
                 extractor = load_features(name, trained.device, inception_weights=inception_weights)
+                check_enough(drawn, compared, reference)
 
         ranks.lead(prepare)
         if not no_bound:

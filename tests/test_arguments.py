@@ -22,7 +22,7 @@ model.num_classes = 3
 SAMPLER = Sampler(model, DIFFUSION)
 
 # What each kind of argument may not be. A text is a sequence and an array has operators: both get far where nothing looks.
-TENSOR = (None, 3, "x", [0.5], np.zeros((2, 1, 4), np.float32), X.int(), X.to(torch.complex64), torch.zeros(()), X[:0])
+TENSOR = (None, 3, "x", [0.5], np.zeros((2, 1, 4), np.float32), X.int(), X.to(torch.complex64), torch.zeros(()))
 LIKE = (*TENSOR, X[:1], X.double())
 OUTPUT = (*TENSOR[:-2], (X, X), torch.zeros(2, 3, 4), X[:1])
 TIME = (None, 3, 1.0, "x", [0, 3], T.float(), T.int(), T[:1], T.bool(), torch.tensor([0, 6]), torch.tensor([0, -1]), T.view(2, 1))
@@ -197,3 +197,11 @@ def test_numbers_of_numpy_are_numbers():
     assert draw.clip is True
     draw((2, 1, 4))
     NoiseSchedule.linear(5, np.float64(0.1), np.float32(0.5))
+
+
+@pytest.mark.parametrize("function", ["bits_per_dim", "bound_terms"])
+def test_a_bound_of_no_images_is_refused(function):
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(5))
+    with pytest.raises(ValueError, match="x_start must have at least one sample"):
+        found = getattr(diffusion, function)(lambda x, t: x, torch.zeros(0, 1, 4))
+        list(found)

@@ -110,7 +110,7 @@ HUGE = 10**9
         (lambda meta: meta["train"].update(batch=HUGE), "batch must be at most 1000000, got 1000000000"),
         (lambda meta: meta["train"].update(steps="many"), "steps must be int, got 'many'"),
         (lambda meta: meta["train"].update(data=None), "data must be str, got None"),
-        (lambda meta: meta["train"].update(schedule_options=[1]), r"schedule_options must be dict, got \[1\]"),
+        (lambda meta: meta["train"].update(schedule_options=[1]), r"schedule_options must be dict, got \(1,\)"),
         (lambda meta: meta.update(train=None), "cannot rebuild"),
     ],
 )

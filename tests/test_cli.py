@@ -136,7 +136,7 @@ def test_version():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "--data", "nothing"], "unknown data 'nothing'"),
+        (["train", "--data", "nothing"], "unknown --data 'nothing'"),
         (["train", "--schedule", "straight"], "schedule must be one of"),
         (["train", "--loss", "hybrid", "--variance", "fixed_small"], "hybrid"),
         (["train", "--timestep-sampler", "importance"], "--timestep-sampler must be one of uniform, stratified, loss_aware, got"),

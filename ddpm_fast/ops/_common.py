@@ -25,6 +25,8 @@ def check_data(name: str, x: Tensor) -> None:
 
 def check_unit_range(name: str, x: Tensor) -> None:
     """Finite data in [-1, 1]. Reads the values, and so waits for the device: for evaluation, not for an op."""
+    if not x.numel():
+        raise ValueError(f"{name} must have at least one sample, got shape {tuple(x.shape)}")
     largest = float(x.abs().amax())
     if not largest <= 1.001:  # NaN is not <= either
         raise ValueError(f"{name} must be finite and lie in [-1, 1], got a largest magnitude of {largest:g}")

@@ -69,8 +69,6 @@ def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
             return f"takes plain tensors, got {type(y).__name__}"
         if not y.is_cpu:
             return f"takes CPU tensors, got {y.device}"
-        if y.is_neg():
-            return "takes no view that negates what it reads"
         if y.dtype is not torch.float32:
             return f"takes float32, got {y.dtype}"
         if with_grad and y.requires_grad:

@@ -199,9 +199,6 @@ def test_numbers_of_numpy_are_numbers():
     NoiseSchedule.linear(5, np.float64(0.1), np.float32(0.5))
 
 
-@pytest.mark.parametrize("function", ["bits_per_dim", "bound_terms"])
-def test_a_bound_of_no_images_is_refused(function):
-    diffusion = GaussianDiffusion(NoiseSchedule.linear(5))
+def test_a_bound_of_no_images_is_refused():
     with pytest.raises(ValueError, match="x_start must have at least one sample"):
-        found = getattr(diffusion, function)(lambda x, t: x, torch.zeros(0, 1, 4))
-        list(found)
+        GaussianDiffusion(NoiseSchedule.linear(5)).bits_per_dim(lambda x, t: x, torch.zeros(0, 1, 4))

@@ -14,13 +14,13 @@ from harness import EAGER, OURS, STEPS, diffusion, timesteps
 from measure import alternate, environment, threads_set
 
 from ddpm_fast import Noise, ops
+from ddpm_fast.diffusion.parameterisation import bound_table
+from ddpm_fast.diffusion.samplers import make_table
 from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
 from ddpm_fast.ops.p_step import p_step_reference
 from ddpm_fast.ops.q_sample import q_sample_reference
 from ddpm_fast.ops.simple_loss import simple_loss_reference
 from ddpm_fast.ops.vlb_terms import vlb_terms_reference
-from ddpm_fast.step_tables import make_table
-from ddpm_fast.tables import bound_table
 
 KEY = Noise(0)
 LARGEST = 10**8

@@ -31,7 +31,7 @@ from numerics import assert_as_accurate
 from torch import Tensor, nn
 
 from ddpm_fast import Noise, UNet
-from ddpm_fast.files import atomic_write
+from ddpm_fast.io.files import atomic_write
 from ddpm_fast.models.presets import PRESETS
 
 PLAIN, CHANNELS_LAST = "diffusers", "diffusers, channels_last"

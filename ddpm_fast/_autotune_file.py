@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from ddpm_fast.files import atomic_write
+from ddpm_fast.io.files import atomic_write
 
 SCHEMA = 1  # a file of another one is not read
 MAX_ENTRIES = 1000  # some 300 bytes each; the newest stay

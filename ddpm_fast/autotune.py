@@ -288,9 +288,9 @@ def _reason(error: Exception) -> str:
 
 
 def _versions() -> tuple[str, str]:
-    import ddpm_fast
+    from ddpm_fast._version import __version__
 
-    return str(torch.__version__), ddpm_fast.__version__
+    return str(torch.__version__), __version__
 
 
 def _identity(name: tuple) -> tuple[str, ...]:

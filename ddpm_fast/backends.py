@@ -6,13 +6,15 @@ the ones it has in a :class:`BackendTable`; what is missing at run time stays li
 """
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
 import re
 import shutil
 from collections.abc import Callable
-from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TAKES = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",), "cuda": ("cuda",)}
 OLDEST_CAPABILITY = (7, 5)  # the oldest that the Triton kernels have been compiled for
 DEFAULTS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by device type: the first that an op has and that is not missing here
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 native: ModuleType | None
@@ -34,7 +37,7 @@ except ImportError as error:
     native_missing = f"ddpm_fast._C was not built or does not load ({error}); run `pip install -e .` again and read its output"
 
 
-@cache
+@functools.cache
 def missing(backend: str) -> str:
     """Why a backend cannot run on this machine; empty where it can."""
     if backend == "cpu":
@@ -123,3 +126,23 @@ class BackendTable:
 
 
 tables: dict[str, BackendTable] = {}
+library = torch.library.Library("ddpm_fast", "DEF")  # the operators that a compiler sees
+
+
+def triton_kernels(op: str) -> Any:
+    """The module of an op's Triton kernels, imported when one is first called: Triton is slow to import and not on every platform."""
+    return importlib.import_module(f"ddpm_fast.ops.triton.{op}")
+
+
+def triton_function(op: str, name: str) -> Callable:
+    """A launcher of that module, as a function that can be listed as a backend before the module is there."""
+
+    @functools.cache
+    def load() -> Callable:
+        return getattr(triton_kernels(op), name)
+
+    def launch(*arguments: Any, **into: Any) -> Any:
+        return load()(*arguments, **into)
+
+    launch.__name__ = launch.__qualname__ = f"{op}_{name}_triton"
+    return launch

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ddpm_fast.evaluation import Bound, class_counts, evaluate_bound, neighbour_distance_ratio
-from ddpm_fast.files import atomic_write
+from ddpm_fast.io.files import atomic_write
+from ddpm_fast.io.plots import write_bound_plot, write_forward_strip, write_grid, write_reverse_gif
+from ddpm_fast.io.progress import Bar
 from ddpm_fast.noise import Noise
-from ddpm_fast.plots import write_bound_plot, write_forward_strip, write_grid, write_reverse_gif
-from ddpm_fast.progress import Bar
 from ddpm_fast.sampling import sample
 from ddpm_fast.training import ImageData, TrainConfig, Trainer, load_data
 

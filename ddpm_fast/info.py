@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def report() -> dict[str, Any]:
     """The same as a JSON-able dictionary."""
-    import ddpm_fast
     from ddpm_fast import autotune
+    from ddpm_fast._version import __version__
     from ddpm_fast.backends import BACKENDS, missing, native, native_missing, tables
 
     build = dict(native.build_info(), isa=native.isa()) if native else {"missing": native_missing}
@@ -30,7 +30,7 @@ def report() -> dict[str, Any]:
             "cuda tensors": table.default("cuda", torch.float32),
         }
     return {
-        "ddpm_fast": ddpm_fast.__version__,
+        "ddpm_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

@@ -18,15 +18,15 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_fast.diffusion import GaussianDiffusion
+from ddpm_fast.diffusion.samplers import SAMPLERS, spaced_timesteps
 from ddpm_fast.evaluation import Bound, evaluate_bound, load_features, neighbour_distance_ratio, quality_from_features
 from ddpm_fast.evaluation.features import DIGITS, Features
 from ddpm_fast.evaluation.quality import load_samples
-from ddpm_fast.files import atomic_write, write_csv, write_json
-from ddpm_fast.plots import write_grid, write_study_plot
-from ddpm_fast.progress import Bar
-from ddpm_fast.sample_writer import write_samples
+from ddpm_fast.io.files import atomic_write, write_csv, write_json
+from ddpm_fast.io.plots import write_grid, write_study_plot
+from ddpm_fast.io.progress import Bar
+from ddpm_fast.io.sample_writer import write_samples
 from ddpm_fast.sampling import Sampler
-from ddpm_fast.step_tables import SAMPLERS, spaced_timesteps
 from ddpm_fast.training import ImageData, TrainConfig, TrainedModel, Trainer, load_data, load_trained
 
 # Ho's loss and upper variance, against what replaced them (Nichol & Dhariwal 2021).

@@ -11,7 +11,7 @@ from ptxsim import Device
 from torch import Tensor
 
 from ddpm_fast import Noise
-from ddpm_fast.noise import MASK32, philox4x32_10
+from ddpm_fast.noise.philox import MASK32, philox4x32_10
 
 TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KEY = Noise(seed=2**63 + 5, stream=2**31 + 1, first_sample=2**32 - 1)  # the second sample's index needs more than 32 bits

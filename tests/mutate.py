@@ -50,7 +50,7 @@ def main() -> int:
 
 def is_built(mutation: Mutation) -> bool:
     """Whether ddpm_fast._C is to be built to run it."""
-    return not mutation.file.startswith(("csrc/cuda", "ddpm_fast/triton_kernels"))
+    return not mutation.file.startswith(("csrc/cuda", "ddpm_fast/ops/triton"))
 
 
 class Tree:

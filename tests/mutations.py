@@ -22,7 +22,7 @@ GROUP_NORM_BACKWARD = "csrc/cuda/group_norm_backward.cuh"
 ATTENTION = "csrc/cuda/attention.cu"
 ATTENTION_BACKWARD = "csrc/cuda/attention_backward.cu"
 TILE = "csrc/cuda/attention_tile.cuh"
-TRITON = "ddpm_fast/triton_kernels/"
+TRITON = "ddpm_fast/ops/triton/"
 
 CUDA = [
     Mutation("barrier", "no __syncwarp before the centre is overwritten", GROUP_NORM,

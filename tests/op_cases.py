@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
+from ddpm_fast.diffusion.parameterisation import bound_table
 from ddpm_fast.ops import gaussian_kl, p_step, q_sample, simple_loss, vlb_terms
 from ddpm_fast.ops._common import table_dtype
 from ddpm_fast.ops._op import noise_arguments
-from ddpm_fast.tables import bound_table
 
 KEY = Noise(seed=2**63 + 5, stream=7, first_sample=2**32 - 2)
 DEVICE = torch.device("cpu")  # of all tensors; conftest.py's --device sets it

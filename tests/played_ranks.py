@@ -4,7 +4,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from ddpm_fast.ranks import Ranks
+from ddpm_fast.io.ranks import Ranks
 
 
 @dataclass(frozen=True)

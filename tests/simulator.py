@@ -12,7 +12,7 @@ from ptxsim import Report
 from ptxsim.triton_runner import compile_triton, run_triton
 
 from ddpm_fast import backends
-from ddpm_fast.triton_kernels import _launch
+from ddpm_fast.ops.triton import _launch
 
 PER_SAMPLE = ("t_ptr", "table_ptr", "signal_ptr", "sigma_ptr", "weight_ptr", "x_start_coef_ptr", "noise_coef_ptr")
 

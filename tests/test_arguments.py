@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, Sampler, sample
+from ddpm_fast.diffusion.samplers import make_table, spaced_timesteps
 from ddpm_fast.evaluation import evaluate_bound, rate_distortion
-from ddpm_fast.step_tables import make_table, spaced_timesteps
 
 SCHEDULE = NoiseSchedule.linear(6, 1e-3, 0.5)
 DIFFUSION = GaussianDiffusion(SCHEDULE)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import ddpm_fast.files
-from ddpm_fast.files import atomic_write
+import ddpm_fast.io.files
+from ddpm_fast.io.files import atomic_write
 from ddpm_fast.training import checkpoint as module
 from ddpm_fast.training.checkpoint import (
     CheckpointError,
@@ -107,7 +107,7 @@ def test_previous_checkpoint_survives_a_failure(tmp_path, monkeypatch, where, er
     if where == "write":
         monkeypatch.setattr(module, "save_file", fail)
     elif where == "sync":
-        monkeypatch.setattr(ddpm_fast.files, "_sync", fail)
+        monkeypatch.setattr(ddpm_fast.io.files, "_sync", fail)
     else:
         monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(type(error)):
@@ -122,7 +122,7 @@ def test_previous_checkpoint_survives_a_failure(tmp_path, monkeypatch, where, er
 
 
 def test_left_overs_of_killed_processes_are_removed(tmp_path):
-    old = time.time() - 2 * ddpm_fast.files.STALE_SECONDS
+    old = time.time() - 2 * ddpm_fast.io.files.STALE_SECONDS
     for name, when in ((".a.png.00.tmp", old), (".a.png.11.tmp", time.time()), (".b.png.00.tmp", old)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_text("")

@@ -9,7 +9,7 @@ from numerics import assert_bits_equal
 from test_resume import rewrite
 from test_trainer import config, images
 
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.training import Trainer, load_trained
 from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint
 

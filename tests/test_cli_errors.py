@@ -44,7 +44,7 @@ def test_out_of_memory_is_a_line_that_names_the_batch(run, tmp_path, monkeypatch
         raise out_of_memory(kind)
 
     monkeypatch.setattr(UNet, "forward", full)
-    monkeypatch.setattr("ddpm_fast.sampling.Sampler.__call__", full)
+    monkeypatch.setattr("ddpm_fast.sampling.sampler.Sampler.__call__", full)
     code, _, error = command(*(str(a).format(run=run) for a in arguments), "--out", tmp_path / "out")
     assert code == 2 and one_line(error)
     assert error == f"ddpm-fast: out of memory, asking for {AMOUNTS[kind]}; fewer images at a time need less: --batch{batch}\n"
@@ -56,7 +56,7 @@ def test_memory_that_is_missing_for_the_data_names_them(run, tmp_path, monkeypat
         raise out_of_memory("array")
 
     np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
-    monkeypatch.setattr("ddpm_fast.training.data.read_array_file", full)
+    monkeypatch.setattr("ddpm_fast.data.images.read_array_file", full)
     code, _, error = command(*(["train"] if name == "train" else ["eval", run]), "--data", tmp_path / "x.npy", "--out", tmp_path / "out")
     assert code == 2 and one_line(error) and "--batch" not in error
     assert f"out of memory, asking for 7.45 GiB while reading {tmp_path / 'x.npy'}: its images are held in memory, a byte a value" in error

@@ -69,8 +69,8 @@ def test_interrupted_it_goes_on_to_the_same_files(run, tmp_path, monkeypatch, co
 
 
 def test_ranks_write_the_same_and_only_the_first_speaks(run, tmp_path, monkeypatch, command, capfd):
-    from ddpm_fast import ranks
     from ddpm_fast.cli.evaluate import evaluate
+    from ddpm_fast.io import ranks
 
     options = dict(
         data=None, no_bound=False, terms=3, limit=10, batch=5, clip=True, samples=None, features=None, inception_weights=None,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.training.data import Batches, DataError, ImageData, load_data, to_levels, to_unit
+from ddpm_fast.data.images import Batches, DataError, ImageData, load_data, to_levels, to_unit
 
-pytestmark = pytest.mark.filterwarnings("ignore::ddpm_fast.training.data.DataWarning")  # of images that say where they come from by their values
+pytestmark = pytest.mark.filterwarnings("ignore::ddpm_fast.data.images.DataWarning")  # of images that say where they come from by their values
 
 
 def sha256(x: torch.Tensor) -> str:

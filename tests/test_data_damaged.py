@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_fast.training.data import DataError, DataWarning, load_data
+from ddpm_fast.data.images import DataError, DataWarning, load_data
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 6, 6), dtype=np.uint8)
 
@@ -90,7 +90,7 @@ def test_an_archive_of_more_than_the_memory_is_not_unpacked(tmp_path, monkeypatc
     path = tmp_path / "x.npz"
     np.savez_compressed(path, np.zeros((2**10, 32, 32)))
     assert path.stat().st_size < 2**16
-    monkeypatch.setattr("ddpm_fast.training.array_files.available_memory", lambda: 2**22)
+    monkeypatch.setattr("ddpm_fast.data.array_files.available_memory", lambda: 2**22)
     assert "(arr_0) takes 8.0 MiB of memory, of which 4.0 MiB are free" in refusal(path, path)
 
 

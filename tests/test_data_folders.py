@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.training.data import DataError, ImageData, load_data
+from ddpm_fast.data.images import DataError, ImageData, load_data
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_data_larger_than_the_memory_are_refused_before_they_are_read(images, tm
     folder = images(*several("a", n=7))
     np.save(tmp_path / "x.npy", np.zeros((7, 4, 4), np.uint8))
     np.savez(tmp_path / "x.npz", np.zeros((7, 4, 4), np.uint8))
-    monkeypatch.setattr("ddpm_fast.training.array_files.available_memory", lambda: free)
+    monkeypatch.setattr("ddpm_fast.data.array_files.available_memory", lambda: free)
     for source in (folder, tmp_path / "x.npy", tmp_path / "x.npz"):
         with pytest.raises(DataError, match=r"x?.* takes 0.0 MiB of memory, of which 0.0 MiB are free; "):
             load_data(source)

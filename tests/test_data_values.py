@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.training.data import DataError, DataWarning, load_data
+from ddpm_fast.data.images import DataError, DataWarning, load_data
 
 RNG = np.random.default_rng(0)
 

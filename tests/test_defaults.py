@@ -10,12 +10,12 @@ from numerics import assert_bits_equal
 from torch.utils._device import _device_constructors
 
 import ddpm_fast as df
+from ddpm_fast.data.images import ImageData
+from ddpm_fast.diffusion.samplers import make_table
+from ddpm_fast.diffusion.schedules import SCHEDULES
 from ddpm_fast.evaluation import evaluate_bound, rate_distortion
 from ddpm_fast.evaluation.features import digits_classifier
-from ddpm_fast.schedules import SCHEDULES
-from ddpm_fast.step_tables import make_table
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.data import ImageData
 from ddpm_fast.training.trainer import Trainer
 
 PACKAGE = Path(df.__file__).parent

@@ -6,7 +6,7 @@ import torch
 from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
-from ddpm_fast.tables import PREDICTIONS, VARIANCES
+from ddpm_fast.diffusion.parameterisation import PREDICTIONS, VARIANCES
 
 EPS = 2.0**-52
 T = 20

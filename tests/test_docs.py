@@ -6,13 +6,14 @@ import pytest
 
 import ddpm_fast
 import ddpm_fast.evaluation  # not imported with the package, and named in the page
+import ddpm_fast.io.sample_writer
 import ddpm_fast.training
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.schedules import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
 TESTS = sorted(set(re.findall(r"`(tests/\w+\.py::\w+)`", TEXT)))
-FUNCTIONS = sorted(set(re.findall(r"`((?:schedules|tables|diffusion|sampling|noise|ops|training|evaluation|step_tables|reverse_step|sample_writer)(?:\.\w+)+)`", TEXT)))
+FUNCTIONS = sorted(set(re.findall(r"`((?:diffusion|sampling|noise|ops|data|training|evaluation|io)(?:\.\w+)+)`", TEXT)))
 
 
 @pytest.mark.parametrize("name", TESTS)

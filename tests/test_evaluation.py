@@ -8,11 +8,11 @@ from numerics import assert_bits_equal
 from played_ranks import play
 
 import ddpm_fast as df
+from ddpm_fast.data.images import load_data
 from ddpm_fast.evaluation import class_counts, evaluate_bound, neighbour_distance_ratio
 from ddpm_fast.evaluation.bound import intervals
-from ddpm_fast.parts import Parts
-from ddpm_fast.ranks import Ranks
-from ddpm_fast.training.data import load_data
+from ddpm_fast.io.parts import Parts
+from ddpm_fast.io.ranks import Ranks
 
 T = 30
 DIFFUSION = df.GaussianDiffusion(df.NoiseSchedule.linear(T, 1e-3, 0.3), levels=17)

@@ -15,7 +15,7 @@ from op_cases import thread_count
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_fast import Noise, group_norm
-from ddpm_fast.noise import dropout_mask_reference, philox4x32_10
+from ddpm_fast.noise.philox import dropout_mask_reference, philox4x32_10
 
 KEY = Noise(seed=2**63 + 5, stream=7, first_sample=2**32 - 2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

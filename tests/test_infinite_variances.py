@@ -7,9 +7,9 @@ from interpreter import INTERPRETED
 from test_vlb_terms import STEPS
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule, gaussian_kl
+from ddpm_fast.diffusion.parameterisation import bound_table
 from ddpm_fast.ops import vlb_terms
 from ddpm_fast.ops._common import table_dtype
-from ddpm_fast.tables import bound_table
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -10,8 +10,8 @@ import pytest
 from test_trainer import config, images
 
 import ddpm_fast
-from ddpm_fast import lock
-from ddpm_fast.lock import exclusive
+from ddpm_fast.io import lock
+from ddpm_fast.io.lock import exclusive
 from ddpm_fast.training import Trainer
 
 # Without PyTorch, whose import takes seconds: holds the lock of a folder until it is killed.
@@ -19,7 +19,7 @@ HOLDER = """
 import sys, types
 package = sys.modules["ddpm_fast"] = types.ModuleType("ddpm_fast")
 package.__path__ = [sys.argv[1]]
-from ddpm_fast.lock import exclusive
+from ddpm_fast.io.lock import exclusive
 with exclusive(sys.argv[2], "training"):
     print("held", flush=True)
     sys.stdin.read()

@@ -12,8 +12,10 @@ import pytest
 import torch
 from numerics import assert_bits_equal, assert_close_to_exact
 
-from ddpm_fast import Noise, noise
-from ddpm_fast.noise import philox4x32_10
+import ddpm_fast
+from ddpm_fast import Noise
+from ddpm_fast.noise import philox
+from ddpm_fast.noise.philox import philox4x32_10
 from ddpm_fast.ops import randn
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_noise.json").read_text())
@@ -66,13 +68,13 @@ def generated_words():
 def test_logarithm_is_within_an_ulp(generated_words):
     radius, _ = generated_words
     u = radius.float() * 2.0**-32 + 2.0**-33
-    assert_close_to_exact(noise._log_unit(u), u.double().log(), rtol=2.0**-23)
+    assert_close_to_exact(philox._log_unit(u), u.double().log(), rtol=2.0**-23)
 
 
 def test_cosine_and_sine_are_within_two_roundings(generated_words):
     _, angle = generated_words
     turn = (angle >> 8).float() * 2.0**-24
-    cosine, sine = noise._cos_sin_turn(turn)
+    cosine, sine = philox._cos_sin_turn(turn)
     exact = 2 * math.pi * turn.double()
     assert_close_to_exact(cosine, exact.cos(), atol=2 * 2.0**-24)
     assert_close_to_exact(sine, exact.sin(), atol=2 * 2.0**-24)
@@ -83,19 +85,19 @@ def test_box_muller_against_float64(generated_words):
     u = (radius.float() * 2.0**-32 + 2.0**-33).double()
     r, a = (-2 * u.log()).clamp_min(0).sqrt(), 2 * math.pi * (angle >> 8).double() * 2.0**-24
     # Half an ulp of the logarithm survives the root; the root, the cosine (one ulp) and the product add 0.5 + 1 + 0.5.
-    for value, exact in zip(noise._box_muller(radius, angle), (r * a.cos(), r * a.sin()), strict=True):
+    for value, exact in zip(philox._box_muller(radius, angle), (r * a.cos(), r * a.sin()), strict=True):
         unit = r.clamp_min(1e-30)
         assert_close_to_exact(value / unit.float(), exact / unit, atol=3 * 2.0**-23)
 
 
 def test_extreme_words():
     zero = torch.zeros(1, dtype=torch.int64)
-    largest, _ = noise._box_muller(zero, zero)
+    largest, _ = philox._box_muller(zero, zero)
     assert_close_to_exact(largest, torch.tensor([math.sqrt(66 * math.log(2))], dtype=torch.float64), ulps=1)  # 6.76
-    none, _ = noise._box_muller(zero + 2**32 - 1, zero)
+    none, _ = philox._box_muller(zero + 2**32 - 1, zero)
     assert float(none) == 0  # u rounds to 1; a logarithm a little above 0 must not become NaN
     every_angle = torch.arange(0, 2**32, 2**24)
-    cosine, sine = noise._box_muller(zero.expand_as(every_angle), every_angle)
+    cosine, sine = philox._box_muller(zero.expand_as(every_angle), every_angle)
     assert_close_to_exact(cosine.double().hypot(sine.double()).float(), largest.double().expand_as(every_angle), ulps=2)
 
 
@@ -175,7 +177,7 @@ def test_fold_in_depends_on_key_and_number_alone_and_never_repeats():
 
 
 def test_purposes_have_keys_of_their_own():
-    purposes = {name: value for name, value in vars(noise).items() if name.startswith("FOLD_")}
+    purposes = {name: value for name, value in vars(ddpm_fast.noise).items() if name.startswith("FOLD_")}
     assert len(purposes) >= 8
     assert len(set(purposes.values())) == len(purposes)
 

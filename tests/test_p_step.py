@@ -6,10 +6,10 @@ import torch
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
+from ddpm_fast.diffusion.parameterisation import PREDICTIONS, VARIANCES
+from ddpm_fast.diffusion.samplers import ddim_table, ddpm_table
 from ddpm_fast.ops import p_step
 from ddpm_fast.ops.p_step import COLUMNS, p_step_reference
-from ddpm_fast.step_tables import ddim_table, ddpm_table
-from ddpm_fast.tables import PREDICTIONS, VARIANCES
 
 EPS = 2.0**-52
 T = 12

@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from ddpm_fast.parts import Parts
-from ddpm_fast.ranks import Ranks, launched_ranks
+from ddpm_fast.io.parts import Parts
+from ddpm_fast.io.ranks import Ranks, launched_ranks
 
 
 def filled(folder, *ranges):

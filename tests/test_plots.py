@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import plots
-from ddpm_fast.plots import (
+from ddpm_fast.io import plots
+from ddpm_fast.io.plots import (
     image_grid,
     write_bound_plot,
     write_forward_strip,

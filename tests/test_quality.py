@@ -11,7 +11,7 @@ from torch import nn
 from ddpm_fast.evaluation import evaluate_quality, inception_score, load_features, precision_recall, quality, quality_from_features
 from ddpm_fast.evaluation.features import Features, digits_classifier
 from ddpm_fast.evaluation.quality import load_samples
-from ddpm_fast.sample_writer import write_samples
+from ddpm_fast.io.sample_writer import write_samples
 from ddpm_fast.training import ImageData, load_data
 
 

@@ -6,7 +6,7 @@ from numerics import assert_bits_equal
 
 from ddpm_fast import Noise
 from ddpm_fast.backends import native
-from ddpm_fast.noise import noise_reference
+from ddpm_fast.noise.philox import noise_reference
 from ddpm_fast.ops import q_sample, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,7 +15,7 @@ from ptxsim.nvcc import assemble, compile_ptx
 
 from ddpm_fast import Noise
 from ddpm_fast.backends import missing, native, native_missing
-from ddpm_fast.noise import noise_reference
+from ddpm_fast.noise.philox import noise_reference
 from ddpm_fast.ops import randn
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}

@@ -9,7 +9,7 @@ from PIL import Image
 
 import ddpm_fast as df
 from ddpm_fast.evaluation import Bound, evaluate_bound, rate_distortion, write_bound
-from ddpm_fast.files import write_csv, write_json
+from ddpm_fast.io.files import write_csv, write_json
 
 # Two images, three steps: easy numbers.
 FULL = Bound(

@@ -10,7 +10,7 @@ import pytest
 from numerics import assert_bits_equal
 from test_trainer import TINY, config, images
 
-from ddpm_fast.signals import Terminated
+from ddpm_fast.io.signals import Terminated
 from ddpm_fast.training import Trainer, load_data, load_trained
 from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from played_ranks import play
 
-from ddpm_fast import Noise, files
-from ddpm_fast.files import atomic_files, atomic_write
-from ddpm_fast.image_store import ImageStore
-from ddpm_fast.sample_writer import write_samples
+from ddpm_fast import Noise
+from ddpm_fast.data.grey_levels import Scale, to_levels
+from ddpm_fast.data.readers import read_folder
+from ddpm_fast.io import files
+from ddpm_fast.io.files import atomic_files, atomic_write
+from ddpm_fast.io.image_store import ImageStore
+from ddpm_fast.io.sample_writer import write_samples
 from ddpm_fast.training import load_data
-from ddpm_fast.training.grey_levels import Scale, to_levels
-from ddpm_fast.training.readers import read_folder
 
 SETTINGS = {"checkpoint": "abc", "sampler": "ddim", "steps": 50, "eta": 0.0, "seed": 7}
 ALL = ("png", "grid", "npz")

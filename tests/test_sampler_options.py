@@ -8,7 +8,7 @@ from sampled import DIFFUSION, LABELS, SAMPLERS, SHAPE, T, captured, model, netw
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, Sampler, sample
 from ddpm_fast.noise import FOLD_SAMPLE_KNOWN
-from ddpm_fast.reverse_step import dynamic_threshold
+from ddpm_fast.sampling.step import dynamic_threshold
 
 # Guidance.
 

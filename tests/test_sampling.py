@@ -4,11 +4,11 @@ import torch
 from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, sample
+from ddpm_fast.diffusion.samplers import ddim_table, ddpm_table, spaced_timesteps
 from ddpm_fast.noise import FOLD_SAMPLE_START, FOLD_SAMPLE_STEPS
 from ddpm_fast.ops.p_step import COLUMNS
-from ddpm_fast.reverse_step import ReverseStep
-from ddpm_fast.sampling import sample_loop
-from ddpm_fast.step_tables import ddim_table, ddpm_table, spaced_timesteps
+from ddpm_fast.sampling.sampler import sample_loop
+from ddpm_fast.sampling.step import ReverseStep
 
 T = 20
 SCHEDULE = NoiseSchedule.linear(T, 1e-3, 0.3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import NoiseSchedule
-from ddpm_fast.schedules import SCHEDULES
+from ddpm_fast.diffusion.schedules import SCHEDULES
 
 EPS = 2.0**-52
 

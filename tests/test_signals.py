@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import ddpm_fast.files
-from ddpm_fast.files import atomic_files, atomic_write
-from ddpm_fast.signals import Terminated, exit_status, terminable, uninterrupted
+import ddpm_fast.io.files
+from ddpm_fast.io.files import atomic_files, atomic_write
+from ddpm_fast.io.signals import Terminated, exit_status, terminable, uninterrupted
 from ddpm_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 BOTH = pytest.mark.parametrize("number, kind", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["Ctrl-C", "SIGTERM"])
@@ -91,7 +91,7 @@ def write_checkpoint(folder):
 def interrupted_at(event, number, act):
     """Runs act with a signal at the event-th line of Python that this executes in the files that write, or in the libraries that they call.
     Whether it was reached, and what came of it."""
-    sources = ("ddpm_fast/files.py", "training/checkpoint.py", "contextlib.py", "shutil.py")
+    sources = ("ddpm_fast/io/files.py", "training/checkpoint.py", "contextlib.py", "shutil.py")
     seen = 0
 
     def trace(frame, kind, _):
@@ -118,7 +118,7 @@ def interrupted_at(event, number, act):
 
 @pytest.mark.parametrize("write", [write_one, write_many, write_checkpoint])
 def test_an_interruption_at_any_line_leaves_no_temporary_file(tmp_path, monkeypatch, write):
-    monkeypatch.setattr(ddpm_fast.files, "_sync", lambda path: None)  # for time: nothing depends on the disk here
+    monkeypatch.setattr(ddpm_fast.io.files, "_sync", lambda path: None)  # for time: nothing depends on the disk here
     event, interruptions = 0, 0
     while True:
         event += 1

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import Noise, Sampler, sample
 from ddpm_fast.backends import missing
-from ddpm_fast.sampling import sample_loop
+from ddpm_fast.sampling.sampler import sample_loop
 
 
 class NoReading(TorchDispatchMode):
@@ -169,7 +169,7 @@ def test_the_loop_never_waits_for_the_device(sampler, graph):
 
 def test_capture_runs_warms_up_aside_and_records_once(monkeypatch):
     # The calls to torch.cuda, in their order, with stand-ins.
-    from ddpm_fast import step_graph
+    from ddpm_fast.sampling import cuda_graph
 
     log, fail = [], []
 
@@ -201,12 +201,12 @@ def test_capture_runs_warms_up_aside_and_records_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: Capturing())
-    replay = step_graph.cuda_capture(lambda: log.append("body"))
+    replay = cuda_graph.cuda_capture(lambda: log.append("body"))
     replay()
     assert log == ["wait", "aside", "body", "body", "body", "back", "wait", "begin", "body", "end", "replay"]
     fail.append(True)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph .*not permitted.*; sample with graph=False"):
-        step_graph.cuda_capture(lambda: None)
+        cuda_graph.cuda_capture(lambda: None)
 
 
 @pytest.mark.skipif(bool(missing("cuda")), reason=f"a CUDA graph: {missing('cuda')}")

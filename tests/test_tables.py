@@ -6,7 +6,7 @@ import torch
 from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule
-from ddpm_fast.tables import (
+from ddpm_fast.diffusion.parameterisation import (
     PREDICTIONS,
     VARIANCES,
     WEIGHTS,

@@ -11,10 +11,10 @@ import torch
 from numerics import assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, gaussian_kl, sample
+from ddpm_fast.diffusion.samplers import ddim_table, ddpm_table, dpm_solver_table, make_table
 from ddpm_fast.ops import p_step
-from ddpm_fast.reverse_step import ReverseStep
-from ddpm_fast.sampling import sample_loop
-from ddpm_fast.step_tables import ddim_table, ddpm_table, dpm_solver_table, make_table
+from ddpm_fast.sampling.sampler import sample_loop
+from ddpm_fast.sampling.step import ReverseStep
 
 EPS = 2.0**-52
 SIGMAS = 5.0  # standard errors; a sound estimate fails once in two million

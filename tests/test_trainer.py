@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from ddpm_fast.data.images import ImageData
 from ddpm_fast.noise import Noise
 from ddpm_fast.training import TrainConfig, Trainer, load_trained
 from ddpm_fast.training.checkpoint import CheckpointError, save_checkpoint
-from ddpm_fast.training.data import ImageData
 from ddpm_fast.training.trainer import resolve_device
 
 TINY = dict(preset="digits", network=dict(base_channels=8, channel_mult=[1], norm_groups=4), timesteps=20, batch=8, steps=4, warmup=2, learning_rate=1e-3, flip=False)

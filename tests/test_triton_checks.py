@@ -19,11 +19,11 @@ if INTERPRETED:
 from ptxsim import MemoryFault
 from simulator import memory, simulated
 
-import ddpm_fast.triton_kernels
+import ddpm_fast.ops.triton
 from ddpm_fast.ops import randn
-from ddpm_fast.triton_kernels import _launch
+from ddpm_fast.ops.triton import _launch
 
-PACKAGE = "ddpm_fast.triton_kernels"
+PACKAGE = "ddpm_fast.ops.triton"
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def altered(tmp_path, monkeypatch):
         name = f"altered_kernels_{abs(hash((file, good, bad))):x}"
         copies.append(name)
         folder = tmp_path / name
-        shutil.copytree(Path(ddpm_fast.triton_kernels.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(Path(ddpm_fast.ops.triton.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
         for path in folder.glob("*.py"):
             # What starts kernels stays the one that the simulator takes the place of.
             path.write_text(re.sub(rf"{PACKAGE}\.(?!_launch)", f"{name}.", path.read_text()))

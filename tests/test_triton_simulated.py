@@ -15,10 +15,10 @@ from op_cases import NAMES, every_case, everything, make, upstreams
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import Noise
-from ddpm_fast.noise import noise_reference
-from ddpm_fast.noise import philox4x32_10 as philox_reference
+from ddpm_fast._pytorch import goes_through_dispatcher
+from ddpm_fast.noise.philox import noise_reference
+from ddpm_fast.noise.philox import philox4x32_10 as philox_reference
 from ddpm_fast.ops import gaussian_kl, p_step, q_sample, randn, simple_loss, vlb_terms
-from ddpm_fast.ops._op import goes_through_dispatcher
 
 pytest.importorskip("triton", reason="Triton is not installed, so its kernels cannot be compiled")
 if INTERPRETED:
@@ -29,8 +29,8 @@ import triton.language as tl
 from ptxsim.triton_runner import run_triton
 from simulator import simulated
 
-from ddpm_fast.triton_kernels import _launch
-from ddpm_fast.triton_kernels._philox import philox4x32_10
+from ddpm_fast.ops.triton import _launch
+from ddpm_fast.ops.triton._philox import philox4x32_10
 
 SUMMED = ("simple_loss", "vlb_terms", "gaussian_kl mean")  # their sums run in another order than the CPU kernels'
 # (shape, dtype, architecture). Unaligned rows of 182 elements, five to a program; two tiles with a tail; 128 tiny samples to a

@@ -9,7 +9,7 @@ if INTERPRETED:
 
 from traffic import CALLS, SHAPE, measure, resources
 
-from ddpm_fast.triton_kernels import _launch
+from ddpm_fast.ops.triton import _launch
 
 NAMES = ["randn", *CALLS]
 

@@ -10,9 +10,9 @@ from weight_changes import CHANGES
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule, Sampler, UNet, sample
 from ddpm_fast.backends import native_missing
-from ddpm_fast.models.unet_plan import UNetPlan, plan_obstacle
-from ddpm_fast.reverse_step import ReverseStep
-from ddpm_fast.step_tables import make_table
+from ddpm_fast.diffusion.samplers import make_table
+from ddpm_fast.models.cpu_plan import UNetPlan, plan_obstacle
+from ddpm_fast.sampling.step import ReverseStep
 
 pytestmark = pytest.mark.skipif(bool(native_missing), reason=f"plans call the CPU kernels: {native_missing}")
 STEPS = torch.tensor([0, 500, 999])

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from ddpm_fast import EMA, GaussianDiffusion, Noise, NoiseSchedule, Sampler, UNet
 from ddpm_fast.backends import native_missing
-from ddpm_fast.models.unet_plan import UNetPlan
+from ddpm_fast.models.cpu_plan import UNetPlan
 
 DIFFUSION = GaussianDiffusion(NoiseSchedule.linear(20, 1e-3, 0.3))
 

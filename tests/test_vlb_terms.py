@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule
+from ddpm_fast.diffusion.parameterisation import PREDICTIONS, VARIANCES, bound_table
 from ddpm_fast.ops import discretized_gaussian_log_likelihood, vlb_terms
 from ddpm_fast.ops.vlb_terms import vlb_terms_reference
-from ddpm_fast.tables import PREDICTIONS, VARIANCES, bound_table
 
 LN2 = math.log(2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

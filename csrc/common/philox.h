@@ -1,4 +1,4 @@
-// The noise contract, version 1 (see ddpm_fast/noise.py): Philox4x32-10 and Box-Muller from separately rounded fp32
+// The noise contract, version 1 (see ddpm_fast/noise/noise.py): Philox4x32-10 and Box-Muller from separately rounded fp32
 // operations. Host: compile with -ffp-contract=off and without -ffast-math. Device: the _rn intrinsics below forbid
 // contraction. Everything is force-inlined, so that no instruction-set variant can leak into another at link time.
 #pragma once

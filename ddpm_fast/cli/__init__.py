@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ddpm_fast import __version__
+from ddpm_fast._version import __version__
 from ddpm_fast.cli._common import app
-from ddpm_fast.signals import terminable
+from ddpm_fast.io.signals import terminable
 
 # In the order in which --help lists them. Importing a command registers it.
 for _name in ("train", "sample", "evaluate", "demo", "study", "info"):

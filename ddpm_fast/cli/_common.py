@@ -13,7 +13,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ddpm_fast.cli.errors import explain, options_of
-from ddpm_fast.signals import exit_status
+from ddpm_fast.io.signals import exit_status
 
 
 class Commands(TyperGroup):

@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """Train on digits, sample, evaluate, draw: the whole method in about two minutes on two cores."""
     from ddpm_fast.demo import run_demo
-    from ddpm_fast.lock import exclusive
+    from ddpm_fast.io.lock import exclusive
 
     one_process("demo")
     set_threads(threads)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddpm_fast.evaluation.features import Features
-    from ddpm_fast.parts import Parts
-    from ddpm_fast.ranks import Ranks
+    from ddpm_fast.io.parts import Parts
+    from ddpm_fast.io.ranks import Ranks
     from ddpm_fast.training import ImageData, TrainedModel
 
 
@@ -51,13 +51,13 @@ def evaluate(
 
     Stopped, it goes on where it was when the same command is given again. Under torchrun the processes share the bound.
     """
+    from ddpm_fast.data.images import DataWarning
     from ddpm_fast.evaluation.features import DIGITS, INCEPTION, load_features
     from ddpm_fast.evaluation.quality import REFERENCES, check_enough, load_samples
-    from ddpm_fast.lock import exclusive
-    from ddpm_fast.parts import Parts
-    from ddpm_fast.ranks import launched_ranks
+    from ddpm_fast.io.lock import exclusive
+    from ddpm_fast.io.parts import Parts
+    from ddpm_fast.io.ranks import launched_ranks
     from ddpm_fast.training import load_data, load_trained
-    from ddpm_fast.training.data import DataWarning
     from ddpm_fast.training.trained import fingerprint
     from ddpm_fast.training.trainer import resolve_device
 
@@ -110,7 +110,7 @@ def evaluate(
 def as_trained(source: str, trained: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """How data are to be read for a model: as those of training were, but for what is given. Built-in ones have levels that a file
     leaves open, and a range of its own is divided into the model's."""
-    from ddpm_fast.training.data import BUILT_IN
+    from ddpm_fast.data.images import BUILT_IN
 
     options, levels = trained.config.data_options, trained.diffusion.levels
     if trained.config.data in BUILT_IN and levels < 256 and Path(source).suffix.lower() in (".npy", ".npz"):
@@ -152,7 +152,7 @@ def evaluate_run(
 ) -> None:
     """The bound of the first ``count`` held-out images, as the parts' settings say: evaluated, written and printed."""
     from ddpm_fast.evaluation import evaluate_bound, rate_distortion, write_bound
-    from ddpm_fast.progress import Bar
+    from ddpm_fast.io.progress import Bar
 
     def done() -> int:
         return count - sum(map(len, parts.missing(count, count)))
@@ -184,7 +184,7 @@ def evaluate_run(
 def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Features, reference: str, batch: int, seed: int) -> None:
     """The quality of samples beside that of real images: evaluated, written and printed."""
     from ddpm_fast.evaluation import evaluate_quality
-    from ddpm_fast.files import write_json
+    from ddpm_fast.io.files import write_json
 
     rows = evaluate_quality(samples, images, features, reference=reference, batch=batch, seed=seed)
     number = len(getattr(images, reference))

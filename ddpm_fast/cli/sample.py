@@ -44,9 +44,9 @@ def sample(
     """
     import torch
 
-    from ddpm_fast.progress import Bar
-    from ddpm_fast.ranks import launched_ranks
-    from ddpm_fast.sample_writer import write_samples
+    from ddpm_fast.io.progress import Bar
+    from ddpm_fast.io.ranks import launched_ranks
+    from ddpm_fast.io.sample_writer import write_samples
     from ddpm_fast.sampling import Sampler
     from ddpm_fast.training import load_trained
     from ddpm_fast.training.trainer import resolve_device
@@ -110,7 +110,7 @@ def draw_process(out: Path, draw: Any, shape: tuple[int, ...], seed: int, gif: b
     """The states of the first images on their way (reverse.gif), and what the model took them for (progressive.png)."""
     import torch
 
-    from ddpm_fast.plots import write_forward_strip, write_reverse_gif
+    from ddpm_fast.io.plots import write_forward_strip, write_reverse_gif
 
     length = len(draw.table)
     shown = set(torch.linspace(0, length - 1, min(FRAMES, length), device="cpu").round().int().tolist())

@@ -23,7 +23,7 @@ def study(
 
     Stopped, the same command goes on.
     """
-    from ddpm_fast.lock import exclusive
+    from ddpm_fast.io.lock import exclusive
     from ddpm_fast.study import run_study, table
 
     one_process("study")

@@ -50,11 +50,11 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train a model. Options that are not given come from the recipe for the data, and fit it to the number of steps."""
-    from ddpm_fast.lock import exclusive
-    from ddpm_fast.plots import write_loss_curve
-    from ddpm_fast.progress import Bar
+    from ddpm_fast.data.images import BUILT_IN, DataWarning
+    from ddpm_fast.io.lock import exclusive
+    from ddpm_fast.io.plots import write_loss_curve
+    from ddpm_fast.io.progress import Bar
     from ddpm_fast.training import TrainConfig, Trainer, load_data
-    from ddpm_fast.training.data import BUILT_IN, DataWarning
 
     one_process("train")
     set_threads(threads)

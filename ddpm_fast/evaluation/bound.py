@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast.diffusion import GaussianDiffusion, Model
+from ddpm_fast.diffusion.gaussian import GaussianDiffusion, Model
+from ddpm_fast.io.parts import Parts, pieces
+from ddpm_fast.io.ranks import Ranks
 from ddpm_fast.noise import FOLD_EVAL_NOISE, FOLD_EVAL_TIMESTEPS, Noise
 from ddpm_fast.ops._common import check_data
-from ddpm_fast.parts import Parts, pieces
-from ddpm_fast.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.training.data import load_data, to_levels
+from ddpm_fast.data.images import load_data, to_levels
 
 DIGITS, INCEPTION = "digits", "inception"
 _DIGITS_FEATURES, _DIGITS_SEED, _DIGITS_EPOCHS, _DIGITS_BATCH = 64, 0, 20, 128

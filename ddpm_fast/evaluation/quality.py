@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddpm_fast.data.array_files import read_array_file, reading
+from ddpm_fast.data.grey_levels import Scale
+from ddpm_fast.data.images import ImageData, to_levels, to_unit
+from ddpm_fast.data.readers import read_folder
 from ddpm_fast.evaluation.features import Features
-from ddpm_fast.training.array_files import read_array_file, reading
-from ddpm_fast.training.data import ImageData, to_levels, to_unit
-from ddpm_fast.training.grey_levels import Scale
-from ddpm_fast.training.readers import read_folder
 
 REFERENCES = ("train", "test")
 _NEIGHBOURS = 3  # Kynkäänniemi et al. 2019

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast.training.data import ImageData, to_levels, to_unit
+from ddpm_fast.data.images import ImageData, to_levels, to_unit
 
 
 def class_counts(samples: Tensor, data: ImageData) -> list[int]:

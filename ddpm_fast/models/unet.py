@@ -16,74 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast import checks
-from ddpm_fast.functorch import channels_last
+from ddpm_fast._pytorch import channels_last
+from ddpm_fast.models.cpu_plan import UNetPlan, plan_obstacle
 from ddpm_fast.models.layers import Conv3x3, Downsample, GroupNormAct, ResidualBlock, SelfAttention, TimeEmbedding, Upsample
+from ddpm_fast.models.levels import SAMPLES_A_BLOCK, DownLevel, Masks, Middle, UpLevel
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.noise import Noise
-
-SAMPLES_A_BLOCK = 2**48  # how far apart the dropouts of two blocks take their masks from
-
-
-class _Masks:
-    """The noise of each residual block's dropout, in order of execution: block k has the samples from first_sample + 2^48 k on."""
-
-    def __init__(self, noise: Noise | None) -> None:
-        self.noise = noise
-        self.used = 0
-
-    def next(self) -> Noise | None:
-        if self.noise is None:
-            return None
-        self.used += 1
-        return self.noise.at(first_sample=self.noise.first_sample + (self.used - 1) * SAMPLES_A_BLOCK)
-
-
-class _Level(nn.Module):
-    """The blocks of one resolution on the way down or up, then the change of resolution, if there is one."""
-
-    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], resample: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.attentions = nn.ModuleList(attentions)
-        for name, module in resample.items():
-            self.add_module(name, module)
-
-    def step(self, index: int, x: Tensor, embedding: Tensor, masks: _Masks) -> Tensor:
-        """One residual block and, where this level has attention, the attention after it."""
-        x = self.blocks[index](x, embedding, masks.next())
-        return self.attentions[index](x) if len(self.attentions) else x
-
-
-class _DownLevel(_Level):
-    def forward(self, x: Tensor, embedding: Tensor, masks: _Masks, skips: list[Tensor]) -> Tensor:
-        """Appends each output, the downsampled one too, to `skips`."""
-        for index in range(len(self.blocks)):
-            x = self.step(index, x, embedding, masks)
-            skips.append(x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-            skips.append(x)
-        return x
-
-
-class _UpLevel(_Level):
-    def forward(self, x: Tensor, embedding: Tensor, masks: _Masks, skips: list[Tensor]) -> Tensor:
-        """Takes one entry from the end of `skips` for each block."""
-        for index in range(len(self.blocks)):
-            x = self.step(index, torch.cat([x, skips.pop()], dim=1), embedding, masks)
-        return self.upsample(x) if hasattr(self, "upsample") else x
-
-
-class _Middle(nn.Module):
-    def __init__(self, block1: nn.Module, attention: nn.Module, block2: nn.Module) -> None:
-        super().__init__()
-        self.block1 = block1
-        self.attention = attention
-        self.block2 = block2
-
-    def forward(self, x: Tensor, embedding: Tensor, masks: _Masks) -> Tensor:
-        x = self.attention(self.block1(x, embedding, masks.next()))
-        return self.block2(x, embedding, masks.next())
 
 
 class UNet(nn.Module):
@@ -185,9 +123,9 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 resample["downsample"] = Downsample(channels)
                 skip_channels.append(channels)
-            self.down.append(_DownLevel(blocks, attentions, resample))
+            self.down.append(DownLevel(blocks, attentions, resample))
 
-        self.mid = _Middle(block(channels, channels), attention(channels), block(channels, channels))
+        self.mid = Middle(block(channels, channels), attention(channels), block(channels, channels))
 
         # In order of execution: up[0] has the lowest resolution.
         self.up = nn.ModuleList()
@@ -200,7 +138,7 @@ class UNet(nn.Module):
                     attentions.append(attention(channels))
             if level > 0:
                 resample["upsample"] = Upsample(channels)
-            self.up.append(_UpLevel(blocks, attentions, resample))
+            self.up.append(UpLevel(blocks, attentions, resample))
 
         self.norm_out = GroupNormAct(norm_groups, channels, norm_eps)
         self.conv_out = Conv3x3(channels, out_channels * (2 if learned_variance else 1), init_scale=0.0)
@@ -252,7 +190,7 @@ class UNet(nn.Module):
             return self.forward(x_t.to(dtype), t, y, dropout=dropout).to(x_t.dtype)
         if dropout is not None and checks.instance("dropout", dropout, Noise).first_sample + x_t.shape[0] > SAMPLES_A_BLOCK:
             raise ValueError(f"dropout must be a Noise whose samples are below 2^48, got {dropout} for {x_t.shape[0]} samples")
-        masks = _Masks(dropout)
+        masks = Masks(dropout)
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:
             labels = self.label_embedding.weight[self.num_classes] if y is None else self.label_embedding(y)
@@ -269,6 +207,19 @@ class UNet(nn.Module):
         for level in self.up:
             x = level(x, embedding, masks, skips)
         return self.conv_out(self.norm_out(x)).contiguous()
+
+    def cpu_plan(self, like: Tensor, samples: int, timesteps: Tensor, labels: Tensor | None) -> UNetPlan | None:
+        """The pass as a list of kernel calls, for sampling on the CPU; None where something stands against it.
+
+        Args:
+            like: (N, C, H, W), a state: its shape, dtype and device.
+            samples: of a pass: N, or 2N with guidance.
+            timesteps: (S,) int64, the t of each row.
+            labels: (samples,) int64 for a class-conditional model, or None.
+        """
+        if type(self) is not UNet or plan_obstacle(self, like):
+            return None
+        return UNetPlan(self, torch.Size((samples, *like.shape[1:])), timesteps, labels)
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:
         if checks.tensor("x_t", x_t).dim() != 4 or x_t.shape[1] != self.in_channels:

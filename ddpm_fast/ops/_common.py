@@ -4,13 +4,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import native
-from ddpm_fast.functorch import draw, in_functorch, unwrapped
+from ddpm_fast._memory import address, check_target, overlap, resolved
+from ddpm_fast._pytorch import draw, goes_through_dispatcher, holds_values, in_functorch, unwrapped
+from ddpm_fast.backends import FLOATING, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
-from ddpm_fast.ops._native import address, holds_values, resolved
-from ddpm_fast.ops._op import goes_through_dispatcher
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_data(name: str, x: Tensor) -> None:
@@ -150,19 +147,6 @@ def gather_columns(table: Tensor, t: Tensor, x: Tensor) -> list[Tensor]:
     return [column.view(-1, *[1] * (x.ndim - 1)) for column in take(table, t).unbind(1)]
 
 
-def check_target(name: str, target: Tensor) -> bool:
-    """Memory that a result can be written into. Gives whether it has an address: not while tracing or transforming."""
-    if not target.is_contiguous():
-        raise ValueError(f"{name} must be contiguous")
-    if target.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name} requires a gradient and cannot be written into")
-    if goes_through_dispatcher() or in_functorch() or (type(target) is not Tensor and not holds_values(target)):
-        return False
-    if target.is_neg():
-        raise ValueError(f"{name} must not be a view that negates what it reads")
-    return True
-
-
 def check_destination(name: str, target: Tensor, x_name: str, x: Tensor, *others: Tensor | Noise | None, in_place: bool = True) -> None:
     """A contiguous tensor like x to write a result into: x itself, where it may be ``in_place``, or none of the inputs' memory."""
     check_like(name, target, x_name, x)
@@ -174,23 +158,6 @@ def check_destination(name: str, target: Tensor, x_name: str, x: Tensor, *others
         raise ValueError(f"{name} may be {x_name} itself only where that is contiguous")
     if overlap(target, *others):
         raise ValueError(f"{name} must not share memory with another input")
-
-
-def overlap(target: Tensor, *others: Tensor | Noise | None) -> bool:
-    """Whether a byte of memory may belong to a contiguous tensor and another one, whatever storages they were made from."""
-    first = target.data_ptr()
-    last = first + target.nbytes
-    for other in others:
-        if isinstance(other, Tensor):
-            start = other.data_ptr()
-            if start < last and first < start + (other.nbytes if other.is_contiguous() else _extent(other)):
-                return True
-    return False
-
-
-def _extent(x: Tensor) -> int:
-    """Bytes from the first element to the end of the last, of any strides."""
-    return (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size() if x.numel() else 0
 
 
 def resolve_noise(noise: Noise | Tensor, x: Tensor) -> Tensor:

@@ -3,34 +3,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ddpm_fast._memory import address
 from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.noise import Noise
 
 _NO_NOISE = (0, False, 0, 0, 0)
-
-
-def address(x: Tensor | None) -> int:
-    """Of a tensor that may be None; the bindings refuse a 0 for one that may not."""
-    return 0 if x is None else x.data_ptr() or _without_memory()
-
-
-def _without_memory() -> NoReturn:
-    raise ValueError("a tensor has no memory to read: its storage was freed, or it stands for values without holding them")
-
-
-def resolved(x: Tensor) -> Tensor:
-    """x as its memory says: a view that negates what it reads (as ``z.conj().imag``) is written out."""
-    return x.resolve_neg() if x.is_neg() else x
-
-
-def holds_values(x: Tensor) -> bool:
-    """Whether x itself has memory: not a tensor around others, fake or functional, whose operators see what is inside."""
-    return type(x) is Tensor or not torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ddpm_fast.backends import BackendTable
-from ddpm_fast.functorch import in_functorch
+from ddpm_fast._memory import address, resolved, was_written
+from ddpm_fast._pytorch import goes_through_dispatcher, holds_values, in_batches, in_functorch
+from ddpm_fast.backends import BackendTable, library
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._native import address, holds_values, resolved, scale_samples
+from ddpm_fast.noise.philox import signed64, unsigned64
+from ddpm_fast.ops._native import scale_samples
 
-library = torch.library.Library("ddpm_fast", "DEF")
 NOISE = "Tensor? noise, SymInt? seed, SymInt stream, SymInt first_sample"  # how an operator takes a Noise, a tensor or None
 
 
@@ -153,7 +154,7 @@ class Op:
         if grads[0] is None and all(grad is None for grad in grads):  # what followed gave none
             return [None] * len(needs)
         kernel = self.backward.get(implementation)
-        if kernel and not torch.is_grad_enabled() and not _in_batches(grads) and not any([needs[i] for i in self.others]):
+        if kernel and not torch.is_grad_enabled() and not in_batches(grads) and not any([needs[i] for i in self.others]):
             grads = [grad if grad is None else resolved(grad) for grad in grads]
             return kernel(arguments, needs, grads, *([kept] if self.keeps else []))
         if self.own_gradients is not None:
@@ -271,7 +272,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[2:]
-        if ctx.ahead is None or grads[0] is None or torch.is_grad_enabled() or _in_batches(grads):
+        if ctx.ahead is None or grads[0] is None or torch.is_grad_enabled() or in_batches(grads):
             arguments, kept = kept_for_backward(ctx)
             return None, None, *ctx.op.gradients(ctx.implementation, arguments, needs, grads, kept)
         # They are given away: a second backward prepares them anew, in the same way for the same bits.
@@ -309,37 +310,8 @@ def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
     return y if in_functorch() else y.contiguous(memory_format=memory_format(x))
 
 
-def goes_through_dispatcher() -> bool:
-    """Whether every call must be visible to PyTorch as an operator: while compiling or tracing.
-
-    A plain eager call goes straight to the kernel instead: the dispatcher's Python entries cost ten times as much as
-    the whole call at small sizes.
-    """
-    # The dispatch stack is that of make_fx, FlopCounterMode and the like.
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or bool(torch._C._len_torch_dispatch_stack())
-
-
-def was_written(*targets: Tensor | None) -> None:
-    """Tells autograd what a kernel has written to: a backward that saved one of them must fail, not go wrong in silence."""
-    torch.autograd.graph.increment_version([x for x in targets if x is not None])
-
-
-def _in_batches(grads: Sequence[Tensor | None]) -> bool:
-    """Whether backward runs under vmap, torch.func's or that of torch.autograd.grad(is_grads_batched=True): such tensors have no address."""
-    return in_functorch() or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])  # a list is faster
-
-
 def noise_arguments(noise: Noise | Tensor | None) -> tuple[Tensor | None, int | None, int, int]:
     """A noise as an operator's arguments: tensor or None, then seed (None without a Noise), stream and first_sample in int64's range."""
     if isinstance(noise, Noise):
         return None, signed64(noise.seed), noise.stream, signed64(noise.first_sample)
     return noise, None, 0, 0
-
-
-def signed64(x: int) -> int:
-    """The int64 of the same 64 bits: operators have no unsigned integers."""
-    return x - 2**64 if x >= 2**63 else x
-
-
-def unsigned64(x: int) -> int:
-    return x + 2**64 if x < 0 else x

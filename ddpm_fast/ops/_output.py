@@ -4,8 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import NATIVE_DTYPES
-from ddpm_fast.ops._common import FLOATING, check_device, table_dtype
+from ddpm_fast.backends import FLOATING, NATIVE_DTYPES
+from ddpm_fast.ops._common import check_device, table_dtype
 
 FIXED, LEARNED, LEARNED_RANGE = "fixed", "learned", "learned_range"
 VARIANCE_KINDS = (FIXED, LEARNED, LEARNED_RANGE)

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast import autotune, checks
+from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
 from ddpm_fast.backends import NATIVE_DTYPES, missing, native
-from ddpm_fast.functorch import in_functorch
 from ddpm_fast.ops._common import check_data, table_dtype
 from ddpm_fast.ops._native import dtype_tag, stream_of, workspace_floats
-from ddpm_fast.ops._op import Op, goes_through_dispatcher
+from ddpm_fast.ops._op import Op
 
 LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
 

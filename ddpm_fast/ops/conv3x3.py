@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ddpm_fast.backends import BackendTable, native
-from ddpm_fast.ops._common import FLOATING, check_device
-from ddpm_fast.ops._native import address
-from ddpm_fast.ops._op import goes_through_dispatcher, in_functorch
+from ddpm_fast._memory import address
+from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
+from ddpm_fast.backends import FLOATING, BackendTable, native
+from ddpm_fast.ops._common import check_device
 
 _LAYOUT = torch.channels_last
 FEWEST_CHANNELS = 16  # of x: with fewer the transforms cost more than they save, and PyTorch's convolution is mostly faster

@@ -2,7 +2,7 @@
 
 ½ (e^d - 1 - d + (mean1 - mean2)² e^-logvar2) with d = logvar1 - logvar2: the form of Ho et al. 2020, eq. 8, whose first
 part is computed without cancellation, so that the result is never negative and exact near equality. The reference twin is
-here; the kernels are csrc/cpu/gaussian_kl.cpp and triton_kernels/gaussian_kl.py.
+here; the kernels are csrc/cpu/gaussian_kl.cpp and ops/triton/gaussian_kl.py.
 """
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import native
+from ddpm_fast._memory import address
+from ddpm_fast.backends import native, triton_kernels
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import address, dtype_tag, new_like
+from ddpm_fast.ops._native import dtype_tag, new_like
 from ddpm_fast.ops._op import Op
-from ddpm_fast.ops._triton import triton_kernels
 
 REDUCTIONS = (None, "mean_per_sample")
 _NO_GRADIENTS = ((0, 0),) * 4

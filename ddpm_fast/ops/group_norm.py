@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast import checks
+from ddpm_fast._memory import address
+from ddpm_fast._pytorch import draw
 from ddpm_fast.backends import NATIVE_DTYPES, native
-from ddpm_fast.functorch import draw
-from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, dropout_mask_reference
+from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
+from ddpm_fast.noise.philox import dropout_mask_reference
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import address, contiguous, dtype_tag, stream_of, workspace_floats
+from ddpm_fast.ops._native import contiguous, dtype_tag, stream_of, workspace_floats
 from ddpm_fast.ops._op import NOISE, Op, laid_out_as, memory_format
 
 

@@ -5,9 +5,9 @@ With one row of the table for each sample::
     x̂0 = clip(from_x_t · x_t + from_out · out)
     x' = x_start · x̂0 + x_t_coef · x_t + previous · x̂0_previous + noise · exp(½ log_variance) · z
 
-Ho et al. 2020, algorithm 2. A sampler is a table (sampling.py): ancestral and strided DDPM, DDIM(η) and second-order
+Ho et al. 2020, algorithm 2. A sampler is a table (diffusion/samplers.py): ancestral and strided DDPM, DDIM(η) and second-order
 multistep solvers differ in nothing else. The reference twin is here; the kernels are
-csrc/cpu/p_step.cpp and triton_kernels/p_step.py.
+csrc/cpu/p_step.cpp and ops/triton/p_step.py.
 """
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast.backends import native
+from ddpm_fast._memory import address
+from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import (
     check_data,
@@ -29,10 +30,9 @@ from ddpm_fast.ops._common import (
     resolve_noise,
     table_dtype,
 )
-from ddpm_fast.ops._native import address, contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
+from ddpm_fast.ops._native import contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
 from ddpm_fast.ops._op import NOISE, Op
 from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, sample_stride, split_output
-from ddpm_fast.ops._triton import triton_function
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")

@@ -1,19 +1,18 @@
 """q_sample: x_t = signal[t] · x_start + sigma[t] · ε.
 
 Ho et al. 2020, eq. 4 (tables √ᾱ and √(1-ᾱ)); with √(1-β) and √β it is one step of the chain, eq. 2. The reference twin is
-here; the kernels are csrc/cpu/q_sample.cpp, with its formula in csrc/common/diffusion_math.h, and triton_kernels/q_sample.py.
+here; the kernels are csrc/cpu/q_sample.cpp, with its formula in csrc/common/diffusion_math.h, and ops/triton/q_sample.py.
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import native
+from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_destination, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
 from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes, new_like, scale_samples
 from ddpm_fast.ops._op import NOISE, Op
-from ddpm_fast.ops._triton import triton_function
 
 
 def q_sample_reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor) -> Tensor:

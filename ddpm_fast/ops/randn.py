@@ -1,44 +1,14 @@
 """randn: :class:`~ddpm_fast.Noise` written out as a tensor.
 
-The reference twin is `noise_reference` in ddpm_fast/noise.py, beside the contract; kernels: csrc/cpu/randn.cpp,
-csrc/cuda/randn.cu and triton_kernels/randn.py. All give the same bits.
+The kernels and their choice are in ddpm_fast/noise/randn.py, below the noise that is written by them.
 """
 from __future__ import annotations
-
-import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
-from ddpm_fast.backends import NATIVE_DTYPES, BackendTable, native
-from ddpm_fast.functorch import draw, in_functorch
-from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise, noise_reference
-from ddpm_fast.ops._common import FLOATING, check_target
-from ddpm_fast.ops._op import goes_through_dispatcher, library, signed64, unsigned64, was_written
-from ddpm_fast.ops._triton import triton_function
-
-
-def randn_reference(shape: torch.Size, seed: int, stream: int, first_sample: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return noise_reference(shape, seed, stream, first_sample, device).to(dtype)
-
-
-def _randn_cpu(shape, seed, stream, first_sample, dtype, device, *, out=None):
-    out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
-    native.cpu_randn(out.data_ptr(), NATIVE_DTYPES[dtype], shape[0], math.prod(shape[1:]), torch.get_num_threads(), seed, stream, first_sample)
-    return out
-
-
-def _randn_cuda(shape, seed, stream, first_sample, dtype, device, *, out=None):
-    out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
-    count, elements = shape[0], math.prod(shape[1:])
-    current = torch.cuda.current_stream(out.device).cuda_stream
-    native.cuda_randn(out.data_ptr(), count, elements, NATIVE_DTYPES[dtype], seed, stream, first_sample, out.device.index, current)
-    return out
-
-
-backends = BackendTable("randn", reference=randn_reference, cpu=_randn_cpu, triton=triton_function("randn", "randn"), cuda=_randn_cuda)
+from ddpm_fast.noise import Noise
+from ddpm_fast.noise.randn import normals
 
 
 def randn(
@@ -66,54 +36,6 @@ def randn(
         TypeError, ValueError: for a dtype that is not floating, a shape without dimensions, a negative size, or a sample
             of more than 2^34 elements, or an ``out`` that is not like the result.
     """
-    if not isinstance(shape, Iterable):
-        raise TypeError(f"shape must be sizes (N, ...), got {shape!r}")
-    shape = torch.Size([checks.index("a size", size) for size in shape])
     if not isinstance(noise, Noise):
         raise TypeError(f"noise must be a Noise, got {type(noise).__name__}")
-    if dtype not in FLOATING:
-        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    if len(shape) == 0 or min(shape) < 0:
-        raise ValueError(f"shape must be (N, ...) with no negative size, got {tuple(shape)}")
-    elements = math.prod(shape[1:])
-    if elements > MAX_ELEMENTS_PER_SAMPLE:
-        raise ValueError(f"a sample may have at most 2^34 elements, got {elements}")
-    device = checks.device("device", device)
-    if out is not None:
-        _check_out(out, shape, dtype, device)
-    if backend is None and (goes_through_dispatcher() or in_functorch()):
-        key = signed64(noise.seed), noise.stream, signed64(noise.first_sample)
-        drawn = draw(lambda count: torch.ops.ddpm_fast.randn((count, *shape[1:]), *key, dtype, device), shape[0])
-        return drawn if out is None else out.copy_(drawn)
-    implementation = backends.choose(device, dtype, backend)
-    if out is None:
-        return implementation(shape, noise.seed, noise.stream, noise.first_sample, dtype, device)
-    if implementation is randn_reference:
-        return out.copy_(randn_reference(shape, noise.seed, noise.stream, noise.first_sample, dtype, device))
-    implementation(shape, noise.seed, noise.stream, noise.first_sample, dtype, device, out=out)
-    was_written(out)
-    return out
-
-
-def _check_out(out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
-    if out.shape != shape or out.dtype != dtype or out.device.type != device.type:
-        raise ValueError(f"out must be {dtype} of shape {tuple(shape)} on {device}, got {out.dtype} of shape {tuple(out.shape)} on {out.device}")
-    check_target("out", out)
-
-
-library.define(
-    "randn(SymInt[] shape, SymInt seed, SymInt stream, SymInt first_sample, ScalarType dtype, Device device) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl(library, "randn", "CompositeExplicitAutograd")
-def _randn_op(shape, seed, stream, first_sample, dtype, device):
-    return backends.choose(device, dtype)(torch.Size(shape), unsigned64(seed), stream, unsigned64(first_sample), dtype, device)
-
-
-@torch.library.register_fake("ddpm_fast::randn", lib=library)
-def _randn_fake(shape, seed, stream, first_sample, dtype, device):
-    return torch.empty(shape, dtype=dtype, device=device)
+    return normals(shape, noise.seed, noise.stream, noise.first_sample, device, dtype, out, backend)

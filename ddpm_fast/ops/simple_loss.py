@@ -2,20 +2,20 @@
 
 Ho et al. 2020, eq. 14, for any prediction: the target is a row of two coefficients (tables.target_coefficients), the
 weight any function of t (1, min-SNR, P2). The reference twin is here; the kernels are
-csrc/cpu/simple_loss.cpp and triton_kernels/simple_loss.py.
+csrc/cpu/simple_loss.cpp and ops/triton/simple_loss.py.
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ddpm_fast.backends import native
+from ddpm_fast._memory import address
+from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table, gather, resolve_noise, table_dtype, take
-from ddpm_fast.ops._native import address, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
+from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
 from ddpm_fast.ops._op import NOISE, Op
 from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, prediction_half, sample_stride, split_output
-from ddpm_fast.ops._triton import triton_function
 
 
 def simple_loss_reference(

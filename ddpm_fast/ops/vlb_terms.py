@@ -2,7 +2,7 @@
 
 For t > 0 the KL divergence of q(x_{t-1} | x_t, x_0) from p_θ(x_{t-1} | x_t); at t = 0 the negative log-likelihood of the
 discretised-Gaussian decoder (Ho et al. 2020, eq. 5, 8 and 13). The reference twin is here; the kernels are
-csrc/cpu/vlb_terms.cpp and triton_kernels/vlb_terms.py.
+csrc/cpu/vlb_terms.cpp and ops/triton/vlb_terms.py.
 """
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast.backends import native
+from ddpm_fast._memory import address
+from ddpm_fast.backends import native, triton_function
 from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
-from ddpm_fast.ops._native import address, dtype_tag, native_sizes, new_like
+from ddpm_fast.ops._native import dtype_tag, native_sizes, new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._output import (
     FIXED,
@@ -28,7 +29,6 @@ from ddpm_fast.ops._output import (
     sample_stride,
     split_output,
 )
-from ddpm_fast.ops._triton import triton_function
 from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
 
 # The table's columns. mean1 and mean2 weigh x̂0 (or x_0) and x_t in the posterior's mean.

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ddpm_fast.files import atomic_write
+from ddpm_fast.io.files import atomic_write
 
 FORMAT = "ddpm_fast"
 FORMAT_VERSION = 1

@@ -8,11 +8,11 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ddpm_fast.diffusion import LOSSES, GaussianDiffusion
+from ddpm_fast.data.images import ImageData
+from ddpm_fast.diffusion.gaussian import LOSSES, GaussianDiffusion
+from ddpm_fast.diffusion.parameterisation import WEIGHTS
+from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.models import PRESETS, UNet
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.tables import WEIGHTS
-from ddpm_fast.training.data import ImageData
 from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 
 PRECISIONS = ("fp32", "bf16")

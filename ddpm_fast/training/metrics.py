@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddpm_fast.files import atomic_write
+from ddpm_fast.io.files import atomic_write
 
 METRICS = "metrics.jsonl"
 

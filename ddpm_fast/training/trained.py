@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast.data.images import BUILT_IN, DataError, ImageData, load_data
 from ddpm_fast.diffusion import GaussianDiffusion
 from ddpm_fast.models import UNet
 from ddpm_fast.training.checkpoint import Checkpoint, CheckpointError, check_fits, load_checkpoint, load_into, strip_prefix
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.data import BUILT_IN, DataError, ImageData, load_data
 
 _META = ("step", "network", "levels", "image_shape", "train")
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.lock import exclusive
+from ddpm_fast.data.images import Batches, ImageData
+from ddpm_fast.io.lock import exclusive
+from ddpm_fast.io.signals import terminable, uninterrupted
 from ddpm_fast.models import EMA, UNet
 from ddpm_fast.noise import FOLD_AUGMENT, FOLD_DROPOUT, FOLD_LABELS, FOLD_TRAIN_NOISE, FOLD_TRAIN_TIMESTEPS, Noise
-from ddpm_fast.signals import terminable, uninterrupted
 from ddpm_fast.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -31,7 +32,6 @@ from ddpm_fast.training.checkpoint import (
     unpack_optimizer,
 )
 from ddpm_fast.training.config import TrainConfig
-from ddpm_fast.training.data import Batches, ImageData
 from ddpm_fast.training.metrics import METRICS, open_metrics, read_metrics
 from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_fast.training.trained import cannot_rebuild, fingerprint, load_run, load_run_data, rebuilt
@@ -213,7 +213,7 @@ class Trainer:
             save_every: steps between checkpoints; None for none by number.
             save_minutes: time between checkpoints, whatever ``save_every`` is; None for none by time. A process that is killed
                 loses no more than has passed since the last one. The last step always saves one, and so do Ctrl-C and SIGTERM
-                (`ddpm_fast.signals.Terminated`, a KeyboardInterrupt, unless the program has a handler of its own), before the
+                (`ddpm_fast.io.signals.Terminated`, a KeyboardInterrupt, unless the program has a handler of its own), before the
                 exception goes on.
             report: called after each step.
 
@@ -282,7 +282,7 @@ class Trainer:
 
     def save(self, out: Path | str) -> Path:
         """Writes the checkpoint into a folder, atomically: weights, their average, the optimiser, and the configuration."""
-        from ddpm_fast import __version__
+        from ddpm_fast._version import __version__
 
         optimizer, optimizer_meta = pack_optimizer(self.optimizer)
         ema = self.ema.state_dict()

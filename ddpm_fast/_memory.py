@@ -1,0 +1,58 @@
+"""The memory of tensors: its address, what may be written into, what overlaps."""
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ddpm_fast._pytorch import goes_through_dispatcher, holds_values, in_functorch
+
+
+def address(x: Tensor | None) -> int:
+    """Of a tensor that may be None; the bindings refuse a 0 for one that may not."""
+    return 0 if x is None else x.data_ptr() or _without_memory()
+
+
+def _without_memory() -> NoReturn:
+    raise ValueError("a tensor has no memory to read: its storage was freed, or it stands for values without holding them")
+
+
+def resolved(x: Tensor) -> Tensor:
+    """x as its memory says: a view that negates what it reads (as ``z.conj().imag``) is written out."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def was_written(*targets: Tensor | None) -> None:
+    """Tells autograd what a kernel has written to: a backward that saved one of them must fail, not go wrong in silence."""
+    torch.autograd.graph.increment_version([x for x in targets if x is not None])
+
+
+def check_target(name: str, target: Tensor) -> bool:
+    """Memory that a result can be written into. Gives whether it has an address: not while tracing or transforming."""
+    if not target.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    if target.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} requires a gradient and cannot be written into")
+    if goes_through_dispatcher() or in_functorch() or (type(target) is not Tensor and not holds_values(target)):
+        return False
+    if target.is_neg():
+        raise ValueError(f"{name} must not be a view that negates what it reads")
+    return True
+
+
+def overlap(target: Tensor, *others: object) -> bool:
+    """Whether a byte of memory may belong to a contiguous tensor and another one, whatever storages they were made from. What is no tensor has none."""
+    first = target.data_ptr()
+    last = first + target.nbytes
+    for other in others:
+        if isinstance(other, Tensor):
+            start = other.data_ptr()
+            if start < last and first < start + (other.nbytes if other.is_contiguous() else _extent(other)):
+                return True
+    return False
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first element to the end of the last, of any strides."""
+    return (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size() if x.numel() else 0

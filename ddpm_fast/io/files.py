@@ -1,0 +1,196 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm_fast.io.signals import uninterrupted
+
+# A temporary folder in which nothing changed for this long belongs to a process that was killed:
+# a live writer keeps moving its modification times.
+STALE_SECONDS = 3600
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary path to write; what is there when the block ends becomes `path`.
+
+    A reader sees the old file or the new one, never a part. If the block raises (KeyboardInterrupt
+    and a full disk included), nothing temporary stays and `path` is as it was. Parent folders are
+    created, and what killed processes left behind for the same `path` is removed.
+
+    The temporary file has the name of `path`, in a hidden folder beside it: writers that choose a
+    format by suffix see the right one, and temporary files of their own vanish with the folder.
+
+    Args:
+        path: file to write or to replace.
+
+    Raises:
+        OSError: the folder cannot be created or written, or the disk is full; its `filename` is `path`.
+        IsADirectoryError: `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write, got a folder: {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _hidden_folder(path, path.parent) as hidden:
+        yield hidden / path.name
+        _publish([hidden / path.name], path.parent)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary folder to fill with files; when the block ends they are moved into `folder`, one after the other.
+
+    For many small files: as safe as `atomic_write` for each of them, and much cheaper. If the block raises, none is moved;
+    a process killed while they move leaves some of them, whole.
+
+    Args:
+        folder: created if missing; files of the same names are replaced.
+
+    Raises:
+        OSError: `folder` cannot be created or written, or the disk is full.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside `folder`, not in it: what is stale is searched for each time, among few entries.
+    with _hidden_folder(folder, folder) as hidden:
+        yield hidden
+        _publish(sorted(hidden.iterdir()), folder)
+
+
+@contextlib.contextmanager
+def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Gives an OSError that has none the name of the file that the block writes: the system names files when it opens them only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def make_folder(folder: str | os.PathLike) -> None:
+    """Creates an output folder, and notices before any work that it cannot be written.
+
+    Raises:
+        OSError: it cannot be created or written.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
+    """A folder beside `path` for what will be moved to `destination`; errors name the file as it would be called there."""
+    _remove_stale(path)
+    temporary = _Temporary(path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp")
+    hidden = temporary.path
+    try:
+        hidden.mkdir()
+        with named_in_errors(path):
+            yield hidden
+    except OSError as error:
+        _rename_in_error(error, hidden, path, destination)
+        raise
+    finally:
+        with uninterrupted():
+            temporary.remove()
+
+
+class _Temporary:
+    """A folder to be removed.
+
+    Ctrl-C may fall anywhere, between an ``except`` and its ``finally`` too. So the removal is arranged before the folder is made: it comes
+    by `remove`, else with the end of this object, else with the end of the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.remove = weakref.finalize(self, _remove, path)
+
+
+def _remove(folder: Path) -> None:
+    with uninterrupted():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rename_in_error(error: OSError, hidden: Path, path: Path, destination: Path) -> None:
+    # The name of a temporary file would mean nothing to a reader.
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return
+    name = Path(error.filename)
+    if name == hidden:
+        error.filename = str(path)
+    elif hidden in name.parents:
+        error.filename = str(destination / name.relative_to(hidden))
+        if error.filename2 is not None:
+            del error.filename2  # of a rename
+
+
+def _publish(files: Sequence[Path], folder: Path) -> None:
+    for file in files:
+        # Some writers make private files; the new folder shows what the umask allows.
+        file.chmod(file.parent.stat().st_mode & 0o666)
+        with named_in_errors(file):
+            _sync(file)
+    for file in files:
+        os.replace(file, folder / file.name)
+    if os.name == "posix":
+        _sync(folder)  # the renames themselves must reach the disk
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """JSON to read and to parse: NaN and infinity, which it has no numbers for, become null."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "utf-8")
+
+
+def write_csv(path: str | os.PathLike, columns: Mapping[str, Sequence[Any]]) -> None:
+    """A table with a header, one row an entry of the columns, which have one length; NaN is an empty cell."""
+    rows = zip(*columns.values(), strict=True)
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_finite(value) for value in row] for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remove_stale(path: Path) -> None:
+    oldest_live = time.time() - STALE_SECONDS
+    for name in os.listdir(path.parent):
+        if name.startswith(f".{path.name}.") and name.endswith(".tmp"):
+            entry = path.parent / name
+            # Another process may be removing the same folder.
+            with contextlib.suppress(OSError):
+                if max(p.stat().st_mtime for p in (entry, *entry.iterdir())) < oldest_live:
+                    shutil.rmtree(entry)
+
+
+def _sync(path: Path) -> None:
+    # POSIX opens folders only for reading; Windows flushes only handles opened for writing.
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

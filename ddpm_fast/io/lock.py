@@ -1,0 +1,100 @@
+"""One writer at a time: a lock on a folder that dies with its process, however that ends."""
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from ddpm_fast.io.signals import uninterrupted
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+_FAR = 2**30  # where the byte lies that Windows locks: behind the text, which others are to read
+_held = threading.local()
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
+    """While the block runs, no other process or thread gets past the same call. Within it, the same thread does.
+
+    The system's lock on ``.<activity>.lock`` in the folder, which is removed at the end. One that a killed process has left is not
+    locked any more. Where the file system knows no locks (some networks' don't), the block runs without.
+
+    Args:
+        folder: created if missing, and then removed at the end if nothing was written into it.
+        activity: a noun: those of different activities do not exclude each other.
+
+    Raises:
+        BlockingIOError: another one is at it; says which process.
+        OSError: the folder cannot be written.
+    """
+    path = Path(folder).resolve() / f".{activity}.lock"
+    mine = _held.__dict__.setdefault("paths", set())
+    if path in mine:
+        yield
+        return
+    made = not path.parent.exists()
+    handle = None
+    try:
+        handle = _locked(path, Path(folder), activity)
+        mine.add(path)
+        yield
+    finally:
+        with uninterrupted():
+            mine.discard(path)
+            if handle is not None:
+                with contextlib.suppress(OSError):  # Windows keeps open files
+                    path.unlink()
+                os.close(handle)
+            if made:
+                with contextlib.suppress(OSError):  # not empty
+                    path.parent.rmdir()
+
+
+def _locked(path: Path, folder: Path, activity: str) -> int:
+    """A handle of the file at ``path``, locked."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another one that wrote nothing has just removed the folder
+            continue
+        except OSError as error:
+            error.filename = str(folder)  # the lock's own name would mean nothing to a reader
+            raise
+        if not _lock(handle):
+            owner = os.read(handle, 200).decode("utf-8", "replace").strip()
+            os.close(handle)
+            raise BlockingIOError(f"{folder} is in use by another {activity}{owner and f' ({owner})'}; let it end, or choose another folder")
+        # The one before may have removed the file between its opening here and its locking: then this is nobody's lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return handle
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(handle, _FAR, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            os.lseek(handle, 0, os.SEEK_SET)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+    return True

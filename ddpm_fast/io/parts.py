@@ -1,0 +1,118 @@
+"""A long computation over items 0..count-1 in parts that are files: it resumes where it was stopped, and ranks share it.
+
+A part is the results of a range of items, ``<first>-<last>.npz`` in a folder of its own, whole or not there. Where an item's result does
+not depend on the others, as with noise that is a function of (seed, item), any set of parts that covers the items gives the same.
+"""
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_fast.io.files import atomic_write
+
+SETTINGS = "settings.json"
+_NAME = re.compile(r"(\d+)-(\d+)\.npz")
+
+
+def cover(present: Iterable[range], wanted: range) -> Iterator[tuple[range, range | None]]:
+    """Splits ``wanted`` at the edges of what is there: each piece in order, with one of ``present`` that holds it whole, or None."""
+    position = wanted.start
+    for part in sorted(present, key=lambda part: (part.start, -part.stop)):
+        if max(part.start, position) >= wanted.stop:
+            break
+        if part.stop <= position:  # inside an earlier one, of a run with larger parts
+            continue
+        if part.start > position:
+            yield range(position, part.start), None
+            position = part.start
+        yield range(position, min(part.stop, wanted.stop)), part
+        position = part.stop
+    if position < wanted.stop:
+        yield range(position, wanted.stop), None
+
+
+def gaps(present: Iterable[range], wanted: range, size: int) -> list[range]:
+    """What ``present`` lacks of ``wanted``, in ranges of at most ``size`` items."""
+    return [piece for gap, part in cover(present, wanted) if part is None for piece in pieces(gap, size)]
+
+
+def pieces(whole: range, size: int) -> list[range]:
+    """A range as ranges of at most ``size`` items."""
+    return [whole[at : at + size] for at in range(0, len(whole), size)]
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The settings that are not the same, for a message; empty if all are."""
+    other = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    return ", ".join(f"{name} {found.get(name)!r}, not {wanted.get(name)!r}" for name in other)
+
+
+class Parts:
+    """The parts in one folder.
+
+    Args:
+        folder: of their files and of nothing else.
+        settings: JSON values of everything that the results depend on; they are kept beside the parts.
+
+    Raises:
+        ValueError: from :meth:`open`, where the folder holds parts of other settings, or damaged ones.
+        OSError: where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+
+    def open(self) -> None:
+        """Creates the folder, or makes sure that the parts in it are of the same computation. For one rank; the others wait."""
+        path = self.folder / SETTINGS
+        if path.exists():
+            try:
+                found = dict(json.loads(path.read_text("utf-8")))
+            except (ValueError, TypeError):
+                raise ValueError(f"{path} is damaged; remove the folder") from None
+            other = differences(found, self.settings)
+            if other:
+                text = f"{self.folder} holds the unfinished parts of another run ({other})"
+                raise ValueError(f"{text}; finish that one, or remove the folder")
+            return
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=1) + "\n", "utf-8")
+
+    def present(self) -> list[range]:
+        """The ranges that are there, in order."""
+        names = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        return sorted((range(int(name[1]), int(name[2])) for name in names if name), key=lambda part: (part.start, -part.stop))
+
+    def missing(self, count: int, size: int) -> list[range]:
+        """What is not there of 0..count-1, in ranges of at most ``size`` items."""
+        return gaps(self.present(), range(count), size)
+
+    def save(self, part: range, **arrays: np.ndarray) -> None:
+        """Writes the results of a range: arrays with one entry an item."""
+        with atomic_write(self.folder / f"{part.start}-{part.stop}.npz") as temporary:
+            np.savez(temporary, **arrays)
+
+    def load(self, count: int) -> dict[str, np.ndarray]:
+        """The results of items 0..count-1, which must all be there, by name."""
+        found: dict[str, list[np.ndarray]] = {}
+        for items, part in cover(self.present(), range(count)):
+            if part is None:
+                raise FileNotFoundError(f"{self.folder} has no part with item {items.start} of {count}")
+            for name, array in self.read(part, items).items():
+                found.setdefault(name, []).append(array)
+        return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+    def read(self, part: range, items: range) -> dict[str, np.ndarray]:
+        """The results of some items of a part, by name."""
+        with np.load(self.folder / f"{part.start}-{part.stop}.npz") as file:
+            return {name: file[name][items.start - part.start : items.stop - part.start] for name in file.files}
+
+    def remove(self) -> None:
+        """The folder and all that is in it, once the results are elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)

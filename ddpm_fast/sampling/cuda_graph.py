@@ -1,0 +1,102 @@
+"""A reverse step as a CUDA graph: what the host has to say for a step is then two launches, whatever the network's size."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ddpm_fast._memory import overlap
+from ddpm_fast.noise import Noise
+from ddpm_fast.ops.randn import randn
+from ddpm_fast.sampling.step import ReverseStep
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+_WARM_UP = 3  # runs before the capture, in which kernels are compiled and chosen and libraries set up
+
+
+def cuda_capture(body: Callable[[], None]) -> Callable[[], None]:
+    """Runs ``body`` a few times, records it in a CUDA graph, and gives what replays it.
+
+    Raises:
+        RuntimeError: where something in it waits for the device or cannot be recorded for another reason.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # a capture must not find allocations that are pending on its own stream
+        for _ in range(_WARM_UP):
+            body()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            body()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"a step of this model cannot be captured in a CUDA graph ({error}); sample with graph=False") from error
+    return graph.replay
+
+
+@contextlib.contextmanager
+def _autocast_without_cache() -> Iterator[None]:
+    """Autocast keeps the casts of weights till it ends: a graph would go on reading those of the warm-up, whose memory is then given back."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+class StepGraph:
+    """A :class:`ReverseStep` of one batch shape, recorded once: model, guidance, thresholding and p_step.
+
+    A graph reads and writes fixed memory. What differs between steps is written there before a replay: the time, the row and the
+    noise, which is materialised because a captured kernel cannot be told another stream.
+
+    Args:
+        step: what to record. Its labels are changed in place by :meth:`set_labels`.
+        like: (N, C, ...), a state of the batch.
+        capture: records a function without arguments.
+    """
+
+    def __init__(self, step: ReverseStep, like: Tensor, capture: Capture) -> None:
+        self.step, self.timesteps, self.chain_times, self.multistep = step, step.timesteps, step.chain_times, step.multistep
+        self.x = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        self.x_start, self.z = torch.zeros_like(self.x), torch.zeros_like(self.x) if step.table.draws else None
+        self.t, self.row = step.model_t[0].clone(), step.row_index[0].clone()
+        with _autocast_without_cache():
+            self._replay = capture(self._body)
+
+    def _body(self) -> None:
+        # A table's first step multiplies its history by zero: any finite memory will do.
+        history = self.x_start if self.multistep else None
+        out = self.step.predict(self.x, self.t)
+        if overlap(self.x, out):
+            out = out.clone()  # the model returned its input, which p_step writes over
+        self.step.apply(self.x, out, self.row, self.z, history, self.x, self.x_start)
+
+    def set_labels(self, labels: Tensor | None) -> StepGraph:
+        """For the next batch; whether there are any, and how many, is fixed."""
+        if labels is not None:
+            self.step.labels[: len(labels)].copy_(labels)
+        return self
+
+    def __call__(
+        self, row: int, x_t: Tensor, noise: Noise | Tensor, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :class:`ReverseStep`; without ``keep`` it gives its own memory, which the next step writes over."""
+        if x_t is not self.x:
+            self.x.copy_(x_t)
+        if x_start_previous is None:
+            self.x_start.zero_()  # what another batch has left may not be finite
+        elif x_start_previous is not self.x_start:
+            self.x_start.copy_(x_start_previous)
+        self.t.copy_(self.step.model_t[row])
+        self.row.copy_(self.step.row_index[row])
+        if self.z is not None:
+            randn(self.z.shape, noise, device=self.z.device, dtype=self.z.dtype, out=self.z)
+        self._replay()
+        return (self.x.clone(), self.x_start.clone()) if keep else (self.x, self.x_start)

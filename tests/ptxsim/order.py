@@ -30,7 +30,8 @@ class Order:
         self.other = None       # (CTAs, warps, warps): and of each warp of its CTA, once there was a barrier of some warps
         self.messages = messages                                # address of a strong write -> {(first, last thread): time}
         self.fenced = None                                      # per lane: time of its last fence, once there was one
-        self.heard, self.acquired = {}, []                      # lane -> ranges not fenced yet; (lane, time, ranges)
+        self.heard, self.own = {}, {}                           # lane -> ranges not fenced yet, and all that it has acquired
+        self.acquired = Acquired(), Acquired()                  # the same by CTA and by warp, for those who learn it from a barrier
 
     # -- barriers
     def barrier(self, mask, alive, arrived=None):
@@ -88,7 +89,10 @@ class Order:
             self.fenced = np.zeros(self.ctas * self.size, np.int64)
         self.fenced[lanes] = self.now
         for lane in set(self.heard) & set(lanes.tolist()):
-            self.acquired.append((lane, self.now, self.heard.pop(lane)))
+            heard = self.heard.pop(lane)
+            merge(self.own.setdefault(lane, {}), heard)
+            for group, size in zip(self.acquired, (self.size, 32)):
+                group.add(lane // size, self.now, heard)
         self.now += 1
 
     def strong(self, space, flat, lanes, kind):
@@ -98,25 +102,23 @@ class Order:
         for at, lane in zip(flat.tolist(), lanes.tolist()):
             where = at, self.first_thread if space == "shared" else None           # of this batch's shared memory
             if kind != "strong write" and where in self.messages:
-                self.heard.setdefault(lane, {}).update(self.messages[where])
+                merge(self.heard.setdefault(lane, {}), self.messages[where])
             if kind != "strong read" and self.fenced is not None and self.fenced[lane]:
                 self._tell(self.messages.setdefault(where, {}), lane)
 
     def _tell(self, message, lane):
-        time, start, warp = self.fenced[lane], int(self.start[lane]), lane >> 5
+        time, start, warp = int(self.fenced[lane]), int(self.start[lane]), lane >> 5
         thread = self.first_thread + lane
-        told = {(thread, thread): time, (thread & ~31, thread | 31): min(time, self.warp[warp])}
-        told[start, start + self.size - 1] = min(time, self.cta[warp])
-        for holder, at, ranges in self.acquired:
-            if at <= time and self._follows(np.array([lane]), holder, at)[0]:
-                told |= ranges
-        for threads, until in told.items():
-            message[threads] = max(message.get(threads, 0), until)
+        for ranges in self._known_by(lane, time):
+            merge(message, ranges)
+        merge(message, {(thread, thread): time, (thread & ~31, thread | 31): min(time, int(self.warp[warp])),
+                        (start, start + self.size - 1): min(time, int(self.cta[warp]))})
 
-    def _follows(self, lanes, holder, at):
-        """Whether what thread `holder` did at time `at` is ordered before what `lanes` do now."""
-        return ((lanes == holder) | ((lanes >> 5 == holder >> 5) & (at <= self.warp[lanes >> 5]))
-                | ((lanes // self.size == holder // self.size) & (at <= self.cta[lanes >> 5])))
+    def _known_by(self, lane, time):
+        """What `lane` had acquired at `time`, its last fence or later, by itself and from those that it met at barriers."""
+        for group, size, met in zip(self.acquired, (self.size, 32), (self.cta, self.warp)):
+            yield group.until(lane // size, min(time, int(met[lane >> 5])))
+        yield self.own.get(lane, {})
 
     # -- questions
     def unseen(self, lanes, time):
@@ -135,8 +137,39 @@ class Order:
     def has_acquired(self, lanes, thread, time):
         """Whether an access at `time` by `thread` of the grid reaches each lane by fences and strong accesses."""
         seen = np.zeros(len(lanes), bool)
-        for holder, at, ranges in self.acquired:
-            able = self._follows(lanes, holder, at)
-            for (first, last), until in ranges.items():
-                seen |= able & (first <= thread) & (thread <= last) & (time <= until)
+        for i, (lane, other, at) in enumerate(zip(*(np.broadcast_to(x, len(lanes)).tolist() for x in (lanes, thread, time)))):
+            first = other // self.size * self.size
+            ranges = (other, other), (other & ~31, other | 31), (first, first + self.size - 1)
+            seen[i] = any(known.get(r, -1) >= at for known in self._known_by(lane, self.now) for r in ranges)
         return seen
+
+
+class Acquired:
+    """What the threads of each group have acquired, in the order of time: (first, last thread) -> time."""
+
+    def __init__(self):
+        self.events, self.merged = {}, {}       # group -> [(time, ranges)]; group -> (how many of them, all of those merged)
+
+    def __bool__(self):
+        return bool(self.events)
+
+    def add(self, group, time, ranges):
+        self.events.setdefault(group, []).append((time, ranges))
+
+    def until(self, group, time):
+        events = self.events.get(group, ())
+        count, merged = self.merged.get(group, (0, {}))
+        if count and events[count - 1][0] > time:       # of an earlier time than was asked for before: rare
+            count, merged = 0, {}
+        while count < len(events) and events[count][0] <= time:
+            merge(merged, events[count][1])
+            count += 1
+        self.merged[group] = count, merged
+        return merged
+
+
+def merge(known, others):
+    """The later of the two times of each range."""
+    for threads, until in others.items():
+        if known.get(threads, -1) < until:
+            known[threads] = until

@@ -84,7 +84,7 @@ class GlobalMarks:
                 & order.sees_warp(lanes, np.where(foreign, 0, (thread >> 5) % order.warps), time))
         bit = unseen >> (thread & 31).astype(U32) & np.uint32(1)
         seen |= near & (((distance == THREAD) & (bit == 0)) | ((distance == WARP) & (unseen == 0)))
-        if order.acquired:
+        if order.own:
             seen |= (distance == THREAD) & order.has_acquired(lanes, thread, time)
         return doubt[~seen]
 

@@ -101,7 +101,7 @@ CALLS = {
         dict(a=(*TENSOR, X[:1], X + 3), b=(*LIKE[:-1], X + 3), weights=WEIGHTS, t=(None, *INTEGER, 6, T), seed=(None, *SEED), labels=LABELS, first_sample=(None, *SEED)),
     ),
     sample: (dict(model=model, diffusion=DIFFUSION, shape=(2, 1, 4)), dict(model=FUNCTION, diffusion=(None, 3), shape=SHAPE, labels=LABELS, sampler=CHOICE)),
-    make_table: (dict(diffusion=DIFFUSION), dict(sampler=CHOICE, steps=STEPS, eta=(None, *NUMBER), spacing=CHOICE)),
+    make_table: (dict(chain=DIFFUSION), dict(sampler=CHOICE, steps=STEPS, eta=(None, *NUMBER), spacing=CHOICE)),
     spaced_timesteps: (dict(T=6, steps=3), dict(T=(None, *INTEGER), steps=(None, *INTEGER), spacing=CHOICE)),
     evaluate_bound: (
         dict(model=model, diffusion=DIFFUSION, x_start=X),

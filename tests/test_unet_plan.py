@@ -198,8 +198,6 @@ def changed(net, change):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda: lambda x, t: x, "plans are for the UNet"),
-        (lambda: Inherited(**{**SMALL, **ARCHITECTURES[0]}).eval(), "plans are for the UNet"),
         (lambda: network(**ARCHITECTURES[0]).train(), "training"),
         (lambda: network(**ARCHITECTURES[0]).double(), "not plain float32"),
         (lambda: changed(network(**ARCHITECTURES[0]), lambda m: m.conv_in.register_forward_hook(lambda *_: None)), "hooks"),
@@ -224,6 +222,12 @@ def test_other_data_and_autocast_are_not_planned():
         assert plan_obstacle(net, images(2))
     table = make_table(GaussianDiffusion(NoiseSchedule.linear(20)), steps=2)
     assert ReverseStep(net, table, images(2)).plan is not None and ReverseStep(net, table, images(2), planned=False).plan is None
+
+
+@pytest.mark.parametrize("make", [lambda net: lambda x, t: net(x, t), lambda net: Inherited(**net.config).eval(), torch.compile], ids=["a function", "a subclass", "compiled"])
+def test_the_library_plans_for_its_own_network_alone(make):
+    table = make_table(GaussianDiffusion(NoiseSchedule.linear(20)), steps=2)
+    assert ReverseStep(make(network(**ARCHITECTURES[0])), table, images(2)).plan is None
 
 
 def test_bad_inputs_are_named_as_by_the_network():

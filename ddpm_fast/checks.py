@@ -21,7 +21,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         found = None
     if found is None or found < low or (high is not None and found > high):
         wanted = f"of at least {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {wanted}, got {shown(value)}")
     return found
 
 
@@ -34,7 +34,7 @@ def index(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:  # a tensor or an array of something else
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
 
 
 def real(name: str, value: Any) -> float:
@@ -52,7 +52,7 @@ def real(name: str, value: Any) -> float:
 def pair(name: str, value: Any, of: str) -> tuple:
     """Two of what ``of`` says."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} must be {of}, got {value!r}")
+        raise TypeError(f"{name} must be {of}, got {shown(value)}")
     return tuple(value)
 
 
@@ -63,7 +63,7 @@ def number(name: str, value: Any, wanted: str = "be a finite number") -> float:
     except (TypeError, ValueError, RuntimeError):  # an array of several
         found = math.nan
     if not math.isfinite(found):
-        raise ValueError(f"{name} must {wanted}, got {value!r}")
+        raise ValueError(f"{name} must {wanted}, got {shown(value)}")
     return found
 
 
@@ -72,14 +72,14 @@ def flag(name: str, value: Any) -> bool:
     if value is True or value is False:  # fast: each step of a loop asks
         return value
     if not isinstance(value, np.bool_):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of some names."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
     return value
 
 
@@ -104,7 +104,7 @@ def device(name: str, value: Any) -> torch.device:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}") from None
+        raise ValueError(f"{name} must be a torch.device or its name, got {shown(value)}") from None
 
 
 def instance(name: str, value: Any, kind: type) -> Any:
@@ -112,6 +112,14 @@ def instance(name: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def shown(value: Any) -> str:
+    """What came, in one line of a message: an array of several numbers by its shape, a long text cut off."""
+    if getattr(value, "shape", ()) and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _is_bool(value: Any) -> bool:

@@ -38,7 +38,7 @@ FOLD_SAMPLE_KNOWN = 10
 class Noise:
     """ε ~ N(0, I) of any shape, given by three integers instead of a tensor. Immutable.
 
-    Stands wherever a noise tensor may be given. The values depend on (seed, stream, sample index, element index)
+    Every function that takes a noise tensor takes a Noise. The values depend on (seed, stream, sample index, element index)
     alone: not on the device, the batch size, the memory layout, the number of threads or of ranks. Under torch.func.vmap its
     ``randomness`` decides: "different" draws by the batch index, as a batch would, "error" (the default) refuses.
 

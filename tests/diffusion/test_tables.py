@@ -105,7 +105,7 @@ def test_every_parameterisation_of_one_model_has_the_same_reverse_step(predictio
     error = 32 * EPS * conditioning(schedule, prediction).view(-1, 1, 1)
     zero = torch.zeros_like(x_t)
     assert_close_to_exact((p.x_start - expected) / error, zero, atol=1.0)
-    # The mean is the output itself where that is what it predicts, clipped or not: tests/test_mean_prediction.py.
+    # The mean is the output itself where that is what it predicts, clipped or not: tests/diffusion/test_mean_prediction.py.
     mean = GaussianDiffusion(schedule).q_posterior(x_hat if prediction == "mean" else expected, x_t, t)[0]
     assert_close_to_exact((p.mean - mean) / (error + 32 * EPS), zero, atol=1.0)
 

@@ -1,7 +1,7 @@
 """The real kernels give the same bits in whatever order their warps run, and stay within their limits when what hardware leaves open is
 chosen against them: garbage in registers and shared memory, late copies, approximate instructions an ulp off (ptxsim/schedule.py).
 
-By default one seed and small calls. PTXSIM_SEEDS=20 pytest tests/test_any_schedule.py takes more seeds, and further calls with them.
+By default one seed and small calls. PTXSIM_SEEDS=20 pytest tests/ops/test_any_schedule.py takes more seeds, and further calls with them.
 """
 import os
 

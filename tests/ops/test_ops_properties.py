@@ -1,6 +1,6 @@
 """Properties over shapes, dtypes, t and tables: kernels against float64 beside their reference twins, with hypothesis.
 
-Where a tolerance has a floor, it is in ulps of each element (tests/numerics.py). What hypothesis draws small sizes of, the other
+Where a tolerance has a floor, it is in ulps of each element (tests/support/numerics.py). What hypothesis draws small sizes of, the other
 test files have in large.
 """
 from __future__ import annotations

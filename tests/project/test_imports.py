@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "ddpm_fast"
+PACKAGE = Path(__file__).resolve().parents[2] / "ddpm_fast"
 
 
 def imports(path: Path, modules: dict[str, Path]) -> set[str]:

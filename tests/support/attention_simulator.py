@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddpm_fast.backends import native, native_missing
 
-CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 FLAGS = ["-std=c++17"]
 TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of csrc/common/dtype.h
 

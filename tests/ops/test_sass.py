@@ -18,7 +18,7 @@ from op_cases import everything, make
 from ptxsim.nvcc import assemble, compile_ptx
 from simulator import simulated
 
-CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 KERNELS = {"randn": 3, "group_norm": 18, "group_norm_backward": 20, "attention": 12, "attention_backward": 30}
 TRITON = [("q_sample", "Noise"), ("simple_loss", "Noise"), ("p_step learned, multistep and guided", "Noise"), ("vlb_terms", None)]  # one of a kind
 SPILLS = {("sm_90", "16attention_kernelIfLi256E"), ("sm_90", "30attention_backward_keys_kernelIfLi256ELi2E")}

@@ -1,4 +1,4 @@
-"""What the Triton kernels move, counted by the simulator; ``python tests/traffic.py`` prints the table of docs/kernels.md.
+"""What the Triton kernels move, counted by the simulator; ``python tests/support/traffic.py`` prints the table of docs/kernels.md.
 
 Times are a model from public peak figures (ptxsim/report.py), never a measurement.
 """
@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # ptxsim, where this is run as a program
+
 from op_cases import KEY, Case, make, upstreams
 from ptxsim import GPUS
 from simulator import Started, simulated

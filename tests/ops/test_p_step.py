@@ -169,7 +169,7 @@ def test_ancestral_step_is_the_posterior_of_the_guess(prediction, variance, clip
     diffusion, x_t, out, t, noise = diffusion_case(prediction, variance)
     p = diffusion.p_mean_variance(out, x_t, t, clip=clip)
     assert p.mean.shape == p.variance.shape == p.log_variance.shape == p.x_start.shape == x_t.shape
-    # Where the output is the mean itself, clipping leaves the step as it is: tests/test_mean_prediction.py.
+    # Where the output is the mean itself, clipping leaves the step as it is: tests/diffusion/test_mean_prediction.py.
     guess = diffusion.predict_x_start(out, x_t, t) if prediction == "mean" else p.x_start
     mean = diffusion.q_posterior(guess, x_t, t)[0]
     scale = 1 + guess.abs().max().item()

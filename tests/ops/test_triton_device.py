@@ -78,5 +78,5 @@ def test_waits_for_nothing(name, given):
 def test_what_is_asked_of_every_op(file):
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda", str(here / file)]
-    done = subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, cwd=here.parents[1], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-4000:]

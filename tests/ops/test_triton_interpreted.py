@@ -15,24 +15,24 @@ from interpreter import INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed, so there is no interpreter")
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 # Files, which of their tests (all of them force or default to the Triton kernels there), and how many must have run at least.
 RUNS = {
-    "noise": (["test_randn.py", "test_noise.py"], "triton", 60),
-    "q_sample and simple_loss": (["test_q_sample.py", "test_q_sample_grad.py", "test_simple_loss.py"], "triton", 150),
-    "p_step": (["test_p_step.py"], "triton", 55),
-    "gaussian_kl and vlb_terms": (["test_gaussian_kl.py", "test_vlb_terms.py"], "triton", 80),
+    "noise": (["ops/test_randn.py", "noise/test_noise.py"], "triton", 60),
+    "q_sample and simple_loss": (["ops/test_q_sample.py", "ops/test_q_sample_grad.py", "ops/test_simple_loss.py"], "triton", 150),
+    "p_step": (["ops/test_p_step.py"], "triton", 55),
+    "gaussian_kl and vlb_terms": (["ops/test_gaussian_kl.py", "ops/test_vlb_terms.py"], "triton", 80),
     # The noise given as a tensor: to draw it is what takes the interpreter long, and the other files do.
-    "autograd": (["test_ops_gradients.py"], "(tensor or gaussian or vlb) and not float16", 80),
-    "torch.library and torch.compile": (["test_ops_compile.py"], "Noise or gaussian or vlb or not tensor", 60),
+    "autograd": (["ops/test_ops_gradients.py"], "(tensor or gaussian or vlb) and not float16", 80),
+    "torch.library and torch.compile": (["ops/test_ops_compile.py"], "Noise or gaussian or vlb or not tensor", 60),
 }
 
 
 def run(what):
     files, chosen, _ = RUNS[what]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "-k", chosen, *(str(HERE / file) for file in files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "-k", chosen, *(str(TESTS / file) for file in files)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

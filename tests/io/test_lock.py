@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_trainer import config, images
+from tiny_training import config, images
 
 import ddpm_fast
 from ddpm_fast.io import lock

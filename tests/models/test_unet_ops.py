@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import count_compilations
 from numerics import assert_bits_equal, assert_close_to_exact, networks_rounding
-from test_randn import count_compilations
 from torch import nn
 
 from ddpm_fast import Noise, UNet

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_bits_equal
-from test_unet import TINY, batch, tiny
+from tiny_unet import TINY, batch, tiny
 from torch.testing import assert_close
 
 from ddpm_fast import EMA, GaussianDiffusion, Noise, NoiseSchedule, Sampler, UNet

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from attention_checks import check, inputs
 from attention_simulator import Sources, simulate
 from group_norm_simulated import Case, backward, forward
 from interpreter import INTERPRETED
@@ -15,9 +16,8 @@ from numerics import assert_as_accurate, assert_bits_equal
 from op_cases import NAMES, everything, make, upstreams
 from ptxsim import Module
 from ptxsim.nvcc import compile_ptx
-from test_attention_cuda import check, inputs
-from test_randn_cuda import KEY, expected
-from test_randn_cuda import simulate as simulate_randn
+from randn_simulated import KEY, expected
+from randn_simulated import simulate as simulate_randn
 
 from ddpm_fast.backends import native, native_missing
 

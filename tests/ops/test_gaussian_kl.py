@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
+from op_inputs import gaussian_kl_inputs as case
 
 from ddpm_fast import gaussian_kl
 from ddpm_fast.ops.gaussian_kl import exp_minus_one_minus, gaussian_kl_reference
@@ -13,12 +14,6 @@ from ddpm_fast.ops.gaussian_kl import exp_minus_one_minus, gaussian_kl_reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element; one short of a block; a prime number; a batch of small images.
 SHAPES = [(1, 1), (1, 1023), (3, 7, 19), (4, 3, 16, 16)]
-
-
-def case(shape, dtype=torch.float64, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mean1, logvar1, mean2, logvar2 = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
-    return tuple(x.to(dtype).to(device) for x in (mean1, 2 * logvar1 - 2, mean2, 2 * logvar2 - 2))
 
 
 def exact_kl(mean1, logvar1, mean2, logvar2):

@@ -10,17 +10,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from group_norm_inputs import PARAMETERS, ROWS, every_layout, make, stored
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
-from op_cases import thread_count
+from op_cases import KEY, thread_count
 from torch.utils.checkpoint import checkpoint
 
-from ddpm_fast import Noise, group_norm
+from ddpm_fast import group_norm
 from ddpm_fast.noise.philox import dropout_mask_reference, philox4x32_10
 
-KEY = Noise(seed=2**63 + 5, stream=7, first_sample=2**32 - 2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS = ("pre_bias", "scale", "shift")
-PARAMETERS = ("weight", "bias")
 # (shape, groups)
 SIZES = [
     ((1, 1, 1), 1),  # the smallest: a group of one element
@@ -35,25 +33,6 @@ SIZES = [
 ]
 every_size = pytest.mark.parametrize("shape, groups", SIZES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
-every_layout = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-
-
-def stored(x, layout):
-    if layout == "channels_last":
-        layout = {4: "channels_last", 5: "channels_last_3d"}.get(x.ndim, "contiguous")
-    return x.contiguous(memory_format=LAYOUTS[layout])
-
-
-def make(shape, dtype=torch.float32, *, given=(*PARAMETERS, *ROWS), small=None, layout="contiguous", seed=0):
-    """The tensors of a call; ``small`` is the dtype of all but x."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
-    n, c, *_ = shape
-    tensors = {"x": stored((draw(*shape) + 0.5).to(dtype), layout)}
-    for name in given:
-        tensors[name] = draw(*((c,) if name in PARAMETERS else (n, c))).to(small or dtype)
-    return tensors
 
 
 def run(tensors, groups, backend=None, *, grad_y=None, **options):

@@ -1,12 +1,12 @@
 """csrc/cuda/group_norm_backward.cu in the simulator: all gradients against autograd in float64, as test_group_norm_cuda.py does forward."""
 import pytest
 import torch
+from group_norm_inputs import CUT, FLAGS, SHAPES
 from group_norm_simulated import OPTIONAL, TAGS, Case, backward, backward_on_device
 from machine import SIMULATED_ARCHS, nvcc_missing
 from numerics import assert_as_accurate, assert_bits_equal
 from ptxsim import Module
 from ptxsim.nvcc import compile_ptx
-from test_group_norm_cuda import CUT, FLAGS, SHAPES
 
 from ddpm_fast.backends import missing, native, native_missing
 

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from group_norm_inputs import CUT, FLAGS, SHAPES
 from group_norm_simulated import KEY, OPTIONAL, TAGS, Case, backward_on_device, forward, forward_on_device
 from machine import SIMULATED_ARCHS, nvcc_missing
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
@@ -15,26 +16,6 @@ from ptxsim import Module
 from ptxsim.nvcc import assemble, compile_ptx
 
 from ddpm_fast.backends import missing, native, native_missing
-
-FLAGS = ["-std=c++17"]
-SHAPES = [
-    (2, 6, 1, 2),  # one pixel; three channels a group
-    (2, 12, 49, 4),  # 7 × 7: no vectors of pixels, and in channels_last vectors of channels that lie in two groups
-    (1, 30, 63, 3),  # ten channels a group and no vectors at all
-    (3, 32, 64, 8),  # a vector of channels is a group
-    (2, 8, 64, 8),  # a group is a channel, and eight of them a slab of channels_last
-    (2, 40, 144, 4),  # ten channels a group in vectors; a warp ends within a row of them
-]
-CUT = [
-    ((1, 16, 9000, 4), False),  # slabs larger than a block holds
-    ((1, 16, 9000, 4), True),
-    ((1, 12, 5003, 3), False),  # the same without vectors, and a prime: the last tile is not full
-    ((1, 12, 5003, 3), True),
-    ((2, 1040, 3, 2), False),  # more channels a group than a block has
-    ((2, 1040, 3, 2), True),
-    ((1, 2056, 2, 8), True),  # tiles that end in the middle of a group
-]
-
 
 MANY = [  # one launch of sixteen vectors a thread, where there are slabs enough for the chip: (shape, channels_last, dtype)
     ((1, 16, 6000, 4), False, torch.float32),

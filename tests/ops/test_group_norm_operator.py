@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from group_norm_inputs import every_layout, make, stored
 from numerics import assert_bits_equal, assert_close_to_exact
-from test_group_norm import KEY, every_layout, make, stored
+from op_cases import KEY
 
 from ddpm_fast import Noise, group_norm
 

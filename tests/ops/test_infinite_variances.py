@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from interpreter import INTERPRETED
-from test_vlb_terms import STEPS
+from op_inputs import VLB_TERMS_STEPS as STEPS
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule, gaussian_kl
 from ddpm_fast.diffusion.parameterisation import bound_table

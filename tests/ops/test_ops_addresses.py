@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_bits_equal
-from op_cases import KEY, TABLES, every_case, everything, make, upstreams
-from test_ops_destinations import step_arguments
+from op_cases import KEY, TABLES, every_case, everything, make, step_arguments, upstreams
 
 from ddpm_fast.ops import attention, conv3x3, group_norm, p_step, q_sample, randn
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_bits_equal
-from op_cases import KEY, NAMES, every_case, everything, make
-from test_ops_destinations import step_arguments
+from op_cases import KEY, NAMES, every_case, everything, make, step_arguments
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.ops import attention, conv3x3, gaussian_kl, group_norm, p_step, q_sample, randn, vlb_terms

@@ -7,9 +7,9 @@ import warnings
 import op_cases
 import pytest
 import torch
+from compiling import count_compilations
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
 from op_cases import KEY, NAMES, every_case, make, upstreams
-from test_randn import count_compilations
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddpm_fast import Noise

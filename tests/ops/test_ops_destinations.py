@@ -2,7 +2,7 @@
 import pytest
 import torch
 from numerics import assert_bits_equal
-from op_cases import KEY, make, thread_count
+from op_cases import KEY, make, step_arguments, thread_count
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ddpm_fast.ops import p_step, q_sample, randn
@@ -12,12 +12,6 @@ SHAPES = [(3, 2, 517), (4, 3, 41, 43)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GIVEN = pytest.mark.parametrize("given", ["Noise", "tensor"])
 P_STEPS = pytest.mark.parametrize("name", ["p_step", "p_step learned, multistep and guided"])
-
-
-def step_arguments(case):
-    """Of p_step itself, by name."""
-    arguments = {part: x for part, x in case.arguments.items() if part not in ("without", "scale", "with_x_start")}
-    return arguments | dict(guidance=(case.arguments["without"], case.arguments["scale"])) if case.arguments["without"] is not None else arguments
 
 
 def new(x):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
+from op_inputs import p_step_inputs as case
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.diffusion.parameterisation import PREDICTIONS, VARIANCES
@@ -12,24 +13,10 @@ from ddpm_fast.ops import p_step
 from ddpm_fast.ops.p_step import COLUMNS, p_step_reference
 
 EPS = 2.0**-52
-T = 12
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element; one short of a block; a prime number of them; small colour images.
 SHAPES = [(1, 1), (3, 1023), (2, 3, 43), (4, 3, 16, 16)]
 KINDS = ["fixed", "learned", "learned_range"]
-
-
-def case(shape, dtype=torch.float32, device="cpu", kind="fixed", seed=0):
-    """(x_t, out, t with both ends, random table whose row 0 takes no noise, noise tensor)."""
-    generator = torch.Generator().manual_seed(seed)
-    channels = shape[1] * (1 if kind == "fixed" else 2)
-    x_t, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    out = torch.randn(shape[0], channels, *shape[2:], generator=generator)
-    t = torch.arange(shape[0]) * (T - 1) // max(shape[0] - 1, 1)
-    table = torch.randn(T, len(COLUMNS), generator=generator)
-    table[:, COLUMNS.index("noise")] = 1.0
-    table[0, COLUMNS.index("noise")] = 0.0
-    return x_t.to(device, dtype), out.to(device, dtype), t.to(device), table.to(device), noise.to(device, dtype)
 
 
 def exact_step(x_t, out, t, table, noise, kind="fixed", clip=True, previous=None, guidance=None):

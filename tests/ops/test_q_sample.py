@@ -9,48 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate, assert_bits_equal
+from op_cases import KEY
+from op_inputs import Q_SAMPLE_SHAPES as SHAPES
+from op_inputs import Q_SAMPLE_STEPS as STEPS
+from op_inputs import exact_q_sample as exact
+from op_inputs import q_sample_inputs as case
 
 from ddpm_fast import Noise
 from ddpm_fast.ops import q_sample, randn
 from ddpm_fast.ops.q_sample import q_sample_reference
 
-STEPS = 1000
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [
-    (1, 1),  # the smallest
-    (2,),  # no dimension but the batch
-    (2, 3),  # less than a counter block
-    (3, 1023),  # one short of the kernel's run of 1024 elements
-    (2, 1024),  # just a run
-    (4, 4099),  # a prime of several runs, rows that are not aligned
-    (5, 3, 32, 32),  # a small batch of images
-]
-KEY = Noise(seed=2**63 + 5, stream=7, first_sample=2**32 - 2)
-
-
-def tables(dtype=torch.float32):
-    """√ᾱ and √(1-ᾱ) of Ho's linear schedule, rounded last."""
-    alphas_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0)
-    kind = torch.float64 if dtype == torch.float64 else torch.float32
-    return alphas_bar.sqrt().to(kind), (1 - alphas_bar).sqrt().to(kind)
-
-
-def timesteps(count):
-    """t = 0 and T-1 are always there, as far as there is room."""
-    t = torch.randint(STEPS, (count,))
-    t[0], t[-1] = 0, STEPS - 1
-    return t
-
-
-def case(shape, dtype, device="cpu"):
-    x = (torch.rand(shape, dtype=torch.float64) * 2 - 1).to(dtype)
-    return [value.to(device) for value in (x, timesteps(shape[0]), *tables(dtype))]
-
-
-def exact(x, t, signal, sigma, epsilon):
-    """The formula in float64 from the values that the kernel is given."""
-    broad = (-1, *[1] * (x.ndim - 1))
-    return signal.double()[t].view(broad) * x.double() + sigma.double()[t].view(broad) * epsilon.double()
 
 
 @pytest.mark.backends("q_sample")

@@ -2,10 +2,15 @@
 import pytest
 import torch
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
-from test_q_sample import DTYPES, KEY, SHAPES, case, exact
+from op_cases import KEY
+from op_inputs import Q_SAMPLE_SHAPES as SHAPES
+from op_inputs import exact_q_sample as exact
+from op_inputs import q_sample_inputs as case
 
 from ddpm_fast.ops import q_sample
 from ddpm_fast.ops.q_sample import q_sample_reference, scale_rows, scale_rows_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def leaves(*tensors):

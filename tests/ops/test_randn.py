@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from compiling import count_compilations
 from numerics import assert_bits_equal
 
 from ddpm_fast import Noise
@@ -159,19 +160,6 @@ def test_opcheck(dtype):
 def test_operator_takes_unsigned_keys_in_signed_arguments():
     out = torch.ops.ddpm_fast.randn(*operator_arguments())
     assert_bits_equal(out, expected((3, 5), Noise(2**63 + 5, 2**31 + 1, 2**64 - 1), torch.float32))
-
-
-def count_compilations(backend):
-    """A torch.compile backend that counts the graphs it is given."""
-    from torch._dynamo.backends.registry import lookup_backend
-
-    inner, graphs = lookup_backend(backend), []
-
-    def compile_graph(graph, inputs):
-        graphs.append(graph)
-        return inner(graph, inputs)
-
-    return compile_graph, graphs
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -2,28 +2,17 @@
 import pytest
 import torch
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
+from op_inputs import SIMPLE_LOSS_STEPS as T
+from op_inputs import simple_loss_inputs as case
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.diffusion.parameterisation import PREDICTIONS
 from ddpm_fast.ops import simple_loss
 from ddpm_fast.ops.simple_loss import simple_loss_reference
 
-T = 7
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element; one short of a block; a prime number of them; small colour images.
 SHAPES = [(1, 1), (3, 1023), (2, 3, 43), (4, 3, 16, 16)]
-
-
-def case(shape, dtype=torch.float32, device="cpu", doubled=False, seed=0):
-    """(out, x_start, t with both ends, tables, noise tensor)."""
-    generator = torch.Generator().manual_seed(seed)
-    channels = shape[1] * (2 if doubled else 1)
-    out = torch.randn(shape[0], channels, *shape[2:], generator=generator)
-    x_start = torch.rand(shape, generator=generator) * 2 - 1
-    noise = torch.randn(shape, generator=generator)
-    t = torch.arange(shape[0]) * (T - 1) // max(shape[0] - 1, 1)
-    tables = [torch.rand(T, generator=generator) + 0.5 for _ in range(3)]
-    return (out.to(device, dtype), x_start.to(device, dtype), t.to(device), [table.to(device) for table in tables], noise.to(device, dtype))
 
 
 def exact_loss(out, x_start, t, tables, noise):

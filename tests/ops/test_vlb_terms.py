@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
+from op_inputs import VLB_TERMS_STEPS as STEPS
+from op_inputs import vlb_terms_inputs as case
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule
 from ddpm_fast.diffusion.parameterisation import PREDICTIONS, VARIANCES, bound_table
@@ -16,23 +18,6 @@ LN2 = math.log(2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element; one short of a block; a prime number of them; a colour image.
 SHAPES = [(1, 1), (2, 1023), (2, 3, 43), (2, 3, 8, 8)]
-STEPS = 30
-
-
-def case(shape, diffusion, dtype=torch.float64, device="cpu", seed=0, t=None):
-    """(out, x_start on the grid with pixels at both ends, x_t, t with both ends)."""
-    generator = torch.Generator().manual_seed(seed)
-    top = diffusion.levels - 1
-    pixels = torch.randint(-top // 8, top + top // 8 + 1, shape, generator=generator).clamp(0, top)
-    x_start = pixels.double() / top * 2 - 1
-    t = torch.arange(shape[0]) * (len(diffusion) - 1) // max(shape[0] - 1, 1) if t is None else torch.as_tensor(t)
-    noise, error = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    x_t = diffusion.q_sample(x_start, t, noise)
-    out = diffusion.target(x_start, t, noise) + 0.1 * error
-    if diffusion.learns_variance:
-        centre = -3.0 if diffusion.variance == "learned" else 0.0
-        out = torch.cat([out, centre + torch.randn(shape, generator=generator, dtype=torch.float64)], 1)
-    return out.to(device, dtype), x_start.to(device, dtype), x_t.to(device, dtype), t.to(device)
 
 
 def normal_cdf(z, cdf):

@@ -7,12 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-import test_gaussian_kl
-import test_p_step
-import test_q_sample
-import test_simple_loss
-import test_vlb_terms
 import torch
+from op_inputs import VLB_TERMS_STEPS, gaussian_kl_inputs, p_step_inputs, q_sample_inputs, simple_loss_inputs, vlb_terms_inputs
 from torch import Tensor
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
@@ -68,12 +64,12 @@ class Case:
 
 
 def _q_sample(shape, dtype, noise):
-    x_start, t, signal, sigma = test_q_sample.case(shape, dtype)
+    x_start, t, signal, sigma = q_sample_inputs(shape, dtype)
     return Case("q_sample", q_sample, dict(x_start=x_start, t=t, signal=signal, sigma=sigma, noise=noise), ("x_start", "noise"))
 
 
 def _simple_loss(shape, dtype, noise, doubled=False):
-    out, x_start, t, tables, _ = test_simple_loss.case(shape, dtype, doubled=doubled)
+    out, x_start, t, tables, _ = simple_loss_inputs(shape, dtype, doubled=doubled)
     weight, x_start_coef, noise_coef = (table.to(table_dtype(dtype)) for table in tables)
     tables = dict(weight=weight, x_start_coef=x_start_coef, noise_coef=noise_coef)
     return Case("simple_loss", simple_loss, dict(out=out, x_start=x_start, t=t, **tables, noise=noise), ("out",))
@@ -84,8 +80,8 @@ def _call_p_step(*, without, scale, with_x_start, **others):
 
 
 def _p_step(shape, dtype, noise, kind="fixed", guided=False):
-    x_t, out, t, table, _ = test_p_step.case(shape, dtype, kind=kind)
-    previous, without, *_ = test_p_step.case(shape, dtype, kind=kind, seed=1)
+    x_t, out, t, table, _ = p_step_inputs(shape, dtype, kind=kind)
+    previous, without, *_ = p_step_inputs(shape, dtype, kind=kind, seed=1)
     arguments = dict(x_t=x_t, out=out, t=t, table=table.to(table_dtype(dtype)), noise=noise, variance=kind, clip=guided)
     arguments |= dict(x_start_previous=previous, without=without, scale=1.5) if guided else dict(x_start_previous=None, without=None, scale=1.0)
     leaves = ("x_t", "out", "noise", *(("x_start_previous", "without") if guided else ()))
@@ -93,7 +89,7 @@ def _p_step(shape, dtype, noise, kind="fixed", guided=False):
 
 
 def _gaussian_kl(shape, dtype, _, reduction=None):
-    mean1, logvar1, mean2, logvar2 = test_gaussian_kl.case(shape, dtype)
+    mean1, logvar1, mean2, logvar2 = gaussian_kl_inputs(shape, dtype)
     if reduction:  # one value a sample, which the kernel reads where it lies
         logvar2 = logvar2.flatten(1)[:, :1].reshape(-1, *[1] * (len(shape) - 1)).clone()
     arguments = dict(mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2, reduction=reduction)
@@ -101,8 +97,8 @@ def _gaussian_kl(shape, dtype, _, reduction=None):
 
 
 def _vlb_terms(shape, dtype, _, variance="fixed_large", clip=False, cdf="tanh", levels=256):
-    diffusion = GaussianDiffusion(NoiseSchedule.linear(test_vlb_terms.STEPS, 1e-3, 0.3), "epsilon", variance, levels)
-    out, x_start, x_t, t = test_vlb_terms.case(shape, diffusion, dtype)
+    diffusion = GaussianDiffusion(NoiseSchedule.linear(VLB_TERMS_STEPS, 1e-3, 0.3), "epsilon", variance, levels)
+    out, x_start, x_t, t = vlb_terms_inputs(shape, diffusion, dtype)
     table = bound_table(diffusion.schedule, "epsilon", variance).to(table_dtype(dtype))
     options = dict(variance=diffusion.variance_kind, clip=clip, levels=levels, cdf=cdf, detach_mean=False)
     return Case("vlb_terms", vlb_terms, dict(out=out, x_start=x_start, x_t=x_t, t=t, table=table, **options), ("out",))
@@ -130,6 +126,12 @@ def make(name: str, given: str | None, shape: tuple[int, ...], dtype: torch.dtyp
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype) if given == "tensor" else KEY
     case = MAKERS[name](shape, dtype, noise).map(lambda _, x: x.to(DEVICE))
     return case if given == "tensor" else replace(case, leaves=tuple(leaf for leaf in case.leaves if leaf != "noise"))
+
+
+def step_arguments(case):
+    """Of p_step itself, by name."""
+    arguments = {part: x for part, x in case.arguments.items() if part not in ("without", "scale", "with_x_start")}
+    return arguments | dict(guidance=(case.arguments["without"], case.arguments["scale"])) if case.arguments["without"] is not None else arguments
 
 
 def upstreams(results: tuple[Tensor, ...], seed: int = 3) -> list[Tensor]:

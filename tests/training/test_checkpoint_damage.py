@@ -6,8 +6,7 @@ import shutil
 import pytest
 import torch
 from numerics import assert_bits_equal
-from test_resume import rewrite
-from test_trainer import config, images
+from tiny_training import config, images, rewrite
 
 from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.training import Trainer, load_trained

@@ -8,11 +8,11 @@ import time
 
 import pytest
 from numerics import assert_bits_equal
-from test_trainer import TINY, config, images
+from tiny_training import TINY, config, images, rewrite
 
 from ddpm_fast.io.signals import Terminated
 from ddpm_fast.training import Trainer, load_data, load_trained
-from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ddpm_fast.training.checkpoint import CheckpointError, load_checkpoint
 
 RUNS = {
     # Three t and 15 images: the warm-up ends within two steps, so that the history is at work on both sides of the stop.
@@ -270,13 +270,6 @@ def test_interruption_after_the_last_step_keeps_it(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.run(tmp_path)
     assert load_trained(tmp_path).step == 2
-
-
-def rewrite(run, out, change):
-    """Into another folder, the checkpoint of a run with something in it changed: change(tensors, meta)."""
-    checkpoint = load_checkpoint(run)
-    change(checkpoint.tensors, checkpoint.meta)
-    save_checkpoint(out, checkpoint.tensors, checkpoint.meta)
 
 
 @pytest.fixture(scope="module")

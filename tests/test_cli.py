@@ -127,6 +127,9 @@ def test_info():
     assert facts["ddpm_fast"] == ddpm_fast.__version__
     assert facts["ops"]["q_sample"]["backends"]["reference"] == "available"
     assert "q_sample" in invoke("info").output
+    assert facts["autotuning"] == "on"
+    with ddpm_fast.autotune.disabled():
+        assert "autotuning      off: switched off" in invoke("info").output
 
 
 def test_version():

@@ -137,7 +137,7 @@ def shortened(diffusion: GaussianDiffusion, length: int) -> GaussianDiffusion:
 def draw(folder: Path, trained: TrainedModel, data: ImageData, sampler: str, length: int, count: int, seed: int, title: str, quiet: bool) -> Tensor:
     """(count, C, H, W) samples in [-1, 1], from files where they are there already."""
     chosen = Sampler(trained.model, trained.diffusion, sampler, steps=length, spacing=SPACING[sampler])
-    shape, settings = trained.image_shape, dict(checkpoint=trained.fingerprint, sampler=sampler, steps=length, spacing=SPACING[sampler], seed=seed)
+    shape, settings = trained.image_shape, dict(**trained.settings, sampler=sampler, steps=length, spacing=SPACING[sampler], seed=seed)
     with Bar(f"{title}, {length} steps", quiet=quiet) as bar:
         write_samples(
             lambda first, size: chosen((size, *shape), seed, first_sample=first, device=trained.device).cpu(), folder,

@@ -135,11 +135,6 @@ class NoiseSchedule:
         return cls((1 - alphas_bar[1:] / alphas_bar[:-1]).clamp_max(checks.number("max_beta", max_beta)), name=f"cosine({T})")
 
     @classmethod
-    def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
-        """Any betas inside (0, 1), shape (T,)."""
-        return cls(betas)
-
-    @classmethod
     def from_name(cls, name: str, T: int, **options: float) -> NoiseSchedule:
         """A schedule by name, one of :data:`SCHEDULES`; ``options`` are its keyword arguments."""
         make = getattr(cls, checks.choice("schedule", name, SCHEDULES))

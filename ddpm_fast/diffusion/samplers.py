@@ -176,9 +176,9 @@ def make_table(chain: Chain, sampler: str = "ddpm", steps: int | Sequence[int] |
     listed = isinstance(steps, (Sequence, np.ndarray, Tensor)) and not isinstance(steps, str) and getattr(steps, "ndim", 1) > 0
     if (steps is None or listed) and spacing != "even":
         raise ValueError(f"spacing is of a number of steps, got {spacing!r} for {'a list of them' if listed else 'all of them'}")
-    timesteps = as_timesteps(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, chain.schedule.log_snr)
+    timesteps = as_timesteps(steps, "steps", T) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, chain.schedule.log_snr)
     if torch.equal(timesteps, torch.arange(T, device="cpu")):
-        timesteps = None  # else respacing checks it
+        timesteps = None
     if sampler == "ddim":
         return ddim_table(chain, timesteps, eta)
     return ddpm_table(chain, timesteps) if sampler == "ddpm" else dpm_solver_table(chain, timesteps)

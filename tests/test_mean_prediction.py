@@ -13,7 +13,7 @@ from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exac
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, Sampler, ops, sample
 from ddpm_fast.diffusion.samplers import ddim_table, ddpm_table, make_table
 from ddpm_fast.evaluation import evaluate_bound
-from ddpm_fast.ops.vlb_terms import discretized_gaussian_log_likelihood
+from ddpm_fast.ops._vlb_terms import discretized_gaussian_log_likelihood
 
 T = 12
 SCHEDULE = NoiseSchedule.linear(T, 1e-3, 0.4)

@@ -12,7 +12,7 @@ from numerics import assert_as_accurate, assert_bits_equal
 
 from ddpm_fast import Noise
 from ddpm_fast.ops import q_sample, randn
-from ddpm_fast.ops.q_sample import q_sample_reference
+from ddpm_fast.ops._q_sample import q_sample_reference
 
 STEPS = 1000
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

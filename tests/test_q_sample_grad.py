@@ -5,7 +5,7 @@ from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exac
 from test_q_sample import DTYPES, KEY, SHAPES, case, exact
 
 from ddpm_fast.ops import q_sample
-from ddpm_fast.ops.q_sample import q_sample_reference, scale_rows, scale_rows_reference
+from ddpm_fast.ops._q_sample import q_sample_reference, scale_rows, scale_rows_reference
 
 
 def leaves(*tensors):

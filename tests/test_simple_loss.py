@@ -6,7 +6,7 @@ from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exac
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.diffusion.parameterisation import PREDICTIONS
 from ddpm_fast.ops import simple_loss
-from ddpm_fast.ops.simple_loss import simple_loss_reference
+from ddpm_fast.ops._simple_loss import simple_loss_reference
 
 T = 7
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -28,8 +28,8 @@ from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_range, gather, table_dtype
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, log_variance, split_output
-from ddpm_fast.ops.p_step import COLUMNS as STEP_COLUMNS
-from ddpm_fast.ops.vlb_terms import CDFS, MAX_LEVELS
+from ddpm_fast.ops._p_step import COLUMNS as STEP_COLUMNS
+from ddpm_fast.ops._vlb_terms import CDFS, MAX_LEVELS
 
 Model = Callable[[Tensor, Tensor], Tensor]
 LOSSES = ("simple", "vlb", "hybrid")

@@ -14,7 +14,7 @@ from ddpm_fast import checks
 from ddpm_fast.diffusion.parameterisation import VARIANCES, log_variance_range, x_start_coefficients
 from ddpm_fast.diffusion.schedules import NoiseSchedule, as_timesteps
 from ddpm_fast.ops._output import FIXED
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
 
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 SPACINGS = ("even", "quadratic", "logsnr")
@@ -36,7 +36,7 @@ class StepTable:
     """A sampler: rows in the order of time, so that sampling walks them from the last to the first.
 
     Attributes:
-        table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/p_step.py.
+        table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/_p_step.py.
         timesteps: (S,) int64, the t that the model is told at each row.
         chain_times: (S,) int64, the time of the diffusion's own chain; another one where its schedule was respaced.
         variance: how the log-variance columns are read.

@@ -21,9 +21,9 @@ from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
 from ddpm_fast.backends import native
 from ddpm_fast.models import layers
 from ddpm_fast.models.levels import DownLevel, Middle, UpLevel
-from ddpm_fast.ops.attention import attention_cpu
-from ddpm_fast.ops.conv3x3 import conv3x3_cpu_call
-from ddpm_fast.ops.group_norm import group_norm_cpu_call
+from ddpm_fast.ops._attention import attention_cpu
+from ddpm_fast.ops._conv3x3 import conv3x3_cpu_call
+from ddpm_fast.ops._group_norm import group_norm_cpu_call
 
 _KNOWN = {
     DownLevel, Middle, UpLevel, layers.Conv3x3, layers.Downsample, layers.GroupNormAct, layers.ResidualBlock, layers.SelfAttention,

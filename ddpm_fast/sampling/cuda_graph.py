@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_fast._memory import overlap
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops.randn import randn
+from ddpm_fast.ops._randn import randn
 from ddpm_fast.sampling.step import ReverseStep
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]

@@ -13,7 +13,7 @@ from ddpm_fast.diffusion.samplers import StepTable
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import gather
 from ddpm_fast.ops._output import check_output, split_output
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
 
 
 class Guidance(NamedTuple):

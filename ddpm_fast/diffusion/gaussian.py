@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -30,9 +31,10 @@ from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_ra
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, log_variance, split_output
 from ddpm_fast.ops._p_step import COLUMNS as STEP_COLUMNS
 from ddpm_fast.ops._vlb_terms import CDFS, MAX_LEVELS
+from ddpm_fast.types import Cdf, Loss, Prediction, Variance, Weight
 
 Model = Callable[[Tensor, Tensor], Tensor]
-LOSSES = ("simple", "vlb", "hybrid")
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 GUESS_COLUMNS = ("from_x_t", "from_out")  # of a p_step table: they make x̂0
 
 
@@ -77,7 +79,13 @@ class GaussianDiffusion:
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, prediction: str = "epsilon", variance: str = "fixed_large", levels: int = 256, *, cdf: str = "tanh"
+        self,
+        schedule: NoiseSchedule,
+        prediction: Prediction = "epsilon",
+        variance: Variance = "fixed_large",
+        levels: int = 256,
+        *,
+        cdf: Cdf = "tanh",
     ) -> None:
         self.schedule = checks.instance("schedule", schedule, NoiseSchedule)
         self.prediction = checks.choice("prediction", prediction, PREDICTIONS)
@@ -87,7 +95,7 @@ class GaussianDiffusion:
         factors = torch.stack(x_start_coefficients(schedule, prediction)).float()
         if not factors.isfinite().all():
             raise ValueError(f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} ({schedule.name})")
-        self._tables: dict[tuple, Tensor] = {}
+        self._tables: dict[tuple[object, ...], Tensor] = {}
 
     def __len__(self) -> int:
         """T, the number of steps."""
@@ -226,7 +234,7 @@ class GaussianDiffusion:
         return ops.q_sample(x_start, t, *self._target_tables(checks.tensor("x_start", x_start)), noise)
 
     def simple_loss(
-        self, model_output: Tensor, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, weight: str = "uniform", gamma: float | None = None
+        self, model_output: Tensor, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, weight: Weight = "uniform", gamma: float | None = None
     ) -> Tensor:
         """Weighted mean squared error of the prediction (Ho et al., eq. 14, for any prediction).
 
@@ -266,8 +274,8 @@ class GaussianDiffusion:
         t: Tensor,
         noise: Noise | Tensor,
         *,
-        kind: str = "simple",
-        weight: str = "uniform",
+        kind: Loss = "simple",
+        weight: Weight = "uniform",
         gamma: float | None = None,
     ) -> Tensor:
         """A training loss of each sample.
@@ -293,7 +301,8 @@ class GaussianDiffusion:
         return simple + len(self) / 1000.0 * self.vlb_terms(model_output, x_start, x_t, t, detach_mean=True)
 
     def _target_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(self.table(f"target_{i}", like, lambda i=i: target_coefficients(self.schedule, self.prediction)[i]) for i in (0, 1))
+        make = partial(target_coefficients, self.schedule, self.prediction)
+        return self.table("target_x_start", like, lambda: make()[0]), self.table("target_noise", like, lambda: make()[1])
 
     # The bound.
 
@@ -357,7 +366,8 @@ class GaussianDiffusion:
             raise TypeError(f"noise must be a Noise, which gives each step its own draw, got {type(noise).__name__}")
         checks.function("model", model)
         checks.function("report", report)
-        checks.instance("timesteps", timesteps, Iterable)
+        if not isinstance(timesteps, Iterable):
+            raise TypeError(f"timesteps must be an Iterable, got {type(timesteps).__name__}")
         checks.flag("clip", clip)
         check_data("x_start", x_start)
         check_unit_range("x_start", x_start)

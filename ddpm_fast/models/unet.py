@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import operator
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from ddpm_fast.models.layers import Conv3x3, Downsample, GroupNormAct, ResidualB
 from ddpm_fast.models.levels import SAMPLES_A_BLOCK, DownLevel, Masks, Middle, UpLevel
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.noise import Noise
+from ddpm_fast.types import Preset
 
 
 class UNet(nn.Module):
@@ -64,9 +67,9 @@ class UNet(nn.Module):
         in_channels: int = 3,
         out_channels: int | None = None,
         base_channels: int = 128,
-        channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
         num_blocks: int = 2,
-        attention_resolutions: tuple[int, ...] = (16,),
+        attention_resolutions: Sequence[int] = (16,),
         image_size: int = 32,
         num_heads: int = 1,
         head_channels: int | None = None,
@@ -78,7 +81,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        self._config = dict(
+        self._config: dict[str, Any] = dict(
             in_channels=in_channels, out_channels=out_channels, base_channels=base_channels,
             channel_mult=channel_mult, num_blocks=num_blocks,
             attention_resolutions=attention_resolutions, image_size=image_size, num_heads=num_heads,
@@ -111,34 +114,34 @@ class UNet(nn.Module):
 
         channels = base_channels
         skip_channels = [channels]
-        self.down = nn.ModuleList()
+        down = []
         for level, width in enumerate(widths):
-            blocks, attentions, resample = [], [], {}
+            blocks, attentions = [], []
             for _ in range(num_blocks):
                 blocks.append(block(channels, width))
                 channels = width
                 if resolutions[level] in attention_resolutions:
                     attentions.append(attention(channels))
                 skip_channels.append(channels)
-            if level < len(widths) - 1:
-                resample["downsample"] = Downsample(channels)
+            last = level == len(widths) - 1
+            if not last:
                 skip_channels.append(channels)
-            self.down.append(DownLevel(blocks, attentions, resample))
+            down.append(DownLevel(blocks, attentions, None if last else Downsample(channels)))
+        self.down = cast("Sequence[DownLevel]", nn.ModuleList(down))
 
         self.mid = Middle(block(channels, channels), attention(channels), block(channels, channels))
 
         # In order of execution: up[0] has the lowest resolution.
-        self.up = nn.ModuleList()
+        up = []
         for level, width in reversed(list(enumerate(widths))):
-            blocks, attentions, resample = [], [], {}
+            blocks, attentions = [], []
             for _ in range(num_blocks + 1):
                 blocks.append(block(channels + skip_channels.pop(), width))
                 channels = width
                 if resolutions[level] in attention_resolutions:
                     attentions.append(attention(channels))
-            if level > 0:
-                resample["upsample"] = Upsample(channels)
-            self.up.append(UpLevel(blocks, attentions, resample))
+            up.append(UpLevel(blocks, attentions, Upsample(channels) if level > 0 else None))
+        self.up = cast("Sequence[UpLevel]", nn.ModuleList(up))
 
         self.norm_out = GroupNormAct(norm_groups, channels, norm_eps)
         self.conv_out = Conv3x3(channels, out_channels * (2 if learned_variance else 1), init_scale=0.0)
@@ -146,7 +149,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> UNet:
+    def from_preset(cls, name: Preset, **overrides: Any) -> UNet:
         """Build a network of the table in presets.py.
 
         Args:
@@ -159,7 +162,7 @@ class UNet(nn.Module):
         return cls(**{**PRESETS[checks.choice("preset", name, sorted(PRESETS))], **overrides})
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """The arguments of this network, JSON-able: `UNet(**model.config)` has the same architecture."""
         return copy.deepcopy(self._config)
 
@@ -204,8 +207,8 @@ class UNet(nn.Module):
         for level in self.down:
             x = level(x, embedding, masks, skips)
         x = self.mid(x, embedding, masks)
-        for level in self.up:
-            x = level(x, embedding, masks, skips)
+        for level_up in self.up:
+            x = level_up(x, embedding, masks, skips)
         return self.conv_out(self.norm_out(x)).contiguous()
 
     def cpu_plan(self, like: Tensor, samples: int, timesteps: Tensor, labels: Tensor | None) -> UNetPlan | None:
@@ -253,7 +256,7 @@ _OPTIONAL = "head_channels", "num_classes"
 _INTEGERS = "in_channels", "out_channels", "base_channels", "num_blocks", "image_size", "num_heads", "norm_groups", *_OPTIONAL
 
 
-def _check_config(config: dict) -> None:
+def _check_config(config: dict[str, Any]) -> None:
     """Raise TypeError or ValueError unless the arguments describe a network. What they hold becomes JSON-able: Python's own numbers."""
     for name in _INTEGERS:
         if config[name] is not None or name not in _OPTIONAL:
@@ -304,9 +307,9 @@ def _check_config(config: dict) -> None:
 def _positive_int(name: str, value: object) -> int:
     """NumPy's integers are integers too."""
     try:
-        value = operator.index(None if isinstance(value, bool) else value)
+        found = operator.index(cast(SupportsIndex, None if isinstance(value, bool) else value))  # which says if it is none
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, got {found}")
+    return found

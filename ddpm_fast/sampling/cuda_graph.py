@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -81,11 +82,11 @@ class StepGraph:
     def set_labels(self, labels: Tensor | None) -> StepGraph:
         """For the next batch; whether there are any, and how many, is fixed."""
         if labels is not None:
-            self.step.labels[: len(labels)].copy_(labels)
+            cast(Tensor, self.step.labels)[: len(labels)].copy_(labels)
         return self
 
     def __call__(
-        self, row: int, x_t: Tensor, noise: Noise | Tensor, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
+        self, row: int, x_t: Tensor, noise: Noise, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """As :class:`ReverseStep`; without ``keep`` it gives its own memory, which the next step writes over."""
         if x_t is not self.x:

@@ -108,7 +108,7 @@ class UNet(nn.Module):
             return SelfAttention(channels, heads, norm_groups, norm_eps)
 
         self.time_embedding = TimeEmbedding(base_channels)
-        # Row K is the null class: what `y=None` means, and what label dropout trains.
+        # Row K is the null class: what `labels=None` means, and what label dropout trains.
         self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_channels)
         self.conv_in = Conv3x3(in_channels, base_channels)
 
@@ -166,14 +166,14 @@ class UNet(nn.Module):
         """The arguments of this network, JSON-able: `UNet(**model.config)` has the same architecture."""
         return copy.deepcopy(self._config)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, dropout: Noise | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, dropout: Noise | None = None) -> Tensor:
         """Predict from x_t and t (the noise, or whatever the network was trained for).
 
         Args:
             x_t: (N, in_channels, H, W) of any floating dtype; all is computed in that of the weights, or as autocast has it. H and W
                 divisible by 2**(levels - 1). NCHW and channels_last are both taken; inside it is channels_last.
             t: (N,), int64 in {0, ..., T-1} or floating point, on the device of x_t.
-            y: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
+            labels: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
                 The values are not checked here: that would synchronise the device. (On CPU the lookup raises.)
             dropout: what the masks are made from while training: the same ones on any device and for any batch size, its
                 first_sample telling where the batch begins; below 2^48 for all samples. Replicas of the model that have a part
@@ -185,19 +185,19 @@ class UNet(nn.Module):
 
         Raises:
             TypeError: for what is no tensor, or of a wrong dtype.
-            ValueError: for a wrong shape, or y given to an unconditional model.
+            ValueError: for a wrong shape, or labels given to a model without classes.
         """
-        self._check_inputs(x_t, t, y)
+        self._check_inputs(x_t, t, labels)
         dtype = self.conv_in.weight.dtype
         if x_t.dtype != dtype and not _autocast_unites(x_t, dtype):
-            return self.forward(x_t.to(dtype), t, y, dropout=dropout).to(x_t.dtype)
+            return self.forward(x_t.to(dtype), t, labels, dropout=dropout).to(x_t.dtype)
         if dropout is not None and checks.instance("dropout", dropout, Noise).first_sample + x_t.shape[0] > SAMPLES_A_BLOCK:
             raise ValueError(f"dropout must be a Noise whose samples are below 2^48, got {dropout} for {x_t.shape[0]} samples")
         masks = Masks(dropout)
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:
-            labels = self.label_embedding.weight[self.num_classes] if y is None else self.label_embedding(y)
-            embedding = embedding + labels
+            classes = self.label_embedding.weight[self.num_classes] if labels is None else self.label_embedding(labels)
+            embedding = embedding + classes
         embedding = F.silu(embedding)
 
         # A one-channel image is in both layouts at once and the convolution would choose NCHW: hence after conv_in too.
@@ -224,7 +224,7 @@ class UNet(nn.Module):
             return None
         return UNetPlan(self, torch.Size((samples, *like.shape[1:])), timesteps, labels)
 
-    def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:
+    def _check_inputs(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
         if checks.tensor("x_t", x_t).dim() != 4 or x_t.shape[1] != self.in_channels:
             raise ValueError(f"x_t must have shape (N, {self.in_channels}, H, W), got {tuple(x_t.shape)}")
         if not x_t.is_floating_point():
@@ -236,14 +236,14 @@ class UNet(nn.Module):
             raise TypeError(f"t must have dtype torch.int64 or a floating-point dtype, got {t.dtype}")
         if t.dim() != 1 or t.shape[0] != n:
             raise ValueError(f"t must have shape ({n},), got {tuple(t.shape)}")
-        if y is None:
+        if labels is None:
             return
         if self.label_embedding is None:
-            raise ValueError("y must be None: this model is unconditional (num_classes=None)")
-        if checks.tensor("y", y).dtype != torch.int64:
-            raise TypeError(f"y must have dtype torch.int64, got {y.dtype}")
-        if y.dim() != 1 or y.shape[0] != n:
-            raise ValueError(f"y must have shape ({n},), got {tuple(y.shape)}")
+            raise ValueError("labels must be None for a model without classes (num_classes=None)")
+        if checks.tensor("labels", labels).dtype != torch.int64:
+            raise TypeError(f"labels must have dtype torch.int64, got {labels.dtype}")
+        if labels.dim() != 1 or labels.shape[0] != n:
+            raise ValueError(f"labels must have shape ({n},), got {tuple(labels.shape)}")
 
 
 def _autocast_unites(x: Tensor, dtype: torch.dtype) -> bool:

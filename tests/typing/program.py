@@ -24,7 +24,7 @@ def train_step(x_start: Tensor, labels: Tensor, step: int, kind: Loss = "hybrid"
     noise = df.Noise(seed=0, stream=step)
     t = noise.fold_in(1).integers(len(x_start), high=len(schedule))
     x_t = diffusion.q_sample(x_start, t, noise)
-    out: Tensor = model(x_t, t, labels, dropout=noise.fold_in(2))
+    out: Tensor = model(x_t, t, labels=labels, dropout=noise.fold_in(2))
     loss = diffusion.loss(out, x_start, x_t, t, noise, kind=kind, weight=weight).mean()
     optimizer.zero_grad()
     loss.backward()

@@ -46,7 +46,6 @@ NOT_NONE = (3, "x", [1], X)
 
 CALLS = {
     NoiseSchedule: (dict(betas=[0.1, 0.2]), dict(betas=BETAS, timesteps=TIMESTEPS[:6])),
-    NoiseSchedule.from_betas: (dict(betas=[0.1, 0.2]), dict(betas=BETAS)),
     NoiseSchedule.linear: (dict(T=5), dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta"), rescale=FLAG)),
     NoiseSchedule.quadratic: (dict(T=5), dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta"))),
     NoiseSchedule.sigmoid: (dict(T=5), dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta"))),

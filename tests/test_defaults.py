@@ -27,7 +27,7 @@ def schedules():
     for name in SCHEDULES:
         schedule = df.NoiseSchedule.from_name(name, 30)
         yield from (schedule.snr, schedule.respace([0, 4, 29]).betas, schedule.respace(np.array([2, 3])).posterior_log_variance)
-    yield df.NoiseSchedule.from_betas([0.1, 0.2]).alphas_bar
+    yield df.NoiseSchedule([0.1, 0.2]).alphas_bar
 
 
 torch.manual_seed(0)

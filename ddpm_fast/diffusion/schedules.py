@@ -29,6 +29,11 @@ class NoiseSchedule:
     Every table is a float64 CPU tensor of shape (T,); :class:`~ddpm_fast.GaussianDiffusion` casts them to the data's
     dtype and device once, after all arithmetic.
 
+    Args:
+        betas: (T,) floating-point numbers inside (0, 1): any, where none of the methods below has those that are wanted.
+        name: of the schedule, for messages.
+        timesteps: (T,), the time indices that the model is told; 0..T-1 by default.
+
     Attributes:
         betas: variance added by step t, in (0, 1).
         alphas: 1 - betas, the share of the signal's variance that step t leaves.
@@ -135,11 +140,6 @@ class NoiseSchedule:
         u = (torch.arange(T + 1, dtype=torch.float64, device="cpu") / T + s) / (1 + s)
         alphas_bar = torch.cos(u * (math.pi / 2)) ** 2
         return cls((1 - alphas_bar[1:] / alphas_bar[:-1]).clamp_max(checks.number("max_beta", max_beta)), name=f"cosine({T})")
-
-    @classmethod
-    def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
-        """Any betas inside (0, 1), shape (T,)."""
-        return cls(betas)
 
     @classmethod
     def from_name(cls, name: ScheduleName, T: int, **options: float) -> NoiseSchedule:

@@ -7,10 +7,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+
+Name = TypeVar("Name", bound=str)
+Kind = TypeVar("Kind")
+Callback = TypeVar("Callback")
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -28,7 +32,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 def index(name: str, value: Any) -> int:
     """An integer of any size, on an op's way: a compiler's SymInt stays one."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return cast(int, value)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     try:
@@ -40,7 +44,7 @@ def index(name: str, value: Any) -> int:
 def real(name: str, value: Any) -> float:
     """What compares as a float does, on an op's way: anything but a text that says one; a compiler's SymFloat stays one."""
     if isinstance(value, (int, float, torch.SymFloat)):
-        return value
+        return cast(float, value)
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
@@ -49,11 +53,11 @@ def real(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
 
 
-def pair(name: str, value: Any, of: str) -> tuple:
+def pair(name: str, value: Any, of: str) -> tuple[Any, Any]:
     """Two of what ``of`` says."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be {of}, got {shown(value)}")
-    return tuple(value)
+    return value[0], value[1]
 
 
 def number(name: str, value: Any, wanted: str = "be a finite number") -> float:
@@ -76,14 +80,14 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def choice(name: str, value: Any, choices: Sequence[Name]) -> Name:
     """One of some names."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
-    return value
+    return cast(Name, value)
 
 
-def function(name: str, value: Any) -> Any:
+def function(name: str, value: Callback) -> Callback:
     """Anything that can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {type(value).__name__}")
@@ -107,7 +111,7 @@ def device(name: str, value: Any) -> torch.device:
         raise ValueError(f"{name} must be a torch.device or its name, got {shown(value)}") from None
 
 
-def instance(name: str, value: Any, kind: type) -> Any:
+def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
     """An object of a class."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}")

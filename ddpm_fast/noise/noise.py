@@ -55,6 +55,9 @@ class Noise:
     """
 
     __slots__ = ("first_sample", "seed", "stream")
+    seed: int
+    stream: int
+    first_sample: int
 
     def __init__(self, seed: int, stream: int = 0, first_sample: int = 0) -> None:
         object.__setattr__(self, "seed", _check_integer("seed", seed, 64))
@@ -73,7 +76,7 @@ class Noise:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[Noise], tuple[int, int, int]]:
         return Noise, self._key()
 
     def _key(self) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule
 from ddpm_fast.diffusion.samplers import SPACINGS, ddim_table, ddpm_table, dpm_solver_table, make_table, spaced_timesteps, start_row
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
 
 T = 20
 SCHEDULE = NoiseSchedule.linear(T, 1e-3, 0.3)

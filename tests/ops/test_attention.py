@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from numerics import UNIT, Rounded, assert_bits_equal, assert_close_to_exact, assert_within_rounding
 from torch.utils.checkpoint import checkpoint
 
-import ddpm_fast.ops.attention  # noqa: F401 - the module, which the function of its name hides
 from ddpm_fast import attention, autotune
+from ddpm_fast.ops import _attention as MODULE
 
-MODULE = __import__("sys").modules["ddpm_fast.ops.attention"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [  # (N, tokens, heads, d)
     (1, 1, 1, 8),  # one token attends to itself

@@ -25,7 +25,8 @@ SAMPLER = Sampler(model, DIFFUSION)
 TENSOR = (None, 3, "x", [0.5], np.zeros((2, 1, 4), np.float32), X.int(), X.to(torch.complex64), torch.zeros(()))
 LIKE = (*TENSOR, X[:1], X.double())
 OUTPUT = (*TENSOR[:-2], (X, X), torch.zeros(2, 3, 4), X[:1])
-TIME = (None, 3, 1.0, "x", [0, 3], T.float(), T.int(), T[:1], T.bool(), torch.tensor([0, 6]), torch.tensor([0, -1]), T.view(2, 1))
+ALONE = T[:1]  # of a batch of one
+TIME = (None, 3, 1.0, "x", [0, 3], T.float(), T.int(), ALONE, T.bool(), torch.tensor([0, 6]), torch.tensor([0, -1]), T.view(2, 1))
 NOISE = (None, 0, "x", [0.5], X[:1], X.int())
 MANY = np.full((40, 40), 0.5)  # whose text has lines
 INTEGER = (MANY, "9" * 10**5, "3", 1.5, True, [1], 1j, np.float64(2.0), np.bool_(True), torch.tensor(1.0), torch.tensor(True), -1)
@@ -59,6 +60,7 @@ CALLS = {
         dict(schedule=(None, 3, "linear", [0.1]), prediction=CHOICE, variance=CHOICE, levels=(None, *INTEGER, 1, 2001), cdf=CHOICE),
     ),
     DIFFUSION.q_sample: (dict(x_start=X, t=T, noise=Noise(0)), dict(x_start=TENSOR, t=TIME, noise=NOISE, out=NOT_NONE[:3])),
+    DIFFUSION.model_time: (dict(t=T), dict(t=(*(t for t in TIME if t is not ALONE), torch.tensor(1)))),
     DIFFUSION.q_step: (dict(x_previous=X, t=T, noise=Noise(0)), dict(x_previous=TENSOR, t=TIME, noise=NOISE)),
     DIFFUSION.q_mean_variance: (dict(x_start=X, t=T), dict(x_start=TENSOR, t=TIME)),
     DIFFUSION.q_posterior: (dict(x_start=X, x_t=X, t=T), dict(x_start=LIKE, x_t=TENSOR, t=TIME)),
@@ -79,7 +81,7 @@ CALLS = {
     DIFFUSION.bits_per_dim: (dict(model=model, x_start=X), dict(model=FUNCTION, x_start=(*TENSOR, X + 3), clip=FLAG, noise=(3, "x", X))),
     DIFFUSION.bound_terms: (
         dict(model=model, x_start=X, timesteps=[T]),
-        dict(model=FUNCTION, x_start=TENSOR, timesteps=((None, 3, [], ["x"], [1.0], [T.float()]), r"\bt\b|timesteps"), clip=FLAG, report=FUNCTION),
+        dict(model=FUNCTION, x_start=TENSOR, timesteps=((3, [], ["x"], [1.0], [T.float()]), r"\bt\b|timesteps"), clip=FLAG, report=FUNCTION),
     ),
     DIFFUSION.x_start_mse: (dict(OUT, x_start=X), dict(model_output=(OUTPUT, "output"), x_start=LIKE, x_t=TENSOR, t=TIME, clip=FLAG)),
     Sampler: (

@@ -72,7 +72,8 @@ def samples():
 
 def bounds():
     chain, network = diffusion(), copy.deepcopy(NETWORK).eval()
-    yield from chain.bits_per_dim(network, X)
+    yield from vars(chain.bound_terms(network, X)).values()
+    yield chain.bits_per_dim(network, X)
     for terms in (None, 3):
         bound = evaluate_bound(network, chain, X, terms_per_image=terms)
         yield from (bound.terms, bound.prior, bound.counts, *vars(rate_distortion(bound)).values())

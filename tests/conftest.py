@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,16 @@ from machine import ISAS, SIMULATED_ARCHS, isa_missing, nvcc_missing, nvcc_versi
 
 from ddpm_fast.backends import DEFAULTS, TAKES, missing, native, native_missing, tables
 
+TESTS = Path(__file__).resolve().parent
+# What each mark of pyproject.toml is given to, by path in tests/. A test of another file carries its own.
+MARKED = {
+    "simulator": (
+        "ptxsim/*", "ops/test_*_cuda.py", "ops/test_triton_checks.py", "ops/test_triton_simulated.py", "ops/test_triton_traffic.py",
+        "ops/test_any_schedule.py", "ops/test_sass.py",
+    ),
+    "interpreter": ("ops/test_triton_interpreted.py",),
+    "statistics": ("noise/test_noise_statistics.py", "diffusion/test_theory.py", "training/test_timestep_samplers.py"),
+}
 MOST_WORKERS = 8  # each takes a gigabyte with PyTorch, and where there is a GPU, memory of that
 
 
@@ -50,6 +61,13 @@ def pytest_configure(config):
         round_to_bfloat16()
         DEFAULTS["cpu"] = ("triton",)
     config.addinivalue_line("markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set")
+
+
+def pytest_itemcollected(item):
+    path = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+    for mark, patterns in MARKED.items():
+        if any(fnmatch(path, pattern) for pattern in patterns):
+            item.add_marker(mark)
 
 
 def pytest_collection_modifyitems(items):
@@ -132,7 +150,7 @@ def threads(request):
 @pytest.fixture(scope="session")
 def csrc():
     """Folder of the native sources."""
-    return Path(__file__).resolve().parents[1] / "csrc"
+    return TESTS.parent / "csrc"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from fnmatch import fnmatch
@@ -63,11 +64,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set")
 
 
+@functools.cache
+def marks(path: Path) -> list[str]:
+    """Of MARKED, for a test file."""
+    if not path.is_relative_to(TESTS):
+        return []
+    place = path.relative_to(TESTS).as_posix()
+    return [mark for mark, patterns in MARKED.items() if any(fnmatch(place, pattern) for pattern in patterns)]
+
+
 def pytest_itemcollected(item):
-    path = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
-    for mark, patterns in MARKED.items():
-        if any(fnmatch(path, pattern) for pattern in patterns):
-            item.add_marker(mark)
+    for mark in marks(item.path):
+        item.add_marker(mark)
 
 
 def pytest_collection_modifyitems(items):

@@ -57,6 +57,8 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):  # cores are shared out: teams that wait for each other would spend them waiting
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+    if stale := [pattern for patterns in MARKED.values() for pattern in patterns if not any(TESTS.glob(pattern))]:
+        raise pytest.UsageError(f"tests/conftest.py marks files that are not there: {', '.join(stale)}")
     op_cases.DEVICE = torch.device(config.getoption("--device"))
     if INTERPRETED:
         round_to_bfloat16()

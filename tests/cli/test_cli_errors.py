@@ -112,6 +112,7 @@ def test_messages_name_what_was_typed(tmp_path, command, options, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_short_runs_get_a_recipe_of_their_length_and_say_so(tmp_path, command):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8))
     small = ["train", "--data", tmp_path / "x.npy", *SMALL, "--steps", 16]
@@ -177,6 +178,7 @@ def bound(out):
     return json.loads((out / "bound.json").read_text())
 
 
+@pytest.mark.slow
 def test_data_that_move_change_and_are_ones_own(folder, tmp_path, command, monkeypatch):
     out, small = tmp_path / "run", ["--terms", 2, "--out", tmp_path / "eval"]
     assert command("train", "--data", folder, *SMALL, "--steps", 1, "--out", out)[0] == 0

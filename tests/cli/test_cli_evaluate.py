@@ -42,6 +42,7 @@ def test_bound_as_table_and_picture(run, tmp_path, command):
     assert total == pytest.approx(summary["bits_per_dim"])
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_to_the_same_files(run, tmp_path, monkeypatch, command):
     arguments = ["eval", run, "--limit", 10, "--terms", 5, "--batch", 4]
     forward, calls = UNet.forward, []
@@ -68,6 +69,7 @@ def test_interrupted_it_goes_on_to_the_same_files(run, tmp_path, monkeypatch, co
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_ranks_write_the_same_and_only_the_first_speaks(run, tmp_path, monkeypatch, command, capfd):
     from ddpm_fast.cli.evaluate import evaluate
     from ddpm_fast.io import ranks

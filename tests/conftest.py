@@ -25,6 +25,7 @@ MARKED = {
         "ops/test_any_schedule.py", "ops/test_sass.py",
     ),
     "interpreter": ("ops/test_triton_interpreted.py",),
+    "slow": ("ops/test_ops_memory.py",),
     "statistics": ("noise/test_noise_statistics.py", "diffusion/test_theory.py", "training/test_timestep_samplers.py"),
 }
 MOST_WORKERS = 8  # each takes a gigabyte with PyTorch, and where there is a GPU, memory of that

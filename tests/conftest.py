@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,17 @@ from machine import ISAS, SIMULATED_ARCHS, isa_missing, nvcc_missing, nvcc_versi
 
 from ddpm_fast.backends import DEFAULTS, TAKES, missing, native, native_missing, tables
 
+TESTS = Path(__file__).resolve().parent
+# What each mark of pyproject.toml is given to, by path in tests/. A test of another file carries its own.
+MARKED = {
+    "simulator": (
+        "ptxsim/*", "ops/test_*_cuda.py", "ops/test_triton_checks.py", "ops/test_triton_simulated.py", "ops/test_triton_traffic.py",
+        "ops/test_any_schedule.py", "ops/test_sass.py",
+    ),
+    "interpreter": ("ops/test_triton_interpreted.py",),
+    "slow": ("ops/test_ops_memory.py",),
+    "statistics": ("noise/test_noise_statistics.py", "diffusion/test_theory.py", "training/test_timestep_samplers.py"),
+}
 MOST_WORKERS = 8  # each takes a gigabyte with PyTorch, and where there is a GPU, memory of that
 
 
@@ -45,11 +58,27 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):  # cores are shared out: teams that wait for each other would spend them waiting
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+    if stale := [pattern for patterns in MARKED.values() for pattern in patterns if not any(TESTS.glob(pattern))]:
+        raise pytest.UsageError(f"tests/conftest.py marks files that are not there: {', '.join(stale)}")
     op_cases.DEVICE = torch.device(config.getoption("--device"))
     if INTERPRETED:
         round_to_bfloat16()
         DEFAULTS["cpu"] = ("triton",)
     config.addinivalue_line("markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set")
+
+
+@functools.cache
+def marks(path: Path) -> list[str]:
+    """Of MARKED, for a test file."""
+    if not path.is_relative_to(TESTS):
+        return []
+    place = path.relative_to(TESTS).as_posix()
+    return [mark for mark, patterns in MARKED.items() if any(fnmatch(place, pattern) for pattern in patterns)]
+
+
+def pytest_itemcollected(item):
+    for mark in marks(item.path):
+        item.add_marker(mark)
 
 
 def pytest_collection_modifyitems(items):
@@ -132,7 +161,7 @@ def threads(request):
 @pytest.fixture(scope="session")
 def csrc():
     """Folder of the native sources."""
-    return Path(__file__).resolve().parents[1] / "csrc"
+    return TESTS.parent / "csrc"
 
 
 @pytest.fixture

@@ -158,6 +158,7 @@ def test_errors_are_one_line_with_exit_code_2_and_leave_nothing(arguments, messa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(tmp_path):
     result = subprocess.run([sys.executable, "-m", "ddpm_fast", "sample", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 2 and result.stderr.startswith("ddpm-fast: ") and "nowhere" in result.stderr

@@ -31,6 +31,7 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_a_sample_of_a_class(folder, tmp_path):
     out = tmp_path / "run"
     code, text = run(*TRAIN, "--data", folder, "--out", out)
@@ -61,6 +62,7 @@ def test_notes_are_printed_once(tmp_path):
     assert code == 0 and "8 grey levels (values found: 0..7 in 0..7)" in text and "note: " not in text
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_on_data_read_as_those_of_training(tmp_path):
     """16 bits are not taken for levels because the model has 256 of them."""
     for name in ("x", "y"):
@@ -100,6 +102,7 @@ def test_wrong_classes(text, classes, message):
         parse_label(text, classes)
 
 
+@pytest.mark.slow
 def test_held_out_data_of_another_range_and_size_can_be_evaluated(folder, tmp_path):
     """The advice that is given for them can be followed."""
     images = np.random.default_rng(0).random((6, 8, 8))

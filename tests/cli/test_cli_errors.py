@@ -118,6 +118,7 @@ def test_a_list_of_steps_is_named_as_typed(run, tmp_path, command):
         assert code == 2 and f"ddpm-fast: {message}" in error and one_line(error), error
 
 
+@pytest.mark.slow
 def test_short_runs_get_a_recipe_of_their_length_and_say_so(tmp_path, command):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8))
     small = ["train", "--data", tmp_path / "x.npy", *SMALL, "--steps", 16]
@@ -183,6 +184,7 @@ def bound(out):
     return json.loads((out / "bound.json").read_text())
 
 
+@pytest.mark.slow
 def test_data_that_move_change_and_are_ones_own(folder, tmp_path, command, monkeypatch):
     out, small = tmp_path / "run", ["--terms", 2, "--out", tmp_path / "eval"]
     assert command("train", "--data", folder, *SMALL, "--steps", 1, "--out", out)[0] == 0

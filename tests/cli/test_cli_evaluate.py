@@ -66,6 +66,7 @@ def test_the_same_weights_of_another_chain_are_another_computation(run, tmp_path
     assert [name for name in settings if settings[name] != changed[name]] == [told.split()[0]]
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_to_the_same_files(run, tmp_path, monkeypatch, command):
     arguments = ["eval", run, "--limit", 10, "--terms", 5, "--batch", 4]
     forward, calls = UNet.forward, []
@@ -92,6 +93,7 @@ def test_interrupted_it_goes_on_to_the_same_files(run, tmp_path, monkeypatch, co
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_ranks_write_the_same_and_only_the_first_speaks(run, tmp_path, monkeypatch, command, capfd):
     from ddpm_fast.cli.evaluate import evaluate
     from ddpm_fast.io import ranks

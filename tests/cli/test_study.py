@@ -25,6 +25,7 @@ def study(tmp_path_factory):
     return out, run_study(out, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_every_figure_is_there(study):
     out, result = study
     assert [(row["variant"], row["steps"]) for row in result.bounds] == [(v, n) for v in VARIANTS for n in (30, 4)]
@@ -39,6 +40,7 @@ def test_every_figure_is_there(study):
     assert all(path.stat().st_size > 100 for path in result.paths.values())
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(study, monkeypatch):
     out, result = study
     monkeypatch.setattr(Trainer, "train_step", None)

@@ -67,6 +67,7 @@ def unet():
     return network.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terms", [None, 5])
 def test_batches_and_ranks_change_a_networks_bound_by_rounding_only(unet, terms, tmp_path):
     x = torch.randint(0, 17, (11, 1, 8, 8)) / 8 - 1.0

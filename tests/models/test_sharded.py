@@ -103,5 +103,6 @@ def _process(rank, store):
         distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_in_two_processes(tmp_path):
     torch.multiprocessing.spawn(_process, (tmp_path / "store",), nprocs=2)  # which raises what a process raised

@@ -133,6 +133,7 @@ def test_wrong_noise(dropout):
         network()(*inputs(), dropout=dropout)
 
 
+@pytest.mark.slow
 def test_compiles_whole_with_a_stream_for_each_step():
     torch._dynamo.reset()
     compiler, graphs = count_compilations("aot_eager")

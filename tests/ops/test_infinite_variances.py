@@ -74,6 +74,7 @@ def test_finite_differences_that_overflow(backend, logvars):
     assert kl[0, 7] == INF and grads[0][0, 7] == INF and grads[1][0, 7] == -INF
 
 
+@pytest.mark.simulator
 def test_compiled_triton_kernels_give_what_the_cpu_kernels_do():
     pytest.importorskip("triton", reason="Triton is not installed, so its kernels cannot be compiled")
     if INTERPRETED:

@@ -30,19 +30,22 @@ RUNS = {
 
 def run(what):
     files, chosen, _ = RUNS[what]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "-k", chosen, *(str(TESTS / file) for file in files)]
+    # Without inductor, which is what is slow in them: it compiles what is around an op, the same whatever runs the op.
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "-k", chosen, "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", *options, *(str(TESTS / file) for file in files)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
 def runs(request):
-    """Gives what each run came to. In a worker of the suite each is made when it is asked for, else all of them, two at a time."""
+    """Gives what each run came to. In a worker of the suite each is made when it is asked for, else all that were chosen, two at a time."""
     if hasattr(request.config, "workerinput"):
         yield run
         return
     with ThreadPoolExecutor(2) as pool:
-        started = {what: pool.submit(run, what) for what in RUNS}
+        chosen = [item.callspec.params["what"] for item in request.session.items if item.originalname == "test_in_the_interpreter"]
+        started = {what: pool.submit(run, what) for what in chosen}
         yield lambda what: started[what].result()
 
 

@@ -30,6 +30,8 @@ def tree(tmp_path_factory):
     return Tree(tmp_path_factory.mktemp("mutate") / "tree", built=False)
 
 
+@pytest.mark.simulator
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", SAMPLE, ids=name)
 def test_a_planted_bug_is_caught(mutation, tree):
     if device_missing(mutation):

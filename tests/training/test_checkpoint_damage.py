@@ -39,6 +39,7 @@ def regions(run):
     return found
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_noticed_or_has_no_effect(run, tmp_path):
     random_, places, whole = random.Random(0), regions(run), load_checkpoint(run)
     files = {path.name: path.read_bytes() for path in run.iterdir()}

@@ -33,6 +33,7 @@ def test_another_seed_gives_other_weights():
     assert not torch.equal(weights(a), weights(b))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     # Images of one grey each: all but their level is noise, which a short training can learn to see.
     x = torch.arange(24, dtype=torch.uint8).remainder(17).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()

@@ -29,7 +29,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part. If the block raises (KeyboardInterrupt
     and a full disk included), nothing temporary stays and `path` is as it was. Parent folders are
-    created, and what killed processes left behind for the same `path` is removed.
+    created, and what killed processes left behind for the same `path` an hour ago is removed (at once: `remove_leftovers`).
 
     The temporary file has the name of `path`, in a hidden folder beside it: writers that choose a
     format by suffix see the right one, and temporary files of their own vanish with the folder.
@@ -96,7 +96,7 @@ def make_folder(folder: str | os.PathLike) -> None:
 @contextlib.contextmanager
 def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
     """A folder beside `path` for what will be moved to `destination`; errors name the file as it would be called there."""
-    _remove_stale(path)
+    remove_leftovers(path, STALE_SECONDS)
     temporary = _Temporary(path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp")
     hidden = temporary.path
     try:
@@ -176,14 +176,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _remove_stale(path: Path) -> None:
-    oldest_live = time.time() - STALE_SECONDS
+def remove_leftovers(path: Path, age: float = -math.inf) -> None:
+    """Removes what killed writers of ``path`` have left and not changed for ``age`` seconds; by default all, for the only one who may write."""
     for name in os.listdir(path.parent):
         if name.startswith(f".{path.name}.") and name.endswith(".tmp"):
             entry = path.parent / name
             # Another process may be removing the same folder.
             with contextlib.suppress(OSError):
-                if max(p.stat().st_mtime for p in (entry, *entry.iterdir())) < oldest_live:
+                if time.time() - max(p.stat().st_mtime for p in (entry, *entry.iterdir())) > age:
                     shutil.rmtree(entry)
 
 

@@ -31,6 +31,7 @@ from ddpm_fast.io.plots import write_grid
 _DIGITS = 8
 MAX_PNGS = 10**_DIGITS
 _PNG = re.compile(rf"(\d{{{_DIGITS}}})\.png")
+OUTPUTS = ("samples.json", "images", "samples.npz", "samples.png")
 GRID_IMAGES = 400
 _GRID_SIDE = 4096  # pixels; larger images make a grid of fewer, so that it can be looked at, and drawn in memory
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name (APPNOTE.TXT, 4.3.7)
@@ -47,7 +48,7 @@ class ImageStore:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], levels: int) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        self.record, self.images, self.npz, self.grid = (folder / name for name in ("samples.json", "images", "samples.npz", "samples.png"))
+        self.record, self.images, self.npz, self.grid = (folder / name for name in OUTPUTS)
         self.parts = Parts(folder / "parts", self.settings)
         self._to_png = np.round(np.arange(levels) * (255 / (levels - 1))).astype(np.uint8)
         self._from_png = np.round(np.arange(256) * ((levels - 1) / 255)).astype(np.uint8)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.data.grey_levels import to_levels
-from ddpm_fast.io.image_store import GRID_IMAGES, MAX_PNGS, ImageStore
+from ddpm_fast.io.image_store import GRID_IMAGES, MAX_PNGS, OUTPUTS, ImageStore
 from ddpm_fast.io.lock import exclusive
 from ddpm_fast.io.ranks import Ranks
 
@@ -41,7 +41,7 @@ def write_samples(
     Whatever stops it (Ctrl-C, a kill, a full disk), there are only complete files, and the same call goes on from there. It may then have
     another ``count``, ``batch``, number of ranks or other ``formats``: none of them changes an image. A larger ``count`` extends what is
     there; a smaller one takes nothing away from PNG files and ``samples.npz``. A kill may also leave a hidden folder ``.*.tmp`` with what
-    was being written, which runs an hour later remove.
+    was being written, which the next run removes.
 
     In memory: one batch, whatever ``count`` is. On disk: each image once as a PNG file, and uncompressed once in ``samples.npz`` and, until
     that is complete, once in the old ``samples.npz`` or in ``parts/``, where PNG files are not wanted.
@@ -81,7 +81,7 @@ def write_samples(
     except TypeError as error:
         raise ValueError(f"settings must be JSON values: {error}") from error
     with contextlib.ExitStack() as held:
-        ranks.lead(lambda: (held.enter_context(exclusive(out, "sampling")), store.open("png" in wanted, overwrite)))
+        ranks.lead(lambda: (held.enter_context(exclusive(out, "sampling", *OUTPUTS)), store.open("png" in wanted, overwrite)))
         _write(store, draw, count, batch, wanted, levels, labels, ranks, report)
     paths = {"png": store.images, "grid": store.grid, "npz": store.npz}
     return {name: paths[name] for name in FORMATS if name in wanted} | {"settings": store.record}

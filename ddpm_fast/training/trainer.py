@@ -22,6 +22,7 @@ from ddpm_fast.io.signals import terminable, uninterrupted
 from ddpm_fast.models import EMA, UNet
 from ddpm_fast.noise import FOLD_AUGMENT, FOLD_DROPOUT, FOLD_LABELS, FOLD_TRAIN_NOISE, FOLD_TRAIN_TIMESTEPS, Noise
 from ddpm_fast.training.checkpoint import (
+    CHECKPOINT_FILES,
     Checkpoint,
     CheckpointError,
     add_prefix,
@@ -232,7 +233,7 @@ class Trainer:
                 raise ValueError(f"{name} must be positive, got {value}")
         with contextlib.ExitStack() as stack:
             if out is not None:
-                stack.enter_context(exclusive(out, "training"))
+                stack.enter_context(exclusive(out, "training", *CHECKPOINT_FILES, METRICS))
                 stack.enter_context(terminable())
             return self._run(out, log_every, save_every, save_minutes, report)
 

@@ -57,8 +57,19 @@ def test_parts_of_other_settings_are_refused_by_name(tmp_path):
 def test_damaged_settings_are_said_to_be(tmp_path, text):
     parts = filled(tmp_path)
     (parts.folder / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"settings\.json is damaged; remove the folder"):
+    with pytest.raises(ValueError, match=r"cannot read .*settings\.json \(.*\); remove the folder"):
         parts.open()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"(" * len(data)])
+def test_a_damaged_part_is_named(tmp_path, damage):
+    parts = filled(tmp_path, (0, 4), (4, 8))
+    path = parts.folder / "4-8.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"cannot read .*4-8\.npz \(.*\); remove it to have it computed again"):
+        parts.load(8)
+    path.unlink()
+    assert parts.missing(8, 8) == [range(4, 8)]
 
 
 def test_settings_survive_json(tmp_path):

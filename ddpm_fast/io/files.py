@@ -82,6 +82,17 @@ def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def named_if_damaged(path: str | os.PathLike, remedy: str) -> Iterator[None]:
+    """Makes a ValueError of whatever a library raises over a damaged file (a dozen kinds): it names the file and says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise ValueError(f"cannot read {path} ({error or type(error).__name__}); {remedy}") from error
+
+
 def make_folder(folder: str | os.PathLike) -> None:
     """Creates an output folder, and notices before any work that it cannot be written.
 

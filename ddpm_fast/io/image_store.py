@@ -23,7 +23,7 @@ from PIL import Image
 from ddpm_fast.data.array_files import reading
 from ddpm_fast.data.grey_levels import DataError, to_unit
 from ddpm_fast.data.readers import open_image
-from ddpm_fast.io.files import atomic_files, atomic_write, make_folder, named_in_errors
+from ddpm_fast.io.files import atomic_files, atomic_write, make_folder, named_if_damaged, named_in_errors, write_json
 from ddpm_fast.io.parts import Parts, cover, differences, gaps, pieces
 from ddpm_fast.io.plots import write_grid
 
@@ -71,8 +71,7 @@ class ImageStore:
         if other:
             self._clear()
         if not self.record.exists():
-            with atomic_write(self.record) as temporary:
-                temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+            write_json(self.record, self.settings)
         if png:
             make_folder(self.images)
         else:
@@ -202,11 +201,8 @@ class ImageStore:
         arrays = []
         for index in items:
             path = self.images / _png_name(index)
-            try:
-                with open_image(path, ("PNG",)) as image:
-                    array = np.asarray(image)
-            except Exception as error:  # a damaged file makes Pillow raise a dozen kinds
-                raise ValueError(f"cannot read {path} ({error}); remove it to have it drawn again") from error
+            with named_if_damaged(path, "remove it to have it drawn again"), open_image(path, ("PNG",)) as image:
+                array = np.asarray(image)
             arrays.append(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
         return self._from_png[np.stack(arrays)]
 
@@ -223,18 +219,15 @@ class ImageStore:
     def _conflict(self) -> str:
         """How the folder's images are not of these settings; empty if they are, or if there are none."""
         if self.record.exists():
-            other = differences(_parse(self.record, self.record.read_text()), self.settings)
+            with named_if_damaged(self.record, "choose another folder"):
+                other = differences(dict(json.loads(self.record.read_text("utf-8"))), self.settings)
         elif any(path.exists() for path in (self.npz, self.grid, self.parts.folder)) or any(True for _ in self._png_numbers()):
             return f"unknown settings (there is no {self.record.name})"
         else:
             return ""
         if not other and self.npz.exists():  # it may have been put there by hand
-            try:
-                with np.load(self.npz, allow_pickle=False) as file:
-                    text = str(file["settings"]) if "settings" in file.files else "{}"
-            except Exception as error:  # a damaged file makes NumPy raise a dozen kinds
-                raise ValueError(f"cannot read {self.npz} ({error}); remove it to have it written again") from error
-            other = differences(_parse(self.npz, text), self.settings)
+            with named_if_damaged(self.npz, "remove it to have it written again"), np.load(self.npz, allow_pickle=False) as file:
+                other = differences(dict(json.loads(str(file["settings"]) if "settings" in file.files else "{}")), self.settings)
         return f"other settings ({other})" if other else ""
 
     def _clear(self) -> None:
@@ -256,11 +249,3 @@ def _member(archive: zipfile.ZipFile, name: str) -> Any:
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"cannot read the settings in {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"the settings in {path} must be a JSON object, got {type(found).__name__}")
-    return found

@@ -3,8 +3,9 @@ import json
 
 import numpy as np
 import pytest
+from played_ranks import play
 
-from ddpm_fast.io.parts import Parts
+from ddpm_fast.io.parts import Parts, gaps
 from ddpm_fast.io.ranks import Ranks, launched_ranks
 
 
@@ -80,8 +81,13 @@ def test_settings_survive_json(tmp_path):
 
 
 def test_ranks_share_all_parts_once():
-    turns = [Ranks(rank, 3).share(range(8)) for rank in range(3)]
-    assert sorted(part for turn in turns for part in turn) == list(range(8)) and max(map(len, turns)) - min(map(len, turns)) <= 1
+    turns = [[] for _ in range(3)]
+    look = lambda size: gaps([range(2, 4)], range(20), size)  # noqa: E731
+    assert play(3, lambda ranks: turns[ranks.rank].extend(ranks.share_missing(look, 2))) == [None] * 3
+    assert sorted(i for turn in turns for part in turn for i in part) == [0, 1, *range(4, 20)]
+    assert max(map(len, turns)) - min(map(len, turns)) <= 1
+    assert play(3, lambda ranks: turns[ranks.rank].append(ranks.share_missing(look, 100))) == [None] * 3
+    assert all(turn[-1] for turn in turns)  # the batch gives way, so that each has something to do
 
 
 def test_one_process_waits_for_nobody():

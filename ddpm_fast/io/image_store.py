@@ -47,7 +47,7 @@ class ImageStore:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], levels: int) -> None:
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        self.folder, self.levels, self.settings = folder, levels, json.loads(json.dumps(settings))
         self.record, self.images, self.npz, self.grid = (folder / name for name in OUTPUTS)
         self.parts = Parts(folder / "parts", self.settings)
         self._to_png = np.round(np.arange(levels) * (255 / (levels - 1))).astype(np.uint8)
@@ -135,12 +135,12 @@ class ImageStore:
                     np.lib.format.write_array(member, array, allow_pickle=False)
         self.__dict__.pop("_stored", None)
 
-    def write_grid(self, count: int, levels: int) -> None:
+    def write_grid(self, count: int) -> None:
         """Writes ``samples.png`` of the first images: at most GRID_IMAGES, and what _GRID_SIDE pixels squared have room for."""
         height, width = self.read(range(1)).shape[2:]
         room = max(1, _GRID_SIDE // max(height, width)) ** 2
         images = self.read(range(min(count, GRID_IMAGES, room)))
-        write_grid(self.grid, to_unit(torch.from_numpy(images), levels))
+        write_grid(self.grid, to_unit(torch.from_numpy(images), self.levels))
 
     def drop_parts(self) -> None:
         """Removes the parts if all that is in them is in ``samples.npz`` or in PNG files."""

@@ -6,13 +6,14 @@ there, so that whatever stopped a run, the next one goes on with what it finds.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_fast.data.array_files import reading
-from ddpm_fast.data.grey_levels import DataError, to_unit
+from ddpm_fast.data.grey_levels import to_unit
 from ddpm_fast.data.readers import open_image
 from ddpm_fast.io.files import atomic_files, atomic_write, make_folder, named_if_damaged, named_in_errors, write_json
 from ddpm_fast.io.parts import Parts, cover, differences, gaps, pieces
@@ -32,6 +32,7 @@ _DIGITS = 8
 MAX_PNGS = 10**_DIGITS
 _PNG = re.compile(rf"(\d{{{_DIGITS}}})\.png")
 OUTPUTS = ("samples.json", "images", "samples.npz", "samples.png")
+REMEDY = "remove it to have it written again"
 GRID_IMAGES = 400
 _GRID_SIDE = 4096  # pixels; larger images make a grid of fewer, so that it can be looked at, and drawn in memory
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name (APPNOTE.TXT, 4.3.7)
@@ -133,7 +134,6 @@ class ImageStore:
             for name, array in (extra if labels is None else {**extra, "labels": labels}).items():
                 with _member(archive, name) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
-        self.__dict__.pop("_stored", None)
 
     def write_grid(self, count: int) -> None:
         """Writes ``samples.png`` of the first images: at most GRID_IMAGES, and what _GRID_SIDE pixels squared have room for."""
@@ -151,33 +151,29 @@ class ImageStore:
     @property
     def in_npz(self) -> int:
         """How many images ``samples.npz`` has, which are the first ones; 0 without it."""
-        return self._stored[0][0] if self._stored else 0
+        return self._stored()[0][0]
 
-    @cached_property
-    def _stored(self) -> tuple[tuple[int, ...], int] | None:
+    def _stored(self) -> tuple[tuple[int, ...], int]:
         """Shape of the images in ``samples.npz``, and where in the file their bytes start: uncompressed, they are read in pieces."""
         if not self.npz.exists():
-            return None
-        with reading(str(self.npz)), zipfile.ZipFile(self.npz) as archive, self.npz.open("rb") as raw:
-            if "images.npy" not in archive.namelist():
-                raise DataError(f"{self.npz} must hold images, got {', '.join(archive.namelist()) or 'nothing'}")
+            return (0,), 0
+        with named_if_damaged(self.npz, REMEDY), zipfile.ZipFile(self.npz) as archive, self.npz.open("rb") as raw:
             info = archive.getinfo("images.npy")
             with archive.open(info) as member:
                 np.lib.format.read_magic(member)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
                 header = member.tell()
             if info.compress_type != zipfile.ZIP_STORED or fortran or dtype != np.uint8 or len(shape) != 4:
-                raise DataError(f"{self.npz} must be as it was written, uncompressed, with images (N, C, H, W) in uint8")
+                raise ValueError("it must be as it was written, uncompressed, with images (N, C, H, W) in uint8")
             raw.seek(info.header_offset + _LOCAL_HEADER - 4)
             return shape, info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", raw.read(4))) + header
 
     def _sources(self) -> dict[range, Callable[[range], np.ndarray]]:
         """What there is, and how a range within it is read."""
         sources: dict[range, Callable[[range], np.ndarray]] = {run: self._read_png for run in self._runs()}
-        sources |= {part: partial(self._read_part, part) for part in self.parts.present()}
-        if self.in_npz:
-            sources[range(self.in_npz)] = self._read_npz
-        return sources
+        sources |= {part: lambda items, part=part: self.parts.read(part, items)["images"] for part in self.parts.present()}
+        shape, start = self._stored()
+        return {**sources, range(shape[0]): partial(self._read_npz, shape[1:], start)} if shape[0] else sources
 
     def _gather(self, sources: dict[range, Callable[[range], np.ndarray]], wanted: range) -> np.ndarray:
         arrays = []
@@ -206,12 +202,8 @@ class ImageStore:
             arrays.append(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
         return self._from_png[np.stack(arrays)]
 
-    def _read_part(self, part: range, items: range) -> np.ndarray:
-        return self.parts.read(part, items)["images"]
-
-    def _read_npz(self, items: range) -> np.ndarray:
-        (_, *shape), start = self._stored
-        each = int(np.prod(shape))
+    def _read_npz(self, shape: tuple[int, ...], start: int, items: range) -> np.ndarray:
+        each = math.prod(shape)
         with self.npz.open("rb") as file:
             file.seek(start + items.start * each)
             return np.frombuffer(file.read(len(items) * each), np.uint8).reshape(len(items), *shape)
@@ -226,7 +218,7 @@ class ImageStore:
         else:
             return ""
         if not other and self.npz.exists():  # it may have been put there by hand
-            with named_if_damaged(self.npz, "remove it to have it written again"), np.load(self.npz, allow_pickle=False) as file:
+            with named_if_damaged(self.npz, REMEDY), np.load(self.npz, allow_pickle=False) as file:
                 other = differences(dict(json.loads(str(file["settings"]) if "settings" in file.files else "{}")), self.settings)
         return f"other settings ({other})" if other else ""
 
@@ -237,7 +229,6 @@ class ImageStore:
         if self.parts.folder.exists():
             shutil.rmtree(self.parts.folder)
         self.record.unlink(missing_ok=True)
-        self.__dict__.pop("_stored", None)
 
 
 def _png_name(index: int) -> str:

@@ -1,0 +1,195 @@
+"""vlb_terms: the terms of the variational bound, L_t in bits per dimension.
+
+For t > 0 the KL divergence of q(x_{t-1} | x_t, x_0) from p_θ(x_{t-1} | x_t); at t = 0 the negative log-likelihood of the
+discretised-Gaussian decoder (Ho et al. 2020, eq. 5, 8 and 13). The reference twin is here; the kernels are
+csrc/cpu/vlb_terms.cpp and ops/triton/vlb_terms.py.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+from ddpm_fast._memory import address
+from ddpm_fast.backends import native, triton_function
+from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
+from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
+from ddpm_fast.ops._native import dtype_tag, native_sizes, new_like
+from ddpm_fast.ops._op import Op
+from ddpm_fast.ops._output import (
+    FIXED,
+    VARIANCE_KINDS,
+    arithmetic_dtype,
+    check_output,
+    check_variance,
+    log_variance,
+    per_sample,
+    prediction_half,
+    sample_stride,
+    split_output,
+)
+
+# The table's columns. mean1 and mean2 weigh x̂0 (or x_0) and x_t in the posterior's mean.
+COLUMNS = ("from_x_t", "from_out", "mean1", "mean2", "posterior_log_variance", "log_variance_low", "log_variance_high", "unused")
+CDFS = ("tanh", "erf")
+_FLOOR = 1e-12  # of a bin's probability, as in the published code
+_EDGE = 0.999  # data beyond it lies in one of the two open bins
+MAX_LEVELS = 2000  # with more, inner levels would lie beyond _EDGE
+_SATURATED = 100.0  # Φ is 0 or 1 beyond it in fp32 and float64; a larger argument would overflow where it is cubed
+_MIN_LOG_SCALE = -80.0  # e^80 is still finite in fp32; at this scale every argument that is not 0 is saturated
+
+
+def normal_cdf(x: Tensor, cdf: str) -> Tensor:
+    """Φ(x): by the tanh approximation that published bounds were computed with, or exactly by erf."""
+    x = x.clamp(-_SATURATED, _SATURATED)
+    if cdf == "tanh":
+        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * torch.erfc(x * -math.sqrt(0.5))
+
+
+def discretized_gaussian_log_likelihood(x_start: Tensor, mean: Tensor, log_scale: Tensor, levels: int, cdf: str = "tanh") -> Tensor:
+    """log P(x_start) in nats, elementwise, where P gives each grey level the mass of its bin under a Gaussian.
+
+    Bins have the half-width 1 / (levels - 1); the first and the last are open (Ho et al., eq. 13).
+
+    Args:
+        x_start: data on the grid of ``levels`` values in [-1, 1].
+        mean, log_scale: of the Gaussian; log_scale is the log of the standard deviation; broadcast against x_start.
+    """
+    half = 1.0 / (levels - 1)
+    inverse_scale = torch.exp(-log_scale.clamp_min(_MIN_LOG_SCALE))
+    centered = x_start - mean
+    upper, lower = inverse_scale * (centered + half), inverse_scale * (centered - half)
+    below = normal_cdf(upper, cdf)
+    probability = torch.where(x_start < -_EDGE, below, torch.where(x_start > _EDGE, normal_cdf(-lower, cdf), below - normal_cdf(lower, cdf)))
+    return probability.clamp_min(_FLOOR).log()
+
+
+def vlb_terms_reference(
+    out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, table: Tensor, variance: str, clip: bool, levels: int, cdf: str, detach_mean: bool
+) -> Tensor:
+    """The formulas in plain PyTorch; fp32 arithmetic (float64 for float64 data)."""
+    from_x_t, from_out, mean1, mean2, true_log_variance, low, high, _ = gather_columns(table, t, x_t)
+    prediction, raw = split_output(out, x_t)
+    if detach_mean:
+        prediction = prediction.detach()
+    x0, x = x_start.to(table_dtype(x_t.dtype)), x_t.to(table_dtype(x_t.dtype))
+    predicted = from_x_t * x + from_out * prediction
+    if clip:
+        predicted = predicted.clamp(-1.0, 1.0)
+    mean = mean1 * predicted + mean2 * x
+    log_var = log_variance(variance, low, high, raw)
+    # Where t > 0 the decoder is not wanted, and the KL where t = 0: each is fed harmless values there, so that neither an
+    # infinity nor its gradient leaks through the selection.
+    last = (t == 0).view(low.shape)
+    kl = gaussian_kl_reference(torch.where(last, mean, mean1 * x0 + mean2 * x), true_log_variance, mean, torch.where(last, true_log_variance, log_var))
+    nll = -discretized_gaussian_log_likelihood(x0, torch.where(last, mean, x0), torch.where(last, 0.5 * log_var, 0.0), levels, cdf)
+    return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2.0)
+
+
+def _launch(arguments, terms: Tensor | None, grad_terms: Tensor | None, grad_out: Tensor | None) -> None:
+    """Writes the terms, the gradient of out (for grad_terms, or for ones), or both."""
+    out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
+    out, x_start, x_t, t = out.contiguous(), x_start.contiguous(), x_t.contiguous(), t.contiguous()
+    native.cpu_vlb_terms(
+        out.data_ptr(), dtype_tag(out), sample_stride(out), x_start.data_ptr(), x_t.data_ptr(), dtype_tag(x_t), t.data_ptr(), table.data_ptr(),
+        VARIANCE_KINDS.index(variance), clip, levels, cdf == "erf", detach_mean,
+        address(terms), address(grad_terms), address(grad_out), *native_sizes(x_t),
+    )  # fmt: skip
+
+
+def _vlb_terms_cpu(*arguments) -> Tensor:
+    terms = per_sample(arguments[2])
+    _launch(arguments, terms, None, None)
+    return terms
+
+
+def _ahead_cpu(arguments, needs):
+    out, x_t, variance, detach_mean = arguments[0], arguments[2], arguments[5], arguments[9]
+    if out.dtype != torch.float32 or any(needs[1:]):
+        return None
+    terms, grad_out = per_sample(x_t), new_like(out)
+    _launch(arguments, terms, None, grad_out)
+    # A half that gets no gradient stays zero whatever the upstream is.
+    part = prediction_half(grad_out, x_t) if variance == FIXED else grad_out[:, x_t.shape[1] :] if detach_mean else grad_out
+    return terms, (grad_out, *[None] * 9), [part]
+
+
+def _backward_cpu(arguments, needs, grads):
+    grad_out = new_like(arguments[0])
+    _launch(arguments, None, grads[0].contiguous(), grad_out)
+    return grad_out, *[None] * 9
+
+
+def _check(out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean) -> None:
+    check_data("x_t", x_t)
+    check_like("x_start", x_start, "x_t", x_t)
+    check_variance(variance)
+    check_output(out, "x_t", x_t, variance)
+    check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
+    check_t(t, "x_t", x_t, table.shape[0])
+    check_flag("clip", clip)
+    if not 2 <= levels <= MAX_LEVELS:
+        raise ValueError(f"levels must lie in 2..{MAX_LEVELS}, got {levels}")
+    if cdf not in CDFS:
+        raise ValueError(f"cdf must be one of {', '.join(CDFS)}, got {cdf!r}")
+
+
+_op = Op(
+    "vlb_terms",
+    "Tensor out, Tensor x_start, Tensor x_t, Tensor t, Tensor table, str variance, bool clip, SymInt levels, str cdf, bool detach_mean",
+    "Tensor",
+    check=_check,
+    fake=lambda out, x_start, x_t, *_: per_sample(x_t),
+    reference=vlb_terms_reference,
+    differentiable=(0,),
+    cpu=_vlb_terms_cpu,
+    triton=triton_function("vlb_terms", "forward"),
+    backward=dict(cpu=_backward_cpu, triton=triton_function("vlb_terms", "backward")),
+    ahead=dict(cpu=_ahead_cpu),
+)
+backends = _op.backends
+
+
+def vlb_terms(
+    out: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    table: Tensor,
+    *,
+    variance: str = "fixed",
+    clip: bool = False,
+    levels: int = 256,
+    cdf: str = "tanh",
+    detach_mean: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """L_t of each sample, bits per dimension.
+
+    Args:
+        out: (N, C, ...) the model's output, or (N, 2C, ...) with a variance half.
+        x_start: (N, C, ...) clean data on the grid of ``levels`` values in [-1, 1].
+        x_t: (N, C, ...) a draw of q(x_t | x_0).
+        t: (N,) int64 in 0..T-1.
+        table: (T, 8) float32 (float64 for float64 data), columns as in COLUMNS above.
+        variance: "fixed", "learned" or "learned_range".
+        clip: clip x̂0 to [-1, 1]; usual in evaluation, not in a loss.
+        levels: grey levels, 2..2000: they set the decoder's bins.
+        cdf: "tanh" (published numbers) or "erf" (exact).
+        detach_mean: no gradient to the prediction, only to the variance half (the hybrid loss).
+        backend: force "reference", "cpu" or "triton".
+
+    Returns:
+        (N,) float32 (float64 for float64 data). Differentiable in out, any number of times.
+
+    Raises:
+        TypeError, ValueError: what was expected and what came.
+        RuntimeError: for a forced backend that is not available here.
+    """
+    levels = checks.index("levels", levels)
+    arguments = (out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
+    _check(*arguments)
+    return _op(arguments, x_t, arithmetic_dtype(out, x_t), backend)

@@ -165,7 +165,7 @@ def saved_bytes(side: Network) -> int:
 
 
 def memory(name: str, preset: str, batch: int, precision: str, compiled: bool) -> dict[str, int]:
-    """Of one side, in a process of its own, where nothing that was there before hides a peak (tests/peak_memory.py)."""
+    """Of one side, in a process of its own, where nothing that was there before hides a peak (tests/support/peak_memory.py)."""
     from peak_memory import extra
 
     side = networks(preset, batch, precision)[name]

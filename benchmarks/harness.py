@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # numerics: the same comparison as in the tests
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))  # numerics: the same comparison as in the tests
 
 import peers
 from measure import alternate, environment, table, threads_set

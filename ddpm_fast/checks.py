@@ -25,7 +25,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         found = None
     if found is None or found < low or (high is not None and found > high):
         wanted = f"of at least {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {wanted}, got {shown(value)}")
     return found
 
 
@@ -38,7 +38,7 @@ def index(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:  # a tensor or an array of something else
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
 
 
 def real(name: str, value: Any) -> float:
@@ -56,7 +56,7 @@ def real(name: str, value: Any) -> float:
 def pair(name: str, value: Any, of: str) -> tuple[Any, Any]:
     """Two of what ``of`` says."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} must be {of}, got {value!r}")
+        raise TypeError(f"{name} must be {of}, got {shown(value)}")
     return value[0], value[1]
 
 
@@ -67,7 +67,7 @@ def number(name: str, value: Any, wanted: str = "be a finite number") -> float:
     except (TypeError, ValueError, RuntimeError):  # an array of several
         found = math.nan
     if not math.isfinite(found):
-        raise ValueError(f"{name} must {wanted}, got {value!r}")
+        raise ValueError(f"{name} must {wanted}, got {shown(value)}")
     return found
 
 
@@ -76,14 +76,14 @@ def flag(name: str, value: Any) -> bool:
     if value is True or value is False:  # fast: each step of a loop asks
         return value
     if not isinstance(value, np.bool_):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
 def choice(name: str, value: Any, choices: Sequence[Name]) -> Name:
     """One of some names."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
     return cast(Name, value)
 
 
@@ -108,7 +108,7 @@ def device(name: str, value: Any) -> torch.device:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}") from None
+        raise ValueError(f"{name} must be a torch.device or its name, got {shown(value)}") from None
 
 
 def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
@@ -116,6 +116,14 @@ def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def shown(value: Any) -> str:
+    """What came, in one line of a message: an array of several numbers by its shape, a long text cut off."""
+    if getattr(value, "shape", ()) and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _is_bool(value: Any) -> bool:

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from machine import processor_flags
+from support.machine import processor_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = (1, 2, 4)
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def numeric_tests() -> list[str]:
-    files = (path for path in (ROOT / "tests").glob("test_*.py") if not ELSEWHERE.search(path.stem))
+    files = (path for path in (ROOT / "tests").glob("*/test_*.py") if not ELSEWHERE.search(path.stem))
     return sorted(str(path.relative_to(ROOT)) for path in files if COMPARES.search(path.read_text()))
 
 

@@ -82,7 +82,7 @@ class Tree:
             path.write_text(text)
 
     def failures(self, *tests: str, most: int = 1) -> list[str]:
-        """Names of the tests that fail, the first ``most`` of them. ``tests`` are files of tests/, names of tests, or -k and its word."""
+        """Names of the tests that fail, the first ``most`` of them. ``tests`` are files in tests/*/, names of tests, or -k and its word."""
         if self.built:
             self._run("cmake", "--build", "build")
         names, (word, *_) = (tests[:-2], tests[-1:]) if "-k" in tests else (tests, [""])
@@ -92,10 +92,10 @@ class Tree:
         environment |= {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--maxfail={most}", "-k", choice,
-             "-o", "addopts=-rfE", *(f"tests/{name}" for name in names)],
+             "-o", "addopts=-rfE", *(place(name) for name in names)],
             cwd=self.folder, env=environment, capture_output=True, text=True,
         )  # fmt: skip
-        found = re.findall(r"^(?:FAILED|ERROR) tests/(\S+?::[^\[\s]+(?:\[.*?\])?)(?: - |$)", done.stdout, re.M)
+        found = re.findall(r"^(?:FAILED|ERROR) tests/\w+/(\S+?::[^\[\s]+(?:\[.*?\])?)(?: - |$)", done.stdout, re.M)
         compiles = not re.search(r"nvcc .* failed$|CompilationError", done.stdout, re.M)
         if done.returncode not in (0, 1) or bool(found) != bool(done.returncode) or not compiles:
             raise SystemExit(f"pytest {' '.join(tests)}: status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -105,6 +105,13 @@ class Tree:
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command[:2])} failed\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+
+
+def place(test: str) -> str:
+    """Path of a test that is named by its file's name, which is the only one so called, and what follows."""
+    file, colons, name = test.partition("::")
+    (found,) = (ROOT / "tests").glob(f"*/{file}")
+    return f"{found.relative_to(ROOT)}{colons}{name}"
 
 
 def mutated(text: str, mutation: Mutation) -> str:

@@ -13,7 +13,7 @@ class Mutation(NamedTuple):
     file: str
     good: str
     bad: str
-    tests: str  # pytest's arguments: files of tests/, and -k of one word
+    tests: str  # pytest's arguments: files in tests/*/, and -k of one word
     quick: str = ""  # one test that catches it in seconds, for the suite's sample
 
 

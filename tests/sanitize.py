@@ -30,16 +30,16 @@ COMPILER = "PyTorch's tracers and compiler call the same kernels as eager code d
 MEMORY = "a sanitizer's shadow memory is not the op's"
 FORK = "ThreadSanitizer does not support a child forked from a process with threads"
 ALWAYS = {
-    "tests/test_randn.py::test_compiles_whole_and_does_not_recompile_for_each_stream[inductor]": COMPILER,
-    "tests/test_ops_compile.py": COMPILER,
-    "tests/test_ops_memory.py": MEMORY,
+    "tests/ops/test_randn.py::test_compiles_whole_and_does_not_recompile_for_each_stream[inductor]": COMPILER,
+    "tests/ops/test_ops_compile.py": COMPILER,
+    "tests/ops/test_ops_memory.py": MEMORY,
 }
 DESELECTED = {
     "address": ALWAYS,
     "thread": ALWAYS
     | {
-        "tests/test_randn.py::test_dataloader_workers_draw_the_same": FORK,
-        "tests/test_ops_system.py::test_safe_in_a_forked_child": FORK,
+        "tests/ops/test_randn.py::test_dataloader_workers_draw_the_same": FORK,
+        "tests/ops/test_ops_system.py::test_safe_in_a_forked_child": FORK,
     },
 }
 
@@ -137,7 +137,7 @@ def compiler_file(name: str) -> str:
 def op_tests() -> list[str]:
     """Test files of the ops, and of the noise that they share."""
     ops = [path.stem for path in (ROOT / "ddpm_fast" / "ops").glob("[!_]*.py")]
-    files = {path for op in [*ops, "ops", "noise"] for path in (ROOT / "tests").glob(f"test_{op}*.py")}
+    files = {path for op in [*ops, "ops", "noise"] for path in (ROOT / "tests").glob(f"*/test_{op}*.py")}
     return sorted(str(path.relative_to(ROOT)) for path in files if not path.stem.endswith("_cuda"))
 
 

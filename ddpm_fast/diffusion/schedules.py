@@ -174,7 +174,7 @@ def as_timesteps(timesteps: Tensor | Sequence[int]) -> Tensor:
     try:
         found = torch.as_tensor(timesteps, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"timesteps must be integers of shape (S,) with S >= 1, got {timesteps!r}") from None
+        raise ValueError(f"timesteps must be integers of shape (S,) with S >= 1, got {checks.shown(timesteps)}") from None
     if found.ndim != 1 or found.numel() == 0 or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
         raise ValueError(f"timesteps must be integers of shape (S,) with S >= 1, got {found.dtype} {tuple(found.shape)}")
     return found.long()

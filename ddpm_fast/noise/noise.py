@@ -8,7 +8,7 @@ within its sample) of sample n::
 
 The four words of a block are two Box-Muller pairs; i % 4 picks the element. Logarithm, sine and cosine are fixed
 polynomials evaluated with separately rounded fp32 multiplications and additions, so every backend gives the same bits:
-`noise_reference` in philox.py, csrc/common/philox.h on CPU and CUDA. tests/golden_noise.json pins values for ever.
+`noise_reference` in philox.py, csrc/common/philox.h on CPU and CUDA. tests/noise/golden_noise.json pins values for ever.
 """
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FOLD_SAMPLE_KNOWN = 10
 class Noise:
     """ε ~ N(0, I) of any shape, given by three integers instead of a tensor. Immutable.
 
-    Stands wherever a noise tensor may be given. The values depend on (seed, stream, sample index, element index)
+    Every function that takes a noise tensor takes a Noise. The values depend on (seed, stream, sample index, element index)
     alone: not on the device, the batch size, the memory layout, the number of threads or of ranks. Under torch.func.vmap its
     ``randomness`` decides: "different" draws by the batch index, as a batch would, "error" (the default) refuses.
 

@@ -307,7 +307,7 @@ def _shape(shape: Sequence[int]) -> torch.Size:
         sizes = []
     if len(sizes) < 2:
         got = tuple(shape) if isinstance(shape, (list, tuple)) else shape
-        raise ValueError(f"shape must be (N, C, ...) with sizes of at least 1, got {got!r}")
+        raise ValueError(f"shape must be (N, C, ...) with sizes of at least 1, got {checks.shown(got)}")
     return torch.Size(sizes)
 
 
@@ -317,7 +317,7 @@ def _weights(weights: Sequence[float]) -> list[float]:
     except (TypeError, ValueError):
         found = []
     if not found or not all(0.0 <= weight <= 1.0 for weight in found):
-        raise ValueError(f"weights must be one or more numbers in [0, 1], got {weights!r}")
+        raise ValueError(f"weights must be one or more numbers in [0, 1], got {checks.shown(weights)}")
     return found
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from ptxsim import RaceError, UninitialisedRead, from_bfloat16, to_bfloat16
 
+from .philox import philox_reference
+
 
 def test_vectorised_strided(cuda, device, rng):
     module = cuda(r'''
@@ -96,15 +98,6 @@ extern "C" __global__ void add_all(__half2* h, __nv_bfloat162* b, __nv_bfloat16*
     module.launch("add_all", 1, 96, [h, b, one, d, top, seen, cell], races="off")             # that loop reads by a plain load first
     assert h.numpy().tolist() == [24, 12] * 4 and from_bfloat16(b.numpy()).tolist() == [24, 12] * 4 and from_bfloat16(one.numpy()).tolist() == [96, 0]
     assert d.numpy() == 144 and top.numpy() == 95 and sorted([*seen.numpy(), *cell.numpy()]) == list(range(97))
-
-
-def philox_reference(counter, key, rounds=10):
-    c, k = list(map(int, counter)), list(map(int, key))
-    for r in range(rounds):
-        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [p1 >> 32 ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, p0 >> 32 ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
 
 
 PHILOX = r'''

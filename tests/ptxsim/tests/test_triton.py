@@ -9,6 +9,8 @@ import triton.language as tl  # noqa: E402
 from ptxsim import UninitialisedRead  # noqa: E402
 from ptxsim.triton_runner import run_triton  # noqa: E402
 
+from .philox import philox_reference  # noqa: E402
+
 
 @triton.jit
 def axpy_noise(x_ptr, o_ptr, a, s, seed, n, BLOCK: tl.constexpr):
@@ -104,7 +106,6 @@ def test_elementwise_randn():
 
 
 def test_philox_of_triton():
-    from .test_cuda import philox_reference
     o = np.zeros(128, "i4")
     run_triton(uniform, 1, dict(o_ptr=o, seed=1234), dict(BLOCK=128))
     assert (o.view("u4") == [philox_reference((i, 0, 0, 0), (1234, 0))[0] for i in range(128)]).all()

@@ -1,0 +1,44 @@
+"""docs/math.md names functions and tests: every one of them must exist."""
+import re
+from pathlib import Path
+
+import pytest
+
+import ddpm_fast
+import ddpm_fast.evaluation  # not imported with the package, and named in the page
+import ddpm_fast.io.sample_writer
+import ddpm_fast.training
+from ddpm_fast.diffusion.schedules import NoiseSchedule
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
+TESTS = sorted(set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", TEXT)))
+FUNCTIONS = sorted(set(re.findall(r"`((?:diffusion|sampling|noise|ops|data|training|evaluation|io)(?:\.\w+)+)`", TEXT)))
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_named_test_exists(name):
+    path, test = name.split("::")
+    source = ROOT / path
+    assert source.is_file(), f"{path} is named in docs/math.md and does not exist"
+    assert re.search(rf"^def {test}\(", source.read_text(encoding="utf-8"), re.M), f"{path} has no {test}"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_named_function_exists(name):
+    value = ddpm_fast
+    for part in name.split("."):
+        owner = NoiseSchedule.linear(30) if value is NoiseSchedule else value  # its tables are attributes of an instance
+        assert hasattr(owner, part), f"docs/math.md names {name}, but {value!r} has no {part}"
+        value = getattr(owner, part)
+
+
+def test_something_is_named():
+    assert len(TESTS) > 40 and len(FUNCTIONS) > 20
+    assert "tests/" not in re.sub(r"`tests/[\w/]+\.py(?:::\w+)?`", "", TEXT)  # nothing is named in a way that is not checked
+
+
+def test_links_lead_to_files():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -178,10 +178,10 @@ def make_table(chain: Chain, sampler: SamplerName = "ddpm", steps: int | Sequenc
     if (steps is None or listed) and spacing != "even":
         raise ValueError(f"spacing is of a number of steps, got {spacing!r} for {'a list of them' if listed else 'all of them'}")
     if listed:
-        chosen = as_timesteps(cast("Tensor | Sequence[int]", steps))
+        chosen = as_timesteps(cast("Tensor | Sequence[int]", steps), "steps", T)
     else:
         chosen = spaced_timesteps(T, T if steps is None else cast(int, steps), spacing, chain.schedule.log_snr)
-    timesteps = None if torch.equal(chosen, torch.arange(T, device="cpu")) else chosen  # else respacing checks it
+    timesteps = None if torch.equal(chosen, torch.arange(T, device="cpu")) else chosen
     if sampler == "ddim":
         return ddim_table(chain, timesteps, eta)
     return ddpm_table(chain, timesteps) if sampler == "ddpm" else dpm_solver_table(chain, timesteps)

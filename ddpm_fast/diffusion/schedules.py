@@ -156,9 +156,7 @@ class NoiseSchedule:
         Its betas are 1 - alphas_bar[t] / alphas_bar[t_prev], with t_prev taken from the list (Nichol & Dhariwal,
         section 4), so uneven lists are right too.
         """
-        timesteps = as_timesteps(timesteps)
-        if timesteps[0] < 0 or timesteps[-1] >= len(self) or (timesteps.diff() <= 0).any():
-            raise ValueError(f"timesteps must ascend strictly within 0..{len(self) - 1}, got {timesteps.tolist()}")
+        timesteps = as_timesteps(timesteps, T=len(self))
         if len(timesteps) == len(self):
             return self
         log_alphas_bar = self.log_alphas_bar[timesteps]
@@ -169,15 +167,18 @@ class NoiseSchedule:
         return respaced
 
 
-def as_timesteps(timesteps: Tensor | Sequence[int]) -> Tensor:
-    """A list of time steps, an array or a tensor of integers, as an int64 tensor of shape (S,) on the CPU."""
+def as_timesteps(timesteps: Tensor | Sequence[int], name: str = "timesteps", T: int | None = None) -> Tensor:
+    """A list of time steps, an array or a tensor of integers, as an int64 tensor of shape (S,) on the CPU; with T, ascending within 0..T-1."""
     try:
         found = torch.as_tensor(timesteps, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"timesteps must be integers of shape (S,) with S >= 1, got {checks.shown(timesteps)}") from None
+        raise ValueError(f"{name} must be integers of shape (S,) with S >= 1, got {checks.shown(timesteps)}") from None
     if found.ndim != 1 or found.numel() == 0 or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
-        raise ValueError(f"timesteps must be integers of shape (S,) with S >= 1, got {found.dtype} {tuple(found.shape)}")
-    return found.long()
+        raise ValueError(f"{name} must be integers of shape (S,) with S >= 1, got {found.dtype} {tuple(found.shape)}")
+    found = found.long()
+    if T is not None and (found[0] < 0 or found[-1] >= T or (found.diff() <= 0).any()):
+        raise ValueError(f"{name} must ascend strictly within 0..{T - 1}, got {found.tolist()}")
+    return found
 
 
 def _as_betas(betas: Tensor | Sequence[float]) -> Tensor:

@@ -118,10 +118,13 @@ class TrainConfig:
         ``steps``, or the learning rate would never be reached. The average of the weights needs no such rule: `EMA` begins with a
         short memory, of a ninth of the steps so far, whatever ``ema`` is.
 
-        Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss.
+        Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss. A variance
+        given without a loss brings the one that can train it: "hybrid" if it is learned, else "simple".
         """
         recipe = RECIPES.get(data, {})
         given = {name: value for name, value in overrides.items() if value is not None}
+        if "variance" in given and "loss" not in given:
+            recipe = {**recipe, "loss": "hybrid" if str(given["variance"]).startswith("learned") else "simple"}
         if "schedule" in given:
             recipe = {**recipe, "schedule_options": {}}
         if given.get("loss") == "vlb":
@@ -141,9 +144,6 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of ``dataclasses.asdict``; entries of a later version are refused."""
-        if "stratified" in values and "timestep_sampler" not in values:  # versions that knew two ways had a bool
-            values = dict(values)
-            values["timestep_sampler"] = "stratified" if values.pop("stratified") else "uniform"
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"the training configuration has entries that this version does not know: {', '.join(unknown)}")

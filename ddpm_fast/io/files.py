@@ -82,14 +82,14 @@ def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def make_folder(folder: str | os.PathLike) -> None:
+def make_folder(folder: str | os.PathLike[str]) -> None:
     """Creates an output folder, and notices before any work that it cannot be written.
 
     Raises:
         OSError: it cannot be created or written.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
+    with tempfile.TemporaryFile(dir=os.fspath(folder)):
         pass
 
 

@@ -73,7 +73,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
         groups and of the state that is not a tensor.
     """
     state_dict = optimizer.state_dict()
-    tensors, other = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    other: dict[str, Any] = {}
     for index, state in state_dict["state"].items():
         for name, value in state.items():
             (tensors if isinstance(value, torch.Tensor) else other)[f"{index}.{name}"] = value
@@ -245,7 +246,7 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
         value = zlib.crc32(f"{name} {header[name]}\0".encode(), value)
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

@@ -54,6 +54,7 @@ def evaluate(
     from ddpm_fast.data.images import DataWarning
     from ddpm_fast.evaluation.features import DIGITS, INCEPTION, load_features
     from ddpm_fast.evaluation.quality import REFERENCES, check_enough, load_samples
+    from ddpm_fast.evaluation.report import BOUND_FILES
     from ddpm_fast.io.lock import exclusive
     from ddpm_fast.io.parts import Parts
     from ddpm_fast.io.ranks import launched_ranks
@@ -83,7 +84,7 @@ def evaluate(
 
         def prepare() -> None:
             nonlocal extractor, drawn, compared
-            held.enter_context(exclusive(out, "evaluation"))
+            held.enter_context(exclusive(out, "evaluation", *BOUND_FILES, "quality.json"))
             if samples is not None:  # what cannot be read is noticed before the long part
                 compared = images if len(images.train) or reference == "test" else load_data(source, **as_trained(source, trained, given))
                 drawn = load_samples(samples, compared)

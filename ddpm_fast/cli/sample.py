@@ -91,7 +91,7 @@ def sample(
             try:
                 written = write_samples(
                     drawn, out, count=count, batch=batch, formats=[name.strip() for name in formats.split(",")], levels=trained.diffusion.levels,
-                    settings=settings, labels=None if labels is None else lambda first, size: batch_labels(first, size).numpy(),
+                    settings=settings, labels=None if labels is None else batch_labels(0, count).numpy(),
                     overwrite=overwrite, ranks=ranks, report=advance,
                 )  # fmt: skip
             except KeyboardInterrupt:

@@ -31,7 +31,7 @@ def train(
     timesteps: Annotated[int | None, typer.Option("-T", "--timesteps", min=1, help="Length of the chain; a linear schedule's betas scale with its inverse.")] = None,
     prediction: Annotated[str | None, typer.Option(help="epsilon, x_start, v or mean.")] = None,
     variance: Annotated[str | None, typer.Option(help="fixed_small, fixed_large, learned or learned_range.")] = None,
-    loss: Annotated[str | None, typer.Option(help="simple, vlb or hybrid.")] = None,
+    loss: Annotated[str | None, typer.Option(help="simple, vlb or hybrid; by default the recipe's, or that which can train the --variance given.")] = None,
     weight: Annotated[str | None, typer.Option(help="Of the simple loss: uniform, min_snr, p2 or vlb.")] = None,
     timestep_sampler: Annotated[str | None, typer.Option(help="Of t: uniform, stratified, or loss_aware as for loss vlb.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps in which the learning rate rises; by default the recipe's, but at most an eighth of --steps, or a short run would never reach the rate.")] = None,

@@ -11,6 +11,8 @@ from ddpm_fast.evaluation.progressive import RateDistortion, rate_distortion
 from ddpm_fast.io.files import write_csv, write_json
 from ddpm_fast.io.plots import write_bound_plot, write_rate_distortion_plot
 
+BOUND_FILES = ("bound.json", "bound.csv", "bound.png", "rate_distortion.csv", "rate_distortion.png")
+
 
 def write_bound(
     folder: str | os.PathLike, bound: Bound, *, about: Mapping[str, Any] | None = None, title: str | None = None
@@ -39,9 +41,7 @@ def write_bound(
         mean_mse=bound.mse.mean(0).tolist(),
         mse_standard_error=standard_error(bound.mse).tolist(),
     )
-    names = dict(summary="bound.json", table="bound.csv", picture="bound.png")
-    names |= {"rate/distortion": "rate_distortion.csv", "its picture": "rate_distortion.png"}
-    paths = {what: folder / name for what, name in names.items()}
+    paths = dict(zip(("summary", "table", "picture", "rate/distortion", "its picture"), (folder / name for name in BOUND_FILES), strict=True))
     write_json(paths["summary"], {**bound.summary(), "rmse": float(curve.distortion[-1]), **(about or {}), **columns})
     write_csv(paths["table"], columns)
     write_bound_plot(paths["picture"], bound.terms, bound.prior, bound.centers, weights=bound.counts, title=title)

@@ -1,5 +1,4 @@
 """Files that are either whole or not there."""
-
 from __future__ import annotations
 
 import contextlib
@@ -18,8 +17,7 @@ from typing import Any
 
 from ddpm_fast.io.signals import uninterrupted
 
-# A temporary folder in which nothing changed for this long belongs to a process that was killed:
-# a live writer keeps moving its modification times.
+# A temporary folder in which nothing changed for this long belongs to a process that was killed: a live writer moves its times on.
 STALE_SECONDS = 3600
 
 
@@ -27,12 +25,12 @@ STALE_SECONDS = 3600
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a temporary path to write; what is there when the block ends becomes `path`.
 
-    A reader sees the old file or the new one, never a part. If the block raises (KeyboardInterrupt
-    and a full disk included), nothing temporary stays and `path` is as it was. Parent folders are
-    created, and what killed processes left behind for the same `path` is removed.
+    A reader sees the old file or the new one, never a part. If the block raises (KeyboardInterrupt and a full disk included), nothing
+    temporary stays and `path` is as it was. Parent folders are created, and what killed processes left for the same `path` more than an
+    hour ago is removed (`remove_leftovers` does so at once).
 
-    The temporary file has the name of `path`, in a hidden folder beside it: writers that choose a
-    format by suffix see the right one, and temporary files of their own vanish with the folder.
+    The temporary file has the name of `path`, in a hidden folder beside it: writers that choose a format by suffix see the right one, and
+    temporary files of their own vanish with the folder.
 
     Args:
         path: file to write or to replace.
@@ -82,6 +80,17 @@ def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def named_if_damaged(path: str | os.PathLike, remedy: str) -> Iterator[None]:
+    """Makes a ValueError of whatever a library raises over a damaged file (a dozen kinds): it names the file and says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise ValueError(f"cannot read {path} ({error or type(error).__name__}); {remedy}") from error
+
+
 def make_folder(folder: str | os.PathLike[str]) -> None:
     """Creates an output folder, and notices before any work that it cannot be written.
 
@@ -96,9 +105,12 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 @contextlib.contextmanager
 def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
     """A folder beside `path` for what will be moved to `destination`; errors name the file as it would be called there."""
-    _remove_stale(path)
-    temporary = _Temporary(path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp")
-    hidden = temporary.path
+    remove_leftovers(path, STALE_SECONDS)
+    hidden = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    # Ctrl-C may fall anywhere, between an `except` and its `finally` too. So the removal is arranged before the folder is made: it comes
+    # at the end of the block, else with the end of this frame, else with the end of the process.
+    owner = _Owner()
+    remove = weakref.finalize(owner, _remove, hidden)
     try:
         hidden.mkdir()
         with named_in_errors(path):
@@ -108,19 +120,11 @@ def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
         raise
     finally:
         with uninterrupted():
-            temporary.remove()
+            remove()
 
 
-class _Temporary:
-    """A folder to be removed.
-
-    Ctrl-C may fall anywhere, between an ``except`` and its ``finally`` too. So the removal is arranged before the folder is made: it comes
-    by `remove`, else with the end of this object, else with the end of the process.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.remove = weakref.finalize(self, _remove, path)
+class _Owner:
+    """Something that ends."""
 
 
 def _remove(folder: Path) -> None:
@@ -176,14 +180,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _remove_stale(path: Path) -> None:
-    oldest_live = time.time() - STALE_SECONDS
+def remove_leftovers(path: Path, age: float = -math.inf) -> None:
+    """Removes what killed writers of ``path`` have left and not changed for ``age`` seconds; by default all, for the only one who may write."""
     for name in os.listdir(path.parent):
         if name.startswith(f".{path.name}.") and name.endswith(".tmp"):
             entry = path.parent / name
             # Another process may be removing the same folder.
             with contextlib.suppress(OSError):
-                if max(p.stat().st_mtime for p in (entry, *entry.iterdir())) < oldest_live:
+                if time.time() - max(p.stat().st_mtime for p in (entry, *entry.iterdir())) > age:
                     shutil.rmtree(entry)
 
 

@@ -6,13 +6,14 @@ there, so that whatever stopped a run, the next one goes on with what it finds.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_fast.data.array_files import reading
-from ddpm_fast.data.grey_levels import DataError, to_unit
+from ddpm_fast.data.grey_levels import to_unit
 from ddpm_fast.data.readers import open_image
-from ddpm_fast.io.files import atomic_files, atomic_write, make_folder, named_in_errors
+from ddpm_fast.io.files import atomic_files, atomic_write, make_folder, named_if_damaged, named_in_errors, write_json
 from ddpm_fast.io.parts import Parts, cover, differences, gaps, pieces
 from ddpm_fast.io.plots import write_grid
 
@@ -31,6 +31,8 @@ from ddpm_fast.io.plots import write_grid
 _DIGITS = 8
 MAX_PNGS = 10**_DIGITS
 _PNG = re.compile(rf"(\d{{{_DIGITS}}})\.png")
+OUTPUTS = ("samples.json", "images", "samples.npz", "samples.png")
+REMEDY = "remove it to have it written again"
 GRID_IMAGES = 400
 _GRID_SIDE = 4096  # pixels; larger images make a grid of fewer, so that it can be looked at, and drawn in memory
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name (APPNOTE.TXT, 4.3.7)
@@ -46,8 +48,8 @@ class ImageStore:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], levels: int) -> None:
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        self.record, self.images, self.npz, self.grid = (folder / name for name in ("samples.json", "images", "samples.npz", "samples.png"))
+        self.folder, self.levels, self.settings = folder, levels, json.loads(json.dumps(settings))
+        self.record, self.images, self.npz, self.grid = (folder / name for name in OUTPUTS)
         self.parts = Parts(folder / "parts", self.settings)
         self._to_png = np.round(np.arange(levels) * (255 / (levels - 1))).astype(np.uint8)
         self._from_png = np.round(np.arange(256) * ((levels - 1) / 255)).astype(np.uint8)
@@ -70,8 +72,7 @@ class ImageStore:
         if other:
             self._clear()
         if not self.record.exists():
-            with atomic_write(self.record) as temporary:
-                temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+            write_json(self.record, self.settings)
         if png:
             make_folder(self.images)
         else:
@@ -133,14 +134,13 @@ class ImageStore:
             for name, array in (extra if labels is None else {**extra, "labels": labels}).items():
                 with _member(archive, name) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
-        self.__dict__.pop("_stored", None)
 
-    def write_grid(self, count: int, levels: int) -> None:
+    def write_grid(self, count: int) -> None:
         """Writes ``samples.png`` of the first images: at most GRID_IMAGES, and what _GRID_SIDE pixels squared have room for."""
         height, width = self.read(range(1)).shape[2:]
         room = max(1, _GRID_SIDE // max(height, width)) ** 2
         images = self.read(range(min(count, GRID_IMAGES, room)))
-        write_grid(self.grid, to_unit(torch.from_numpy(images), levels))
+        write_grid(self.grid, to_unit(torch.from_numpy(images), self.levels))
 
     def drop_parts(self) -> None:
         """Removes the parts if all that is in them is in ``samples.npz`` or in PNG files."""
@@ -151,33 +151,29 @@ class ImageStore:
     @property
     def in_npz(self) -> int:
         """How many images ``samples.npz`` has, which are the first ones; 0 without it."""
-        return self._stored[0][0] if self._stored else 0
+        return self._stored()[0][0]
 
-    @cached_property
-    def _stored(self) -> tuple[tuple[int, ...], int] | None:
+    def _stored(self) -> tuple[tuple[int, ...], int]:
         """Shape of the images in ``samples.npz``, and where in the file their bytes start: uncompressed, they are read in pieces."""
         if not self.npz.exists():
-            return None
-        with reading(str(self.npz)), zipfile.ZipFile(self.npz) as archive, self.npz.open("rb") as raw:
-            if "images.npy" not in archive.namelist():
-                raise DataError(f"{self.npz} must hold images, got {', '.join(archive.namelist()) or 'nothing'}")
+            return (0,), 0
+        with named_if_damaged(self.npz, REMEDY), zipfile.ZipFile(self.npz) as archive, self.npz.open("rb") as raw:
             info = archive.getinfo("images.npy")
             with archive.open(info) as member:
                 np.lib.format.read_magic(member)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
                 header = member.tell()
             if info.compress_type != zipfile.ZIP_STORED or fortran or dtype != np.uint8 or len(shape) != 4:
-                raise DataError(f"{self.npz} must be as it was written, uncompressed, with images (N, C, H, W) in uint8")
+                raise ValueError("it must be as it was written, uncompressed, with images (N, C, H, W) in uint8")
             raw.seek(info.header_offset + _LOCAL_HEADER - 4)
             return shape, info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", raw.read(4))) + header
 
     def _sources(self) -> dict[range, Callable[[range], np.ndarray]]:
         """What there is, and how a range within it is read."""
         sources: dict[range, Callable[[range], np.ndarray]] = {run: self._read_png for run in self._runs()}
-        sources |= {part: partial(self._read_part, part) for part in self.parts.present()}
-        if self.in_npz:
-            sources[range(self.in_npz)] = self._read_npz
-        return sources
+        sources |= {part: lambda items, part=part: self.parts.read(part, items)["images"] for part in self.parts.present()}
+        shape, start = self._stored()
+        return {**sources, range(shape[0]): partial(self._read_npz, shape[1:], start)} if shape[0] else sources
 
     def _gather(self, sources: dict[range, Callable[[range], np.ndarray]], wanted: range) -> np.ndarray:
         arrays = []
@@ -201,20 +197,13 @@ class ImageStore:
         arrays = []
         for index in items:
             path = self.images / _png_name(index)
-            try:
-                with open_image(path, ("PNG",)) as image:
-                    array = np.asarray(image)
-            except Exception as error:  # a damaged file makes Pillow raise a dozen kinds
-                raise ValueError(f"cannot read {path} ({error}); remove it to have it drawn again") from error
+            with named_if_damaged(path, "remove it to have it drawn again"), open_image(path, ("PNG",)) as image:
+                array = np.asarray(image)
             arrays.append(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
         return self._from_png[np.stack(arrays)]
 
-    def _read_part(self, part: range, items: range) -> np.ndarray:
-        return self.parts.read(part, items)["images"]
-
-    def _read_npz(self, items: range) -> np.ndarray:
-        (_, *shape), start = self._stored
-        each = int(np.prod(shape))
+    def _read_npz(self, shape: tuple[int, ...], start: int, items: range) -> np.ndarray:
+        each = math.prod(shape)
         with self.npz.open("rb") as file:
             file.seek(start + items.start * each)
             return np.frombuffer(file.read(len(items) * each), np.uint8).reshape(len(items), *shape)
@@ -222,18 +211,15 @@ class ImageStore:
     def _conflict(self) -> str:
         """How the folder's images are not of these settings; empty if they are, or if there are none."""
         if self.record.exists():
-            other = differences(_parse(self.record, self.record.read_text()), self.settings)
+            with named_if_damaged(self.record, "choose another folder"):
+                other = differences(dict(json.loads(self.record.read_text("utf-8"))), self.settings)
         elif any(path.exists() for path in (self.npz, self.grid, self.parts.folder)) or any(True for _ in self._png_numbers()):
             return f"unknown settings (there is no {self.record.name})"
         else:
             return ""
         if not other and self.npz.exists():  # it may have been put there by hand
-            try:
-                with np.load(self.npz, allow_pickle=False) as file:
-                    text = str(file["settings"]) if "settings" in file.files else "{}"
-            except Exception as error:  # a damaged file makes NumPy raise a dozen kinds
-                raise ValueError(f"cannot read {self.npz} ({error}); remove it to have it written again") from error
-            other = differences(_parse(self.npz, text), self.settings)
+            with named_if_damaged(self.npz, REMEDY), np.load(self.npz, allow_pickle=False) as file:
+                other = differences(dict(json.loads(str(file["settings"]) if "settings" in file.files else "{}")), self.settings)
         return f"other settings ({other})" if other else ""
 
     def _clear(self) -> None:
@@ -243,7 +229,6 @@ class ImageStore:
         if self.parts.folder.exists():
             shutil.rmtree(self.parts.folder)
         self.record.unlink(missing_ok=True)
-        self.__dict__.pop("_stored", None)
 
 
 def _png_name(index: int) -> str:
@@ -255,11 +240,3 @@ def _member(archive: zipfile.ZipFile, name: str) -> Any:
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"cannot read the settings in {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"the settings in {path} must be a JSON object, got {type(found).__name__}")
-    return found

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from ddpm_fast.io.files import remove_leftovers
 from ddpm_fast.io.signals import uninterrupted
 
 try:
@@ -23,7 +24,7 @@ _held = threading.local()
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
+def exclusive(folder: str | os.PathLike, activity: str, *files: str) -> Iterator[None]:
     """While the block runs, no other process or thread gets past the same call. Within it, the same thread does.
 
     The system's lock on ``.<activity>.lock`` in the folder, which is removed at the end. One that a killed process has left is not
@@ -32,25 +33,27 @@ def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
     Args:
         folder: created if missing, and then removed at the end if nothing was written into it.
         activity: a noun: those of different activities do not exclude each other.
+        files: names in the folder that are written under this lock alone: what killed writers left of them is removed at once.
 
     Raises:
         BlockingIOError: another one is at it; says which process.
         OSError: the folder cannot be written.
     """
     path = Path(folder).resolve() / f".{activity}.lock"
-    mine = _held.__dict__.setdefault("paths", set())
+    mine = _held.__dict__.setdefault("paths", {})  # to whether the lock is the system's
     if path in mine:
+        _clean(path, files, mine[path])
         yield
         return
     made = not path.parent.exists()
     handle = None
     try:
-        handle = _locked(path, Path(folder), activity)
-        mine.add(path)
+        handle, mine[path] = _locked(path, Path(folder), activity)
+        _clean(path, files, mine[path])
         yield
     finally:
         with uninterrupted():
-            mine.discard(path)
+            mine.pop(path, None)
             if handle is not None:
                 with contextlib.suppress(OSError):  # Windows keeps open files
                     path.unlink()
@@ -60,8 +63,13 @@ def exclusive(folder: str | os.PathLike, activity: str) -> Iterator[None]:
                     path.parent.rmdir()
 
 
-def _locked(path: Path, folder: Path, activity: str) -> int:
-    """A handle of the file at ``path``, locked."""
+def _clean(path: Path, files: tuple[str, ...], locked: bool) -> None:
+    for name in files if locked else ():
+        remove_leftovers(path.with_name(name))
+
+
+def _locked(path: Path, folder: Path, activity: str) -> tuple[int, bool]:
+    """A handle of the file at ``path``, and whether the file system has locked it: it may know no locks."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -71,7 +79,7 @@ def _locked(path: Path, folder: Path, activity: str) -> int:
         except OSError as error:
             error.filename = str(folder)  # the lock's own name would mean nothing to a reader
             raise
-        if not _lock(handle):
+        if (locked := _lock(handle)) is False:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip()
             os.close(handle)
             raise BlockingIOError(f"{folder} is in use by another {activity}{owner and f' ({owner})'}; let it end, or choose another folder")
@@ -80,11 +88,12 @@ def _locked(path: Path, folder: Path, activity: str) -> int:
             if os.path.samestat(os.fstat(handle), path.stat()):
                 os.ftruncate(handle, 0)
                 os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return handle
+                return handle, locked is True
         os.close(handle)
 
 
-def _lock(handle: int) -> bool:
+def _lock(handle: int) -> bool | None:
+    """Whether nobody else has it locked; None where the file system knows no locks."""
     try:
         if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,4 +106,5 @@ def _lock(handle: int) -> bool:
             return False
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
+        return None
     return True

@@ -14,10 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_fast.io.files import atomic_write
+from ddpm_fast.io.files import atomic_write, named_if_damaged, write_json
 
 SETTINGS = "settings.json"
 _NAME = re.compile(r"(\d+)-(\d+)\.npz")
+
+
+def _name(part: range) -> str:
+    return f"{part.start}-{part.stop}.npz"
 
 
 def cover(present: Iterable[range], wanted: range) -> Iterator[tuple[range, range | None]]:
@@ -72,17 +76,12 @@ class Parts:
         """Creates the folder, or makes sure that the parts in it are of the same computation. For one rank; the others wait."""
         path = self.folder / SETTINGS
         if path.exists():
-            try:
+            with named_if_damaged(path, "remove the folder"):
                 found = dict(json.loads(path.read_text("utf-8")))
-            except (ValueError, TypeError):
-                raise ValueError(f"{path} is damaged; remove the folder") from None
-            other = differences(found, self.settings)
-            if other:
-                text = f"{self.folder} holds the unfinished parts of another run ({other})"
-                raise ValueError(f"{text}; finish that one, or remove the folder")
-            return
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=1) + "\n", "utf-8")
+            if other := differences(found, self.settings):
+                raise ValueError(f"{self.folder} holds the unfinished parts of another run ({other}); finish that one, or remove the folder")
+        else:
+            write_json(path, self.settings)
 
     def present(self) -> list[range]:
         """The ranges that are there, in order."""
@@ -95,7 +94,7 @@ class Parts:
 
     def save(self, part: range, **arrays: np.ndarray) -> None:
         """Writes the results of a range: arrays with one entry an item."""
-        with atomic_write(self.folder / f"{part.start}-{part.stop}.npz") as temporary:
+        with atomic_write(self.folder / _name(part)) as temporary:
             np.savez(temporary, **arrays)
 
     def load(self, count: int) -> dict[str, np.ndarray]:
@@ -110,7 +109,8 @@ class Parts:
 
     def read(self, part: range, items: range) -> dict[str, np.ndarray]:
         """The results of some items of a part, by name."""
-        with np.load(self.folder / f"{part.start}-{part.stop}.npz") as file:
+        path = self.folder / _name(part)
+        with named_if_damaged(path, "remove it to have it computed again"), np.load(path) as file:
             return {name: file[name][items.start - part.start : items.stop - part.start] for name in file.files}
 
     def remove(self) -> None:

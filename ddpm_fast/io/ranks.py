@@ -4,15 +4,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed
-
-T = TypeVar("T")
 
 # Between two meetings lies a whole share of the work: the default of half an hour would end a long run. A dead fellow is noticed at once.
 _PATIENCE = timedelta(days=30)
@@ -39,10 +36,6 @@ class Ranks:
         """Whether this process is the one that speaks and that writes what all have made."""
         return self.rank == 0
 
-    def share(self, parts: Sequence[T]) -> list[T]:
-        """Every ``size``-th part: this process's turns."""
-        return list(parts[self.rank :: self.size])
-
     def share_missing(self, look: Callable[[int], list[range]], batch: int) -> list[range]:
         """This process's ranges of what is missing. All look before any of them adds something, or they would not see the same.
 
@@ -53,7 +46,7 @@ class Ranks:
         total = sum(map(len, look(batch)))
         parts = look(max(1, min(batch, math.ceil(total / self.size))))
         self.wait()
-        return self.share(parts)
+        return parts[self.rank :: self.size]
 
     def device(self, name: str) -> str:
         """The device that ``name`` means for this process: where it leaves the GPU open, each process of a machine has its own."""

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.data.grey_levels import to_levels
-from ddpm_fast.io.image_store import GRID_IMAGES, MAX_PNGS, ImageStore
+from ddpm_fast.io.image_store import GRID_IMAGES, MAX_PNGS, OUTPUTS, ImageStore
 from ddpm_fast.io.lock import exclusive
 from ddpm_fast.io.ranks import Ranks
 
-Labels = Callable[[int, int], np.ndarray]
 FORMATS = ("png", "grid", "npz")
 
 
@@ -31,7 +29,7 @@ def write_samples(
     formats: Collection[str] = ("grid", "npz"),
     levels: int = 256,
     settings: Mapping[str, Any],
-    labels: Labels | None = None,
+    labels: np.ndarray | None = None,
     overwrite: bool = False,
     ranks: Ranks | None = None,
     report: Callable[[int, int], object] = lambda done, of: None,
@@ -41,7 +39,7 @@ def write_samples(
     Whatever stops it (Ctrl-C, a kill, a full disk), there are only complete files, and the same call goes on from there. It may then have
     another ``count``, ``batch``, number of ranks or other ``formats``: none of them changes an image. A larger ``count`` extends what is
     there; a smaller one takes nothing away from PNG files and ``samples.npz``. A kill may also leave a hidden folder ``.*.tmp`` with what
-    was being written, which runs an hour later remove.
+    was being written, which the next run removes.
 
     In memory: one batch, whatever ``count`` is. On disk: each image once as a PNG file, and uncompressed once in ``samples.npz`` and, until
     that is complete, once in the old ``samples.npz`` or in ``parts/``, where PNG files are not wanted.
@@ -57,7 +55,7 @@ def write_samples(
             ``labels``, ``labels`` (count,) int64. With "grid" alone no more than 400 images are drawn, and ``parts/`` stays to keep them.
         levels: 2..256 grey levels, to which the images are rounded.
         settings: JSON values of all that the images depend on: checkpoint, sampler, steps, seed, ... Levels are added.
-        labels: called as labels(first, count) for the (count,) integers, from 0, that ``draw`` conditions on.
+        labels: (count,) integers from 0, which ``draw`` conditions on.
         overwrite: replace images of other settings; those of the same settings always stay.
         ranks: the processes that share the drawing, all with the same arguments and folder; by default this one alone.
         report: called as report(done, count), in images, after each batch of this process; its fellows are taken to be as fast.
@@ -73,23 +71,23 @@ def write_samples(
         SystemExit: in ranks other than the first where the first one has raised.
     """
     ranks = ranks or Ranks()
-    wanted = _check(count, batch, formats, levels)
+    wanted = _check(count, batch, formats, levels, labels)
     if wanted == {"grid"}:
         count = min(count, GRID_IMAGES)
     try:
-        store = ImageStore(Path(out), json.loads(json.dumps({**settings, "levels": levels})), levels)
+        store = ImageStore(Path(out), {**settings, "levels": levels}, levels)
     except TypeError as error:
         raise ValueError(f"settings must be JSON values: {error}") from error
     with contextlib.ExitStack() as held:
-        ranks.lead(lambda: (held.enter_context(exclusive(out, "sampling")), store.open("png" in wanted, overwrite)))
-        _write(store, draw, count, batch, wanted, levels, labels, ranks, report)
+        ranks.lead(lambda: (held.enter_context(exclusive(out, "sampling", *OUTPUTS)), store.open("png" in wanted, overwrite)))
+        _write(store, draw, count, batch, wanted, labels, ranks, report)
     paths = {"png": store.images, "grid": store.grid, "npz": store.npz}
     return {name: paths[name] for name in FORMATS if name in wanted} | {"settings": store.record}
 
 
 def _write(
-    store: ImageStore, draw: Callable[[int, int], Tensor], count: int, batch: int, wanted: set[str], levels: int, labels: Labels | None,
-    ranks: Ranks, report: Callable[[int, int], object],
+    store: ImageStore, draw: Callable[[int, int], Tensor], count: int, batch: int, wanted: set[str], labels: np.ndarray | None, ranks: Ranks,
+    report: Callable[[int, int], object],
 ) -> None:
     png = "png" in wanted
     share = ranks.share_missing(partial(store.missing, count), batch)
@@ -97,7 +95,7 @@ def _write(
     report(max(0, count - left), count)
     save = store.save_png if png else store.save_part
     for part in share:
-        images = _draw(draw, part, levels, wanted)
+        images = _draw(draw, part, store.levels, wanted)
         with _progress_in_errors(store, count):
             save(part, images)
         left -= len(part) * ranks.size
@@ -107,10 +105,10 @@ def _write(
         if png:  # those that an earlier run without PNG files has drawn
             store.add_png(ranks.share_missing(partial(store.without_png, count), batch))
         ranks.wait()
-        ranks.lead(partial(_finish, store, count, batch, wanted, levels, labels))
+        ranks.lead(partial(_finish, store, count, batch, wanted, labels))
 
 
-def _check(count: int, batch: int, formats: Collection[str], levels: int) -> set[str]:
+def _check(count: int, batch: int, formats: Collection[str], levels: int, labels: np.ndarray | None) -> set[str]:
     wanted = {formats} if isinstance(formats, str) else set(formats)
     if not wanted or not wanted <= set(FORMATS):
         raise ValueError(f"formats must be some of {', '.join(FORMATS)}, got {', '.join(sorted(wanted)) or 'none'}")
@@ -119,6 +117,8 @@ def _check(count: int, batch: int, formats: Collection[str], levels: int) -> set
             raise ValueError(f"{name} must be at least 1{'' if most == math.inf else f' and at most {most} with png'}, got {value}")
     if not 2 <= levels <= 256:
         raise ValueError(f"levels must be in 2..256, got {levels}")
+    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0):
+        raise ValueError(f"labels must be ({count},) integers from 0, got {labels.dtype} {labels.shape}")
     return wanted
 
 
@@ -134,19 +134,12 @@ def _draw(draw: Callable[[int, int], Tensor], part: range, levels: int, wanted: 
     return to_levels(x, levels).numpy()
 
 
-def _finish(store: ImageStore, count: int, batch: int, wanted: set[str], levels: int, labels: Labels | None) -> None:
+def _finish(store: ImageStore, count: int, batch: int, wanted: set[str], labels: np.ndarray | None) -> None:
     if "grid" in wanted:
-        store.write_grid(count, levels)
+        store.write_grid(count)
     if "npz" in wanted:
-        store.write_npz(count, batch, None if labels is None else _check_labels(labels(0, count), count))
+        store.write_npz(count, batch, None if labels is None else labels.astype(np.int64))
     store.drop_parts()
-
-
-def _check_labels(labels: np.ndarray, count: int) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"labels must give ({count},) integers from 0, got {labels.dtype} {labels.shape}")
-    return labels.astype(np.int64)
 
 
 @contextlib.contextmanager

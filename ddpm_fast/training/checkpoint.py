@@ -1,14 +1,12 @@
 """Checkpoints: one ``.safetensors`` file that is complete by itself, and a ``.json`` to read.
 
-The tensors, and in the header everything else (configuration, step, history), are one file, which
-is replaced in one step: whatever happens while saving, a whole checkpoint is there, the old one or
-the new one. The JSON beside it is a copy of the header for people and scripts. Both carry the same
-random id, and loading compares them, so a pair put together from two saves is noticed.
+The tensors, and in the header everything else (configuration, step), are one file, which is replaced in one step: whatever happens while
+saving, a whole checkpoint is there, the old one or the new one. The JSON beside it is a copy of the header for people and scripts. Both
+carry the same random id, and loading compares them, so that a pair put together from two saves is noticed.
 
-The header has a checksum of all of it, so that a flipped bit, which would only make the samples a
-little worse, is noticed. Nothing is pickled: loading a checkpoint runs no code from it.
+The header has a checksum of all of it, so that a flipped bit, which would only make the samples a little worse, is noticed. Nothing is
+pickled: loading a checkpoint runs no code from it.
 """
-
 from __future__ import annotations
 
 import json
@@ -28,6 +26,7 @@ from ddpm_fast.io.files import atomic_write
 
 FORMAT = "ddpm_fast"
 FORMAT_VERSION = 1
+CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _KEYS_SHOWN = 5
@@ -65,81 +64,37 @@ def strip_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as flat tensors and JSON values; `unpack_optimizer` is the way back.
-
-    Returns:
-        Tensors named ``"<parameter index>.<name>"`` (``"0.exp_avg"``), and a dict of the parameter
-        groups and of the state that is not a tensor.
-    """
-    state_dict = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    other: dict[str, Any] = {}
-    for index, state in state_dict["state"].items():
-        for name, value in state.items():
-            (tensors if isinstance(value, torch.Tensor) else other)[f"{index}.{name}"] = value
-    # A learning rate is a tensor in capturable optimizers.
-    groups = [
-        {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in group.items()}
-        for group in state_dict["param_groups"]
-    ]
-    return tensors, {"groups": groups, "state": other}
-
-
-def unpack_optimizer(tensors: Mapping[str, torch.Tensor], packed: Mapping[str, Any]) -> dict[str, Any]:
-    """The argument for ``optimizer.load_state_dict``, from what `pack_optimizer` returned."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in (*tensors.items(), *packed["state"].items()):
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": packed["groups"]}
-
-
 def save_checkpoint(
     folder: str | os.PathLike,
     tensors: Mapping[str, torch.Tensor],
     meta: Mapping[str, Any],
-    *,
-    name: str = "checkpoint",
 ) -> Path:
-    """Writes ``folder/name.safetensors`` and ``folder/name.json``, replacing an earlier save.
+    """Writes ``checkpoint.safetensors`` and ``checkpoint.json`` into a folder, replacing an earlier save.
 
-    An earlier checkpoint of the same name survives any failure before the new one is complete,
-    and no temporary file stays behind.
+    The earlier one survives any failure before the new one is complete, and no temporary file stays behind.
 
     Args:
         folder: created if missing.
-        tensors: flat names to tensors of any dtype, device and layout; shared storage is written
-            once for each name.
-        meta: JSON values (model and diffusion configuration, data, step, history, package version);
-            keys become strings and tuples become lists.
-        name: stem of both files.
+        tensors: flat names to tensors of any dtype, device and layout; shared storage is written once for each name.
+        meta: JSON values; keys become strings and tuples become lists.
 
     Returns:
         Path of the ``.safetensors`` file.
 
     Raises:
-        CheckpointError: `meta` is not JSON, a tensor cannot be stored, or the tensor file could
-            not be written.
+        CheckpointError: `meta` is not JSON, a tensor cannot be stored, or the tensor file could not be written.
         OSError: the folder cannot be written.
     """
-    if Path(name).name != name:
-        raise CheckpointError(f"name must be a file stem without folders, got {name!r}")
-    save_id = secrets.token_hex(16)
     try:
         meta_json = json.dumps(meta)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"meta must hold JSON values (dict with str keys, list, str, int, float, bool, None): {error}"
-        ) from error
+        raise CheckpointError(f"meta must hold JSON values (dict with str keys, list, str, int, float, bool, None): {error}") from error
     if len(meta_json) > _META_BYTES:
         raise CheckpointError(f"meta must take at most {_META_BYTES} bytes as JSON, got {len(meta_json)}")
     tensors = _storable(tensors)
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "id": save_id, "meta": meta_json}
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "id": secrets.token_hex(16), "meta": meta_json}
     header["crc32"] = _checksum(header, tensors)
-    tensor_path = Path(folder) / f"{name}.safetensors"
-    json_path = Path(folder) / f"{name}.json"
-
+    tensor_path, json_path = (Path(folder) / name for name in CHECKPOINT_FILES)
     with atomic_write(json_path) as json_temporary:
         json_temporary.write_text(json.dumps(_document(header), indent=2) + "\n", "utf-8")
         with atomic_write(tensor_path) as tensor_temporary:
@@ -147,23 +102,21 @@ def save_checkpoint(
                 save_file(tensors, tensor_temporary, metadata=header)
             except (SafetensorError, KeyError) as error:
                 raise CheckpointError(f"could not write {tensor_path}: {error}") from error
-            # Gone before the tensors change: a process killed between the two replacements leaves
-            # a tensor file without a copy of its header, never with the copy of another.
+            # Gone before the tensors change: a process killed between the two replacements leaves a tensor file without a copy of its
+            # header, never with the copy of another.
             json_path.unlink(missing_ok=True)
     return tensor_path
 
 
-def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | None = None) -> Checkpoint:
-    """Reads what `save_checkpoint` wrote.
+def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Reads what `save_checkpoint` wrote, into the host's memory.
 
     Args:
-        path: the folder (its ``checkpoint.safetensors`` is read), the ``.safetensors`` file or the
-            ``.json`` beside it.
-        map_location: device of the tensors; CPU by default.
+        path: the folder (its ``checkpoint.safetensors`` is read), the ``.safetensors`` file or the ``.json`` beside it.
 
     Raises:
-        CheckpointError: nothing there; not a checkpoint of this library, or a pickle; damaged, in a
-            single bit too; written by a newer format; or the JSON beside it belongs to another save.
+        CheckpointError: nothing there; not a checkpoint of this library, or a pickle; damaged, in a single bit too; written by a newer
+            format; or the JSON beside it belongs to another save.
     """
     tensor_path = _resolve(Path(path))
     try:
@@ -182,8 +135,6 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | 
     if not isinstance(document["meta"], dict):
         raise CheckpointError(f"{tensor_path} is damaged: the meta of its header is not a JSON object")
     _check_json(tensor_path, document)
-    if map_location is not None:
-        tensors = {name: tensor.to(map_location) for name, tensor in tensors.items()}
     return Checkpoint(tensors, document["meta"], tensor_path)
 
 
@@ -207,21 +158,12 @@ def check_fits(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wha
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and own[name].shape != tensors[name].shape
-    ]
-    lines = [
-        f"{len(names)} {kind}: {_shortened(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if lines:
-        raise CheckpointError(
-            f"the checkpoint does not fit the {what} ({len(own)} tensors expected, {len(tensors)} given); "
-            + "; ".join(lines)
-        )
+    both = [(name, tuple(tensors[name].shape), tuple(own[name].shape)) for name in own if name in tensors]
+    shapes = [f"{name} {given} for {expected}" for name, given, expected in both if given != expected]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if lines := [f"{len(names)} {kind}: {_shortened(names)}" for kind, names in kinds.items() if names]:
+        counts = f"{len(own)} tensors expected, {len(tensors)} given"
+        raise CheckpointError(f"the checkpoint does not fit the {what} ({counts}); {'; '.join(lines)}")
 
 
 def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -253,18 +195,15 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
 def _document(header: Mapping[str, str]) -> dict[str, Any]:
     """The JSON file's content, from the tensor file's header."""
     return {
-        "format": header["format"],
-        "format_version": int(header["format_version"]),
-        "id": header["id"],
-        "crc32": header["crc32"],
+        "format": header["format"], "format_version": int(header["format_version"]), "id": header["id"], "crc32": header["crc32"],
         "meta": json.loads(header["meta"]),
-    }
+    }  # fmt: skip
 
 
 def _resolve(path: Path) -> Path:
     """The tensor file that `path` stands for."""
     if path.is_dir():
-        tensor_path = path / "checkpoint.safetensors"
+        tensor_path = path / CHECKPOINT_FILES[0]
     elif path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(_pickle_message(path))
     elif path.suffix in (".safetensors", ".json"):
@@ -277,9 +216,7 @@ def _resolve(path: Path) -> Path:
         json_path = tensor_path.with_suffix(".json")
         if json_path.is_file():
             raise CheckpointError(f"{json_path} is there, but its tensor file {tensor_path.name} is missing beside it")
-        raise CheckpointError(
-            f"no checkpoint in {tensor_path.parent}: expected {tensor_path.name} (and {json_path.name} beside it)"
-        )
+        raise CheckpointError(f"no checkpoint in {tensor_path.parent}: expected {tensor_path.name} (and {json_path.name} beside it)")
     return tensor_path
 
 
@@ -287,15 +224,10 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
     found = header.get("format")
     if found != FORMAT:
         says = "no 'format' entry" if found is None else f"'format' is {found!r}"
-        raise CheckpointError(
-            f"{path} is a safetensors file, but not a checkpoint of ddpm_fast: {says} in its header, "
-            f"expected {FORMAT!r}"
-        )
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of ddpm_fast: {says} in its header, expected {FORMAT!r}")
     version = header.get("format_version", "")
     if version.isdecimal() and len(version) < 10 and int(version) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} was written by a newer ddpm_fast: format_version {version}, this one reads up to {FORMAT_VERSION}"
-        )
+        raise CheckpointError(f"{path} was written by a newer ddpm_fast: format_version {version}, this one reads up to {FORMAT_VERSION}")
     if version != str(FORMAT_VERSION) or not {"id", "meta", "crc32"} <= header.keys():
         raise CheckpointError(f"{path} is damaged: its header lacks format_version, id, meta or crc32")
 
@@ -312,10 +244,7 @@ def _check_json(tensor_path: Path, document: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} is not readable JSON ({error}). {remedy}") from error
     found = beside.get("id") if isinstance(beside, dict) else None
     if found != document["id"]:
-        raise CheckpointError(
-            f"{path} and {tensor_path.name} come from two different saves: id {found}, expected "
-            f"{document['id']}. {remedy}"
-        )
+        raise CheckpointError(f"{path} and {tensor_path.name} come from two different saves: id {found}, expected {document['id']}. {remedy}")
     if not _holds(beside, document):
         raise CheckpointError(f"{path} was changed after it was saved, which would have no effect. {remedy}")
 
@@ -336,10 +265,7 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def _pickle_message(path: Path) -> str:
-    return (
-        f"{path} is a pickle, or named like one: pickles can run any code and are not loaded; "
-        "expected a .safetensors file written by ddpm_fast"
-    )
+    return f"{path} is a pickle, or named like one: pickles can run any code and are not loaded; expected a .safetensors file written by ddpm_fast"
 
 
 def _shortened(names: list[str]) -> str:

@@ -22,14 +22,13 @@ from ddpm_fast.io.signals import terminable, uninterrupted
 from ddpm_fast.models import EMA, UNet
 from ddpm_fast.noise import FOLD_AUGMENT, FOLD_DROPOUT, FOLD_LABELS, FOLD_TRAIN_NOISE, FOLD_TRAIN_TIMESTEPS, Noise
 from ddpm_fast.training.checkpoint import (
+    CHECKPOINT_FILES,
     Checkpoint,
     CheckpointError,
     add_prefix,
     load_into,
-    pack_optimizer,
     save_checkpoint,
     strip_prefix,
-    unpack_optimizer,
 )
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.metrics import METRICS, open_metrics, read_metrics
@@ -149,11 +148,14 @@ class Trainer:
         own, found = self.optimizer.state_dict()["param_groups"], meta["optimizer"]
         for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize"):
             values = [group.get(name) for group in found["groups"]]
-            if json.dumps(values) != json.dumps([group[name] for group in own]) or found["state"]:
+            if json.dumps(values) != json.dumps([group[name] for group in own]):
                 raise ValueError(f"its optimizer must be Adam with {name} {own[0][name]} in one parameter group, got {name} {', '.join(map(str, values))}")
         # Files hold rows in order; the fused kernel wants a parameter and its state laid out alike, here channels_last.
-        packed = {name: torch.empty_like(expected[name], dtype=tensor.dtype).copy_(tensor) for name, tensor in packed.items()}
-        self.optimizer.load_state_dict(unpack_optimizer(packed, {"groups": own, "state": {}}))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in packed.items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = torch.empty_like(expected[key], dtype=tensor.dtype).copy_(tensor)
+        self.optimizer.load_state_dict({"state": state, "param_groups": own})
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, then constant or a half cosine that would reach zero after the last step."""
@@ -231,7 +233,7 @@ class Trainer:
                 raise ValueError(f"{name} must be positive, got {value}")
         with contextlib.ExitStack() as stack:
             if out is not None:
-                stack.enter_context(exclusive(out, "training"))
+                stack.enter_context(exclusive(out, "training", *CHECKPOINT_FILES, METRICS))
                 stack.enter_context(terminable())
             return self._run(out, log_every, save_every, save_minutes, report)
 
@@ -284,12 +286,12 @@ class Trainer:
         """Writes the checkpoint into a folder, atomically: weights, their average, the optimiser, and the configuration."""
         from ddpm_fast._version import __version__
 
-        optimizer, optimizer_meta = pack_optimizer(self.optimizer)
+        optimizer = self.optimizer.state_dict()
         ema = self.ema.state_dict()
         tensors = {
             **add_prefix("model", self.model.state_dict()),
             **add_prefix("ema", {**ema["parameters"], **ema["buffers"]}),
-            **add_prefix("optimizer", optimizer),
+            **{f"optimizer.{k}.{name}": x for k, state in optimizer["state"].items() for name, x in state.items() if isinstance(x, Tensor)},
             **add_prefix("timesteps", self.timestep_sampler.state_dict()),
         }
         meta = dict(
@@ -303,7 +305,7 @@ class Trainer:
             fingerprints=self._fingerprints,
             train=dataclasses.asdict(self.config),
             ema_updates=ema["num_updates"],
-            optimizer=optimizer_meta,
+            optimizer={"groups": [{name: x.item() if isinstance(x, Tensor) else x for name, x in group.items()} for group in optimizer["param_groups"]]},
         )
         return save_checkpoint(out, tensors, meta)
 

@@ -51,6 +51,24 @@ def test_another_process_is_named_and_a_killed_one_forgotten(tmp_path, holder):
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_killed_writer_left_goes_at_the_restart(run, tmp_path, monkeypatch):
+    """Not after an hour: whoever holds the lock knows that nobody is writing. What others may be writing stays."""
+    def leave(*names):
+        for name in names:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "half").write_bytes(b"half")
+
+    mine, others = (".checkpoint.safetensors.0a.tmp", ".checkpoint.json.1b.tmp", ".metrics.jsonl.2c.tmp"), (".bound.json.3d.tmp", ".loss.png.4e.tmp")
+    leave(*mine, *others)
+    with exclusive(tmp_path, "training"):  # as the command does before it makes a trainer
+        Trainer(config(steps=1), images()).run(tmp_path)
+    assert {name for name in os.listdir(tmp_path) if name.endswith(".tmp")} == set(others)
+    leave(*mine)
+    monkeypatch.setattr(lock, "_lock", lambda handle: None)  # a file system without locks: another one may be at it
+    Trainer(config(steps=1), images()).run(tmp_path)
+    assert {name for name in os.listdir(tmp_path) if name.endswith(".tmp")} == {*mine, *others}
+
+
 def test_every_writer_is_refused(run, tmp_path, holder, command):
     before = os.listdir(tmp_path)
     with pytest.raises(BlockingIOError, match="is in use by another training"):

@@ -3,8 +3,9 @@ import json
 
 import numpy as np
 import pytest
+from played_ranks import play
 
-from ddpm_fast.io.parts import Parts
+from ddpm_fast.io.parts import Parts, gaps
 from ddpm_fast.io.ranks import Ranks, launched_ranks
 
 
@@ -57,8 +58,19 @@ def test_parts_of_other_settings_are_refused_by_name(tmp_path):
 def test_damaged_settings_are_said_to_be(tmp_path, text):
     parts = filled(tmp_path)
     (parts.folder / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"settings\.json is damaged; remove the folder"):
+    with pytest.raises(ValueError, match=r"cannot read .*settings\.json \(.*\); remove the folder"):
         parts.open()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"(" * len(data)])
+def test_a_damaged_part_is_named(tmp_path, damage):
+    parts = filled(tmp_path, (0, 4), (4, 8))
+    path = parts.folder / "4-8.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"cannot read .*4-8\.npz \(.*\); remove it to have it computed again"):
+        parts.load(8)
+    path.unlink()
+    assert parts.missing(8, 8) == [range(4, 8)]
 
 
 def test_settings_survive_json(tmp_path):
@@ -69,8 +81,13 @@ def test_settings_survive_json(tmp_path):
 
 
 def test_ranks_share_all_parts_once():
-    turns = [Ranks(rank, 3).share(range(8)) for rank in range(3)]
-    assert sorted(part for turn in turns for part in turn) == list(range(8)) and max(map(len, turns)) - min(map(len, turns)) <= 1
+    turns = [[] for _ in range(3)]
+    look = lambda size: gaps([range(2, 4)], range(20), size)  # noqa: E731
+    assert play(3, lambda ranks: turns[ranks.rank].extend(ranks.share_missing(look, 2))) == [None] * 3
+    assert sorted(i for turn in turns for part in turn for i in part) == [0, 1, *range(4, 20)]
+    assert max(map(len, turns)) - min(map(len, turns)) <= 1
+    assert play(3, lambda ranks: turns[ranks.rank].append(ranks.share_missing(look, 100))) == [None] * 3
+    assert all(turn[-1] for turn in turns)  # the batch gives way, so that each has something to do
 
 
 def test_one_process_waits_for_nobody():

@@ -54,6 +54,8 @@ def contents(folder):
 
 def test_all_formats_and_what_reads_them_back(tmp_path):
     seen = []
+    for left in (".images.0a.tmp", ".samples.npz.1b.tmp"):  # by a run that was killed
+        (tmp_path / left).mkdir()
     paths = write(tmp_path, Draw(), report=lambda *now: seen.append(now))
     names = {"png": "images", "grid": "samples.png", "npz": "samples.npz", "settings": "samples.json"}
     assert paths == {format: tmp_path / name for format, name in names.items()}
@@ -191,11 +193,12 @@ def test_damaged_png_is_named(tmp_path):
 
 
 def test_labels(tmp_path):
-    write(tmp_path, Draw(), 30, labels=lambda first, count: np.arange(first, first + count) % 3)
+    write(tmp_path, Draw(), 30, labels=np.arange(30) % 3)
     data = load_data(tmp_path / "samples.npz")
     assert data.num_classes == 3
-    with pytest.raises(ValueError, match=r"labels must give \(31,\) integers"):
-        write(tmp_path, Draw(), 31, labels=lambda first, count: np.zeros(count))
+    for labels in (np.zeros(31), np.zeros(30, int), np.arange(31) - 1):
+        with pytest.raises(ValueError, match=r"labels must be \(31,\) integers from 0, got"):
+            write(tmp_path, Draw(stop_at=0), 31, labels=labels)
 
 
 def test_unwritable_folder_is_noticed_before_anything_is_drawn(tmp_path):

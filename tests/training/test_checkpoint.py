@@ -17,10 +17,8 @@ from ddpm_fast.training.checkpoint import (
     add_prefix,
     load_checkpoint,
     load_into,
-    pack_optimizer,
     save_checkpoint,
     strip_prefix,
-    unpack_optimizer,
 )
 
 META = {"step": 7, "model": {"mult": [1, 2]}, "history": [[0, 1.5], [1, float("inf")]], "note": "ᾱ", "z": None}
@@ -70,11 +68,13 @@ def test_nan_in_the_history_is_saved(tmp_path):
 
 
 def test_paths_that_name_a_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "kept", tensors(2), {})
+    for name in WHOLE:  # a user keeps a copy
+        (tmp_path / "kept" / name).rename(tmp_path / name.replace("checkpoint", "step-0.5"))
     save_checkpoint(tmp_path, tensors(1), {})
-    save_checkpoint(tmp_path, tensors(2), {}, name="step-0.5")
     for path, value in (("", 1), ("checkpoint.json", 1), ("checkpoint.safetensors", 1), ("step-0.5.json", 2)):
         assert load_checkpoint(tmp_path / path).tensors["model.w"][0, 0] == value
-        assert load_checkpoint(str(tmp_path / path), map_location="cpu").tensors["step"].device.type == "cpu"
+        assert load_checkpoint(str(tmp_path / path)).tensors["step"] == 5
 
 
 def test_tensor_file_is_complete_by_itself(tmp_path):
@@ -141,19 +141,18 @@ def test_atomic_write_does_not_replace_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, meta, options, message",
+    "given, meta, message",
     [
-        ({}, {"x": torch.zeros(1)}, {}, "meta must hold JSON values .*Tensor is not JSON serializable"),
-        ({}, {"x": "a" * 40_000_000}, {}, "meta must take at most 40000000 bytes as JSON, got 4"),
-        ({"x": 3}, {}, {}, r"tensors\['x'\] must be a tensor, got int; put it into meta"),
-        ({"x": torch.zeros(3).to_sparse()}, {}, {}, r"tensors\['x'\] must be dense, got layout torch.sparse_coo"),
-        ({"x": torch.zeros(3, dtype=torch.complex128)}, {}, {}, "could not write .*checkpoint.safetensors.*complex128"),
-        ({}, {}, {"name": "a/b"}, "name must be a file stem without folders, got 'a/b'"),
+        ({}, {"x": torch.zeros(1)}, "meta must hold JSON values .*Tensor is not JSON serializable"),
+        ({}, {"x": "a" * 40_000_000}, "meta must take at most 40000000 bytes as JSON, got 4"),
+        ({"x": 3}, {}, r"tensors\['x'\] must be a tensor, got int; put it into meta"),
+        ({"x": torch.zeros(3).to_sparse()}, {}, r"tensors\['x'\] must be dense, got layout torch.sparse_coo"),
+        ({"x": torch.zeros(3, dtype=torch.complex128)}, {}, "could not write .*checkpoint.safetensors.*complex128"),
     ],
 )
-def test_save_errors_leave_nothing(tmp_path, given, meta, options, message):
+def test_save_errors_leave_nothing(tmp_path, given, meta, message):
     with pytest.raises(CheckpointError, match=message):
-        save_checkpoint(tmp_path, given, meta, **options)
+        save_checkpoint(tmp_path, given, meta)
     assert names(tmp_path) == []
 
 
@@ -250,35 +249,6 @@ def test_prefixes():
     both = {**add_prefix("model", {"w": torch.tensor(1)}), **add_prefix("model_ema", {"w": torch.tensor(2)})}
     assert list(both) == ["model.w", "model_ema.w"]
     assert strip_prefix("model", both) == {"w": torch.tensor(1)} and strip_prefix("mod", both) == {}
-
-
-@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
-def test_optimizer_goes_on_where_it_was(tmp_path, make):
-    options = {"momentum": 0.9} if make is torch.optim.SGD else {"betas": (0.8, 0.9)}
-
-    def build():
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 2)
-        return model, make(model.parameters(), lr=0.1, **options)
-
-    def train(model, optimizer, steps):
-        for step in steps:
-            optimizer.zero_grad()
-            (model(torch.ones(1, 3)) - step).square().sum().backward()
-            optimizer.step()
-
-    model, optimizer = build()
-    train(model, optimizer, range(3))
-    packed, meta = pack_optimizer(optimizer)
-    save_checkpoint(tmp_path, {**add_prefix("model", model.state_dict()), **add_prefix("optimizer", packed)}, meta)
-    train(model, optimizer, range(3, 6))
-
-    resumed, its_optimizer = build()
-    found = load_checkpoint(tmp_path)
-    load_into(resumed, strip_prefix("model", found.tensors))
-    its_optimizer.load_state_dict(unpack_optimizer(strip_prefix("optimizer", found.tensors), found.meta))
-    train(resumed, its_optimizer, range(3, 6))
-    assert torch.equal(resumed.weight, model.weight) and torch.equal(resumed.bias, model.bias)
 
 
 def test_load_into_reports_before_it_changes_anything():

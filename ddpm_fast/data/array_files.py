@@ -30,7 +30,7 @@ _LONGEST = 200  # characters that a file's own words take in a message
 
 
 class Contents(NamedTuple):
-    """What a folder or a file holds: grey levels (N, C, H, W), labels (N,) 0..len(classes)-1, and what was left out."""
+    """Contents of a folder or a file: grey levels (N, C, H, W), labels (N,) 0..len(classes)-1, and what was left out."""
 
     train: np.ndarray
     labels: np.ndarray | None = None
@@ -125,7 +125,7 @@ def available_memory() -> int | None:
 
 
 def _line(text: str) -> str:
-    """What a foreign file made of a message, as a part of one line."""
+    """A message that a foreign file has a part in, as a part of one line."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_LONGEST]
 
 

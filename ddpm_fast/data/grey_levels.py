@@ -37,7 +37,7 @@ def to_levels(x: torch.Tensor, levels: int = 256) -> torch.Tensor:
 
 
 class Scale:
-    """How the values of a data set become grey levels, the same for every file of it, be it a PNG or a .npy.
+    """Maps the values of a data set to grey levels, in the same way for every file of it, be it a PNG or a .npy.
 
     Without a range integers of 8 bits span 0..255, those of 16 bits 0..65535, wider ones 0..255 and floats -1..1. The range is
     divided into `levels` grey levels, a value goes to the nearest. Without `levels` a given range of integers has one level
@@ -94,7 +94,7 @@ class Scale:
         return result
 
     def notes(self, where: str) -> list[str]:
-        """What is doubtful about all that was read; nothing where the range or the levels were given.
+        """Doubts about all that was read; none where the range or the levels were given.
 
         Raises:
             DataError: the values use so little of the range that is assumed that they would lose what they hold.
@@ -162,7 +162,7 @@ class Scale:
 
 
 def option(low: float, high: float) -> str:
-    """How a range is given."""
+    """The text that gives a range."""
     return f"value_range=({_number(low)}, {_number(high)}) (--range {_number(low)} {_number(high)})"
 
 

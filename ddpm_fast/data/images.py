@@ -42,7 +42,7 @@ class DataWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where images come from, and what was found there.
+    """Source of images, and what was found there.
 
     Attributes:
         kind: ``"built-in"``, ``"folder"``, ``"file"``, or ``"tensors"``, of which nothing else is known.
@@ -120,7 +120,7 @@ class ImageData:
 
     @property
     def summary(self) -> list[str]:
-        """What there is and how it was read, a line for each of: images, classes, files passed over, what is doubtful."""
+        """Description of the data and of how they were read, a line for each of: images, classes, files passed over, what is doubtful."""
         size = "x".join(map(str, self.image_shape))
         read = ", ".join(f"{bounds(*found)} in {bounds(*span)}" for span, found in self.origin.found.items())
         lines = [

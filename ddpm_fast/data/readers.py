@@ -178,7 +178,7 @@ def _wide_values(path: Path, image: Image.Image) -> np.ndarray | None:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file holds the pixels, which tells of bits that the mode does not have."""
+    """Form in which the file holds the pixels, which tells of bits that the mode does not have."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments

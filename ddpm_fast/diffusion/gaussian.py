@@ -88,12 +88,12 @@ class GaussianDiffusion:
 
     @property
     def variance_kind(self) -> str:
-        """How the ops treat the variance: "fixed", "learned" or "learned_range"."""
+        """Kind of variance, as the ops treat it: "fixed", "learned" or "learned_range"."""
         return VARIANCES[self.variance]
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the model's output must have twice the channels."""
+        """True where the model's output must have twice the channels."""
         return self.variance_kind in (LEARNED, LEARNED_RANGE)
 
     def table(self, name: str, like: Tensor, make: Callable[[], Tensor] | None = None) -> Tensor:
@@ -216,7 +216,7 @@ class GaussianDiffusion:
         return self.p_mean_variance(model_output, x_t, t, clip=False).x_start
 
     def _clips_mean(self, clip: bool) -> bool:
-        """Whether the mean of p_θ is made of a clipped x̂0: not where it is the output itself."""
+        """True where the mean of p_θ is made of a clipped x̂0: not where it is the output itself."""
         return checks.flag("clip", clip) and self.prediction != "mean"
 
     def _step_table(self, like: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class GaussianDiffusion:
     # Losses.
 
     def target(self, x_start: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
-        """What the model is to predict for x_t = q_sample(x_start, t, noise); like x_start."""
+        """The value that the model is to predict for x_t = q_sample(x_start, t, noise); like x_start."""
         return ops.q_sample(x_start, t, *self._target_tables(checks.tensor("x_start", x_start)), noise)
 
     def simple_loss(

@@ -1,4 +1,4 @@
-"""From a schedule and a parameterisation to the tables that the ops read. Everything here is float64, on CPU.
+"""Tables that the ops read, made from a schedule and a parameterisation. Everything here is float64, on CPU.
 
 A model's output ("prediction") is linear in (x_0, ε) as a target and, together with x_t, gives x̂0 linearly; the two pairs
 of coefficients below are all that distinguishes ε-, x0-, v- and mean-prediction.

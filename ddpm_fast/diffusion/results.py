@@ -1,4 +1,4 @@
-"""What the methods of a diffusion give, where that is more than one tensor."""
+"""Results of a diffusion's methods, where they are more than one tensor."""
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
 class Chain(Protocol):
-    """What a sampler's table is made from: :class:`~ddpm_fast.GaussianDiffusion`, or anything with these three."""
+    """Parts that a sampler's table is made from: those of :class:`~ddpm_fast.GaussianDiffusion`, or of anything that has these three."""
 
     @property
     def schedule(self) -> NoiseSchedule: ...
@@ -56,12 +56,12 @@ class StepTable:
 
     @cached_property
     def multistep(self) -> bool:
-        """Whether a step reads x̂0 of the step before."""
+        """True where a step reads x̂0 of the step before."""
         return bool((self.table[:, COLUMNS.index("previous")] != 0).any())
 
     @cached_property
     def draws(self) -> bool:
-        """Whether any step takes noise."""
+        """True where any step takes noise."""
         return bool((self.table[:, COLUMNS.index("noise")] != 0).any())
 
 

@@ -91,6 +91,8 @@ def load_features(name: str, device: torch.device | str = "cpu", *, inception_we
 class DigitsClassifier(nn.Module):
     """A perceptron for 8x8 digits; its features are what its last layer reads, on a scale on which their mean square is 1."""
 
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, _DIGITS_FEATURES), nn.ReLU())
@@ -113,6 +115,7 @@ def digits_classifier() -> DigitsClassifier:
     It names 98% of the held-out digits.
     """
     images, labels = load_data("digits").batch("train", slice(None))
+    assert labels is not None  # the digits have them
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small are slower on more, and sums in one order give one result
     try:

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from ddpm_fast.data.grey_levels import Scale
 from ddpm_fast.data.images import ImageData, to_levels, to_unit
 from ddpm_fast.data.readers import read_folder
 from ddpm_fast.evaluation.features import Features
+from ddpm_fast.types import Split
 
-REFERENCES = ("train", "test")
+REFERENCES: tuple[Split, ...] = get_args(Split)
 _NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
 _KID_SUBSET = 1000  # Bińkowski et al. 2018
 _IMAGES_PER_SPLIT = 5000  # Salimans et al. 2016: 50,000 images in 10 parts
@@ -130,7 +131,7 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float | No
 
 
 def evaluate_quality(
-    samples: Tensor, data: ImageData, features: Features, *, reference: str = "train", batch: int = 256, seed: int = 0
+    samples: Tensor, data: ImageData, features: Features, *, reference: Split = "train", batch: int = 256, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Samples against the data, and beside them real images that the reference does not hold: what a perfect model would get.
 

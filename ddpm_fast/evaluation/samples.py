@@ -17,6 +17,8 @@ def class_counts(samples: Tensor, data: ImageData) -> list[int]:
     from sklearn.svm import SVC  # slow to import
 
     x, labels = data.batch("train", slice(None))
+    if labels is None or data.num_classes is None:
+        raise ValueError(f"the data must have labels to count classes by, but {data.name} has none")
     classifier = SVC(C=10.0).fit(x.flatten(1).numpy(), labels.numpy())
     predicted = torch.from_numpy(classifier.predict(_quantised(samples, data).flatten(1).numpy()))
     return torch.bincount(predicted, minlength=data.num_classes).tolist()

@@ -91,14 +91,14 @@ def named_if_damaged(path: str | os.PathLike, remedy: str) -> Iterator[None]:
         raise ValueError(f"cannot read {path} ({error or type(error).__name__}); {remedy}") from error
 
 
-def make_folder(folder: str | os.PathLike) -> None:
+def make_folder(folder: str | os.PathLike[str]) -> None:
     """Creates an output folder, and notices before any work that it cannot be written.
 
     Raises:
         OSError: it cannot be created or written.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
+    with tempfile.TemporaryFile(dir=os.fspath(folder)):
         pass
 
 

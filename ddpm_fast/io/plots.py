@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -182,21 +182,21 @@ def write_bound_plot(
 
     figure = _figure(7.2, 4.2)
     axes = figure.add_subplot()
-    mean = terms if terms.ndim == 1 else terms.mean(0)
-    total = float((weights * mean).sum() + prior.mean())
+    means = terms if terms.ndim == 1 else terms.mean(0)
+    total = float((weights * means).sum() + prior.mean())
     order = t.argsort()
-    t, mean = t[order].numpy(), mean[order].numpy()
+    times, mean = t[order].numpy(), means[order].numpy()
     # No logarithm shows these. NaN leaves a gap in the line, where a clipped value would lie.
     shown = np.where(mean > 0, mean, np.nan)
     if terms.ndim == 2 and len(terms) > 1:
         error = 2 * (terms.std(0) / math.sqrt(len(terms)))[order].numpy()
         floor = np.nanmin(shown) / 10 if (mean > 0).any() else 0
         axes.fill_between(
-            t, np.maximum(mean - error, floor), shown + error, color=_PALE, alpha=0.6, lw=0,
+            times, np.maximum(mean - error, floor), shown + error, color=_PALE, alpha=0.6, lw=0,
             label=f"± 2 standard errors, {len(terms)} images",
         )  # fmt: skip
-    axes.plot(t, shown, color=_ACCENT, lw=1.3, label="$L_t$, mean" if terms.ndim == 2 else "$L_t$")
-    if t[0] == 0 and mean[0] > 0:
+    axes.plot(times, shown, color=_ACCENT, lw=1.3, label="$L_t$, mean" if terms.ndim == 2 else "$L_t$")
+    if times[0] == 0 and mean[0] > 0:
         axes.plot(0, mean[0], "o", color=_INK, ms=5, label=f"decoder, t = 0: {mean[0]:.4g}", zorder=3, clip_on=False)
     hidden = int((mean <= 0).sum())
     if hidden:
@@ -204,8 +204,8 @@ def write_bound_plot(
     if hidden < len(mean):
         axes.set_yscale("log")
     _label(axes, "time step t", "term of the bound (bits/dim)")
-    total = f"total {total:.4g} bits/dim, of which prior {float(prior.mean()):.3g}"
-    axes.set_title(total if title is None else f"{title}\n{total}", fontsize=10, color=_INK, loc="left")
+    summary = f"total {total:.4g} bits/dim, of which prior {float(prior.mean()):.3g}"
+    axes.set_title(summary if title is None else f"{title}\n{summary}", fontsize=10, color=_INK, loc="left")
     axes.legend(edgecolor="none", fontsize=9, labelcolor=_INK)
     _save(figure, path)
 
@@ -235,23 +235,23 @@ def write_rate_distortion_plot(
     for name, column in zip(("t", "rate", "distortion"), columns):
         _check_finite(name, column)
     order = columns[0].argsort(descending=True)
-    t, rate, distortion = (column[order].numpy() for column in columns)
+    times, rates, distortions = (column[order].numpy() for column in columns)
     figure = _figure(9.6, 3.4)
     # Over t the steps run as the code does, from noise to the image.
     panels = (
-        (rate, "rate (bits/dim)", distortion, "distortion (RMSE of 255)"),
-        (t, "time step t", distortion, "distortion (RMSE of 255)"),
-        (t, "time step t", rate, "rate (bits/dim)"),
+        (rates, "rate (bits/dim)", distortions, "distortion (RMSE of 255)"),
+        (times, "time step t", distortions, "distortion (RMSE of 255)"),
+        (times, "time step t", rates, "rate (bits/dim)"),
     )
-    marker = "o" if len(t) < 60 else None
+    marker = "o" if len(times) < 60 else None
     for axes, (x, x_label, y, y_label) in zip(figure.subplots(1, 3), panels):
         axes.plot(x, y, color=_ACCENT, lw=1.3, marker=marker, ms=3)
-        _label(axes, x_label, y_label, integers=x is t)
+        _label(axes, x_label, y_label, integers=x is times)
         axes.set_ylim(bottom=0)
-        if x is t:
+        if x is times:
             axes.invert_xaxis()
         else:
-            label = f"t = {t[-1]:.0f}: {x[-1]:.3g} bits/dim, {y[-1]:.3g}"
+            label = f"t = {times[-1]:.0f}: {x[-1]:.3g} bits/dim, {y[-1]:.3g}"
             axes.plot(x[-1], y[-1], "o", color=_INK, ms=5, zorder=3, clip_on=False, label=label)
             axes.legend(edgecolor="none", fontsize=9, labelcolor=_INK)
     if title is not None:
@@ -334,7 +334,8 @@ def _label(axes: Axes, x: str, y: str, *, integers: bool = True) -> None:
     axes.grid(axis="y", which="major", color="#e5e5e5", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", colors=_INK, labelsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=integers)
+    locator: Any = axes.xaxis.get_major_locator()  # a linear axis' own, which has this option
+    locator.set_params(integer=integers)
     axes.margins(x=0.01)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

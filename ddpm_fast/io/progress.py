@@ -1,6 +1,8 @@
 """The one progress bar: what is done, the last loss, the rate, time elapsed and left."""
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
@@ -39,5 +41,5 @@ class Bar:
             self.console.print(f"{self.title}: {int(task.completed)} in {task.elapsed or 0:.1f} s {task.fields['loss']}".rstrip(), highlight=False)
 
     def update(self, done: int, of: int, loss: float | None = None) -> None:
-        fields = {} if loss is None else {"loss": f"loss {loss:.4f}"}
+        fields: dict[str, Any] = {} if loss is None else {"loss": f"loss {loss:.4f}"}
         self.progress.update(self.task, completed=done, total=of, **fields)

@@ -42,24 +42,23 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    held: list[int] | None = []
+    before = {int(number): handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    held: list[int] = []
+    over = False
 
     def hold(number: int, frame: FrameType | None) -> None:
-        if held is None:  # the block is over, and this handler not replaced yet
+        if over:  # the block is at its end, and this handler not replaced yet
             before[number](number, frame)
         else:
             held.append(number)
 
     try:
-        for number, handler in before.items():
-            if callable(handler):
-                signal.signal(number, hold)
+        for number in before:
+            signal.signal(number, hold)
         yield
     finally:
-        pressed, held = held, None
+        over = True
         for number, handler in before.items():
-            if callable(handler):
-                signal.signal(number, handler)
-        for number in pressed:
+            signal.signal(number, handler)
+        for number in held:
             before[number](number, None)

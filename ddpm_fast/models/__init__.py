@@ -1,5 +1,4 @@
-"""Networks for diffusion models and the moving average of their weights; depends on PyTorch alone."""
-
+"""Networks for diffusion models, made of the package's ops, and the moving average of their weights."""
 from ddpm_fast.models.ema import EMA
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.models.unet import UNet

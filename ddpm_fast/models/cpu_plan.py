@@ -35,7 +35,7 @@ _KNOWN = {
 
 
 def plan_obstacle(model: UNet, like: Tensor) -> str:
-    """Why a UNet's passes cannot be planned for batches like this one; empty where they can."""
+    """Reason why a UNet's passes cannot be planned for batches like this one; empty where they can."""
     if not like.is_cpu or like.dtype != torch.float32:
         return "plans are for the CPU in float32"
     if native is None or goes_through_dispatcher() or in_functorch() or torch.is_autocast_enabled("cpu") or model._compiled_call_impl is not None:
@@ -210,7 +210,7 @@ class UNetPlan:
         return free.pop() if free else _floats(self._samples, height, width, channels)
 
     def _give(self, *tensors: Tensor) -> None:
-        """What no later call reads: the next one that wants its shape writes there."""
+        """Gives back memory that no later call reads: the next one that wants its shape writes there."""
         for x in tensors:
             self._free.setdefault(tuple(x.shape[1:]), []).append(x)
 

@@ -160,7 +160,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Where a model is sharded, drop what a pass has gathered: its parameters are the shards then, and later passes gather anew."""
+    """Drop what a pass has gathered of a sharded model: its parameters are the shards then, and later passes gather anew."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in () if fsdp is None else model.modules():
         if isinstance(module, fsdp.FSDPModule):
@@ -173,7 +173,7 @@ def _local(x: Tensor) -> Tensor:
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """From the second of each pair to the first."""
+    """Copies the second of each pair to the first."""
     if pairs:
         targets, sources = zip(*pairs, strict=True)
         torch._foreach_copy_(targets, sources)

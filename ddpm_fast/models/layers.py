@@ -1,7 +1,7 @@
 """Building blocks of the UNet: norm + activation, attention, residual block, resampling, time embedding.
 
-`GroupNormAct` and `SelfAttention` are the only places that compute a normalisation or an attention; they call the operators of
-ddpm_fast.ops. All layers take NCHW tensors in channels_last memory format and keep it.
+`GroupNormAct` and `SelfAttention` are the only layers that compute a normalisation or an attention, by the operators of
+ddpm_fast.ops (cpu_plan.py calls the same kernels without them). All layers take NCHW tensors in channels_last memory format and keep it.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ class UNet(nn.Module):
 
 
 def _autocast_unites(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether autocast, which leaves float64 alone, casts both x and weights of another dtype."""
+    """True where autocast, which leaves float64 alone, casts both x and weights of another dtype."""
     device = x.device.type
     return torch.float64 not in (x.dtype, dtype) and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

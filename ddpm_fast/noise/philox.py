@@ -24,7 +24,7 @@ def noise_reference(shape: tuple[int, ...] | torch.Size, seed: int, stream: int,
 def dropout_mask_reference(
     shape: tuple[int, ...] | torch.Size, probability: float, seed: int, stream: int, first_sample: int, device: torch.device
 ) -> Tensor:
-    """What a dropout keeps, in plain PyTorch: bool tensor of ``shape`` (N, C, ...).
+    """Mask of what a dropout keeps, in plain PyTorch: bool tensor of ``shape`` (N, C, ...).
 
     Element (c, pixel) of a sample is kept where word i % 4 of block j = i // 4 is at least ⌊probability · 2^32⌋, i = pixel·C + c:
     channels run fastest, which is the order in memory of the layout that networks run in. Any layout of the data gives the same.

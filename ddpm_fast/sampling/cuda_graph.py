@@ -80,7 +80,7 @@ class StepGraph:
         self.step.apply(self.x, out, self.row, self.z, history, self.x, self.x_start)
 
     def set_labels(self, labels: Tensor | None) -> StepGraph:
-        """For the next batch; whether there are any, and how many, is fixed."""
+        """Changes the labels, for the next batch; whether there are any, and how many, is fixed."""
         if labels is not None:
             cast(Tensor, self.step.labels)[: len(labels)].copy_(labels)
         return self
@@ -88,7 +88,7 @@ class StepGraph:
     def __call__(
         self, row: int, x_t: Tensor, noise: Noise, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """As :class:`ReverseStep`; without ``keep`` it gives its own memory, which the next step writes over."""
+        """The step, as :class:`ReverseStep` has it; without ``keep`` it gives its own memory, which the next step writes over."""
         if x_t is not self.x:
             self.x.copy_(x_t)
         if x_start_previous is None:

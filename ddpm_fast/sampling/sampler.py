@@ -247,7 +247,7 @@ class Sampler:
         return self._graphs[place].set_labels(labels)
 
     def _state_of_model(self) -> tuple[object, ...]:
-        """What a recorded pass depends on: which modules, their modes and hooks, and where the weights are and how they lie, not what they are."""
+        """All that a recorded pass depends on: which modules, their modes and hooks, and where the weights are and how they lie, not what they are."""
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         if not isinstance(self.model, torch.nn.Module):
             return autocast

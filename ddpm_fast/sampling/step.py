@@ -73,7 +73,7 @@ class ReverseStep:
     def __call__(
         self, row: int, x_t: Tensor, noise: Noise | Tensor, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """From the state at ``row`` to the one before it: (x', x̂0 or None). Without ``keep``, x' is written over x_t where that is possible."""
+        """Goes from the state at ``row`` to the one before it: (x', x̂0 or None). Without ``keep``, x' is written over x_t where that is possible."""
         out = self.plan(self.doubled(x_t), row) if self.plan is not None else self.predict(x_t, self.model_t[row])
         reuse = not keep and x_t.is_contiguous() and not overlap(x_t, out)  # it may return its input
         into = x_start_previous if x_start_previous is not None and not keep else with_x_start or self.multistep
@@ -88,7 +88,7 @@ class ReverseStep:
         return checks.tensor("the model output", out)
 
     def doubled(self, x_t: Tensor) -> Tensor:
-        """What the model gets: every sample twice where it is guided."""
+        """The model's input: every sample twice where it is guided."""
         return torch.cat([x_t, x_t]) if self.guided else x_t
 
     def apply(

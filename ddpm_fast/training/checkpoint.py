@@ -188,7 +188,7 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) ->
         value = zlib.crc32(f"{name} {header[name]}\0".encode(), value)
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

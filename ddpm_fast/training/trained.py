@@ -152,5 +152,5 @@ def fingerprint(*tensors: Tensor) -> str:
     """Of values, whatever file they came from: a run that was moved or copied is the same."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().reshape(-1).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).numpy().data)
     return digest.hexdigest()[:16]

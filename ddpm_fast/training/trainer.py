@@ -137,7 +137,7 @@ class Trainer:
         self.step = meta["step"]
 
     def _load_optimizer(self, packed: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        expected = {f"{index}.{name}": p for index, p in enumerate(self.model.parameters()) for name in ("exp_avg", "exp_avg_sq")}
+        expected: dict[str, Tensor] = {f"{index}.{name}": p for index, p in enumerate(self.model.parameters()) for name in ("exp_avg", "exp_avg_sq")}
         expected |= {f"{index}.step": torch.zeros((), device="cpu") for index, _ in enumerate(self.model.parameters())}
         shapes = {name: tuple(tensor.shape) for name, tensor in packed.items()}
         if meta["step"] and shapes != {name: tuple(like.shape) for name, like in expected.items()}:
@@ -170,7 +170,7 @@ class Trainer:
         if config.flip:
             mirrored = self._flips.at(stream=step).integers(len(x), 2, self.device).bool()
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-        if not config.class_conditional:
+        if labels is None or self.model.num_classes is None:  # it is not conditional
             return x, None
         dropped = self._labels.at(stream=step).uniform(len(x), self.device) < config.label_dropout
         return x, labels.masked_fill(dropped, self.model.num_classes)
@@ -263,7 +263,7 @@ class Trainer:
                         ))  # fmt: skip
                         if metrics:
                             print(json.dumps(history[-1]), file=metrics, flush=True)
-                    if saves:
+                    if saves and out is not None:
                         self.save(out)
                         saved = time.perf_counter()
                     report(Progress(self.step, self.config.steps, history[-1]["loss"] if read else None))
@@ -352,7 +352,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def image_fingerprints(images: ImageData, config: TrainConfig) -> dict[str, str]:
     """Of the two parts of the images, with the labels of those that are trained on where the network is given them."""
-    labels = [images.train_labels] if config.class_conditional else []
+    labels = [images.train_labels] if config.class_conditional and images.train_labels is not None else []
     return dict(train=fingerprint(images.train, *labels), test=fingerprint(images.test))
 
 

@@ -42,3 +42,14 @@ def test_links_lead_to_files():
     for page in (ROOT / "docs").glob("*.md"):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+PATHS = re.compile(r"\b(?:ddpm_fast|csrc|tests|benchmarks|docs|examples)/[\w/]+\.(?:py|pyi|h|cpp|cu|cuh|json|md|png)\b")
+
+
+def test_files_that_are_named_are_there():
+    """In the pages, and in what the sources say of one another."""
+    sources = [path for folder in ("ddpm_fast", "csrc", "docs", "examples", "benchmarks") for path in (ROOT / folder).rglob("*")]
+    sources = [*ROOT.glob("*.md"), *(path for path in sources if path.suffix in {".py", ".md", ".h", ".cpp", ".cu", ".cuh"})]
+    named = {(str(path.relative_to(ROOT)), name) for path in sources for name in PATHS.findall(path.read_text(encoding="utf-8"))}
+    assert len(named) > 20 and [pair for pair in sorted(named) if not (ROOT / pair[1]).exists()] == []

@@ -1,6 +1,7 @@
 """The package and a user's program as type checkers see them, and the names that they know against those at run time."""
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import get_args
 
 import pytest
 
+import ddpm_fast
 from ddpm_fast import types
 from ddpm_fast.backends import BACKENDS
 from ddpm_fast.diffusion.parameterisation import VARIANCES
@@ -54,6 +56,13 @@ def test_pyright_accepts_the_program():
         pytest.skip(f"pyright cannot run here: {version.stderr.strip().splitlines()[-1:]}")
     done = checker("pyright", "--project", str(ROOT), "--pythonpath", sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("function", [getattr(ddpm_fast.ops, name) for name in ddpm_fast.ops.__all__], ids=ddpm_fast.ops.__all__)
+def test_an_ops_public_function_is_typed(function):
+    """mypy does not ask for it in ddpm_fast/ops, for the sake of what is private there."""
+    signature = inspect.signature(function)
+    assert inspect.Signature.empty not in (signature.return_annotation, *(parameter.annotation for parameter in signature.parameters.values()))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from ddpm_fast.backends import native
 from ddpm_fast.models import layers
 from ddpm_fast.models.levels import DownLevel, Middle, UpLevel
 from ddpm_fast.ops.attention import attention_cpu
-from ddpm_fast.ops.conv3x3 import conv3x3_cpu_call
-from ddpm_fast.ops.group_norm import group_norm_cpu_call
+from ddpm_fast.ops.conv3x3 import conv3x3_prepared
+from ddpm_fast.ops.group_norm import group_norm_prepared
 
 _KNOWN = {
     DownLevel, Middle, UpLevel, layers.Conv3x3, layers.Downsample, layers.GroupNormAct, layers.ResidualBlock, layers.SelfAttention,
@@ -70,7 +70,6 @@ class UNetPlan:
         self._samples = shape[0]
         self._calls: list[tuple[Callable, tuple]] = []
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
-        self._kept: list[Any] = []  # tensors whose addresses the calls have
         self._prepare_time(model, timesteps, labels)
         self._input = _floats(self._samples, *shape[2:], shape[1])
         last = self._network(model)
@@ -168,20 +167,16 @@ class UNetPlan:
 
     def _norm(self, layer: layers.GroupNormAct, x: Tensor, added: Tensor | None = None) -> Tensor:
         y = self._take(*x.shape[1:])
-        call, kept = group_norm_cpu_call(
+        self._add(group_norm_prepared(
             x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2), layer.groups, layer.weight.clone(), layer.bias.clone(), layer.eps,
             layer.activation == "silu", added,
-        )  # fmt: skip
-        self._kept.append(kept)
-        self._calls.append(call)
+        ))  # fmt: skip
         return y
 
     def _conv3x3(self, layer: layers.Conv3x3, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = self._take(*x.shape[1:3], layer.out_channels)
         added = None if residual is None else residual.permute(0, 3, 1, 2)
-        call, kept = conv3x3_cpu_call(x.permute(0, 3, 1, 2), layer.weight, layer.bias.clone(), added, y)
-        self._kept.append(kept)
-        self._calls.append(call)
+        self._add(conv3x3_prepared(x.permute(0, 3, 1, 2), layer.weight, layer.bias.clone(), added, y.permute(0, 3, 1, 2)))
         return y
 
     def _conv1x1(self, layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast._memory import address, check_target, overlap, resolved
+from ddpm_fast._memory import check_target, overlap, resolved
 from ddpm_fast._pytorch import draw, goes_through_dispatcher, holds_values, in_functorch, unwrapped
 from ddpm_fast.backends import FLOATING, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
@@ -84,7 +84,7 @@ def check_t_values(t: Tensor, steps: int) -> None:
             t = (resolved(t) if t.is_neg() else t).contiguous()
         except (RuntimeError, NotImplementedError):
             raise TypeError(f"t must be a dense tensor, got {t.layout}") from None
-        first = native.first_out_of_range(t.data_ptr() or address(t), count, steps)
+        first = native.first_out_of_range(t, steps)
     else:
         outside = ((t < 0) | (t >= steps)).flatten()
         first = int(outside.nonzero()[0]) if outside.any() else -1

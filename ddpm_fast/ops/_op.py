@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ddpm_fast._memory import address, resolved, was_written
+from ddpm_fast._memory import check_memory, resolved, was_written
 from ddpm_fast._pytorch import goes_through_dispatcher, holds_values, in_batches, in_functorch
-from ddpm_fast.backends import BackendTable, library
+from ddpm_fast.backends import BackendTable, library, native
 from ddpm_fast.noise import Noise
 from ddpm_fast.noise.philox import signed64, unsigned64
-from ddpm_fast.ops._native import scale_samples
 
 NOISE = "Tensor? noise, SymInt? seed, SymInt stream, SymInt first_sample"  # how an operator takes a Noise, a tensor or None
 
@@ -96,7 +95,7 @@ class Op:
             if isinstance(x, Tensor) and x.layout is not torch.strided:
                 raise TypeError(f"{self.names[i]} must be a dense tensor, got {x.layout}")
             if isinstance(x, Tensor) and x.is_cpu and x.numel() and holds_values(x) and not in_functorch():
-                address(x)
+                check_memory(x)
 
     def __call__(self, arguments: tuple, like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Tensor] | None = None) -> Any:
         """Runs it.
@@ -279,7 +278,7 @@ class _Differentiable(torch.autograd.Function):
         gradients, parts = ctx.prepared or ctx.ahead(kept_for_backward(ctx)[0], needs)[1:]
         ctx.prepared, upstream = None, resolved(grads[0]).contiguous()
         for part in parts:
-            scale_samples(part, upstream)
+            native.cpu_scale(sizes=part, x_start=part, signal=upstream, out=part)
         return None, None, *gradients
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast._memory import address
 from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import (
@@ -30,9 +29,9 @@ from ddpm_fast.ops._common import (
     resolve_noise,
     table_dtype,
 )
-from ddpm_fast.ops._native import contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
+from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import NOISE, Op
-from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, sample_stride, split_output
+from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance, log_variance, split_output
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
@@ -71,33 +70,30 @@ def p_step_reference(
     return x_next.to(x_t.dtype), x_start.to(x_t.dtype) if with_x_start else None
 
 
-def _operands(arguments: tuple) -> tuple[list, tuple]:
-    """The tensors, contiguous, which must outlive the call, and what both kernels are called with first."""
-    x_t, out, t, table, noise, variance, clip, previous, without, scale, _ = arguments
-    kept = x_t, out, t, noise, previous, without = x_t.contiguous(), out.contiguous(), t.contiguous(), contiguous_noise(noise), contiguous(previous), contiguous(without)
-    return kept, (
-        x_t.data_ptr(), dtype_tag(x_t), out.data_ptr(), address(without), dtype_tag(out), sample_stride(out), scale, address(previous),
-        t.data_ptr(), table.data_ptr(), native_noise(noise), VARIANCE_KINDS.index(variance), clip, *native_sizes(x_t),
+def _p_step_cpu(
+    x_t, out, t, table, noise, variance, clip, previous, without, scale, with_x_start, *, x_next: Tensor | None = None, x_start: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    x_t = x_t.contiguous()
+    x_next = torch.empty_like(x_t) if x_next is None else x_next
+    if x_start is None and with_x_start:
+        x_start = torch.empty_like(x_t)
+    native.cpu_p_step(
+        sizes=x_t, x_t=x_t, model_output=out.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance, clip=clip,
+        x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale, x_next=x_next, x_start=x_start,
     )  # fmt: skip
-
-
-def _p_step_cpu(*arguments, x_next: Tensor | None = None, x_start: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    kept, common = _operands(arguments)
-    x_next = torch.empty_like(kept[0]) if x_next is None else x_next
-    if x_start is None and arguments[-1]:
-        x_start = torch.empty_like(kept[0])
-    native.cpu_p_step(*common, x_next.data_ptr(), address(x_start))
     return x_next, x_start
 
 
 def _backward_cpu(arguments, needs, grads):
-    kept, common = _operands(arguments)  # noqa: RUF059 - they must live until the kernel has run
-    grads = [contiguous(grad) for grad in grads]
-    results = [None] * len(arguments)
-    for i in _op.differentiable:
-        if needs[i]:
-            results[i] = new_like(arguments[i])
-    native.cpu_p_step_backward(*common, *map(address, (*grads, results[0], results[1], results[8], results[7], results[4])))
+    x_t, out, t, table, noise, variance, clip, previous, without, scale, _ = arguments
+    results = [new_like(x) if i in _op.differentiable and needs[i] else None for i, x in enumerate(arguments)]
+    grad_x_next, grad_x_start = grads
+    native.cpu_p_step_backward(
+        sizes=x_t, x_t=x_t.contiguous(), model_output=out.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance,
+        clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
+        grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start), grad_x_t=results[0], grad_model_output=results[1],
+        grad_noise=results[4], grad_x_start_previous=results[7], grad_without=results[8],
+    )  # fmt: skip
     return results
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast._memory import address
 from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table, gather, resolve_noise, table_dtype, take
-from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
+from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import NOISE, Op
-from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, prediction_half, sample_stride, split_output
+from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, prediction_half, split_output
 
 
 def simple_loss_reference(
@@ -31,11 +30,9 @@ def simple_loss_reference(
 def _launch(arguments, loss: Tensor | None, grad_loss: Tensor | None, grad_out: Tensor | None) -> None:
     """Writes the loss, the gradient of out (for grad_loss, or for ones), or both."""
     out, x_start, t, weight, x_start_coef, noise_coef, noise = arguments
-    out, x_start, t, noise = out.contiguous(), x_start.contiguous(), t.contiguous(), contiguous_noise(noise)
     native.cpu_simple_loss(
-        out.data_ptr(), dtype_tag(out), sample_stride(out), x_start.data_ptr(), dtype_tag(x_start), t.data_ptr(),
-        weight.data_ptr(), x_start_coef.data_ptr(), noise_coef.data_ptr(), native_noise(noise),
-        address(loss), address(grad_loss), address(grad_out), *native_sizes(x_start),
+        sizes=x_start, model_output=out.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(), weight=weight,
+        x_start_coef=x_start_coef, noise_coef=noise_coef, noise=contiguous(noise), loss=loss, grad_loss=grad_loss, grad_model_output=grad_out,
     )  # fmt: skip
 
 

@@ -12,21 +12,18 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast._memory import address
 from ddpm_fast.backends import native, triton_function
 from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
-from ddpm_fast.ops._native import dtype_tag, native_sizes, new_like
+from ddpm_fast.ops._native import new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._output import (
     FIXED,
-    VARIANCE_KINDS,
     arithmetic_dtype,
     check_output,
     check_variance,
     log_variance,
     per_sample,
     prediction_half,
-    sample_stride,
     split_output,
 )
 from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
@@ -92,11 +89,10 @@ def vlb_terms_reference(
 def _launch(arguments, terms: Tensor | None, grad_terms: Tensor | None, grad_out: Tensor | None) -> None:
     """Writes the terms, the gradient of out (for grad_terms, or for ones), or both."""
     out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
-    out, x_start, x_t, t = out.contiguous(), x_start.contiguous(), x_t.contiguous(), t.contiguous()
     native.cpu_vlb_terms(
-        out.data_ptr(), dtype_tag(out), sample_stride(out), x_start.data_ptr(), x_t.data_ptr(), dtype_tag(x_t), t.data_ptr(), table.data_ptr(),
-        VARIANCE_KINDS.index(variance), clip, levels, cdf == "erf", detach_mean,
-        address(terms), address(grad_terms), address(grad_out), *native_sizes(x_t),
+        sizes=x_t, model_output=out.contiguous(), x_t=x_t.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(), table=table,
+        variance=variance, clip=clip, levels=levels, exact_cdf=cdf == "erf", detach_mean=detach_mean,
+        terms=terms, grad_terms=grad_terms, grad_model_output=grad_out,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ program takes any. Backward recomputes x̂0, z and the deviation, and writes the
 import triton
 import triton.language as tl
 
-from ddpm_fast.ops._native import contiguous, contiguous_noise, new_like
+from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._output import VARIANCE_KINDS, sample_stride
 from ddpm_fast.ops.triton._elementary import clamp, passes
 from ddpm_fast.ops.triton._launch import SIZES, Tiles, noise_arguments
@@ -153,7 +153,7 @@ def _p_step_bwd_kernel(
 def _launch(kernel, arguments, reads, writes):
     x_t, out, t, table, noise, variance, clip, _, without, scale, _ = arguments
     x_t, out, without = x_t.contiguous(), out.contiguous(), contiguous(without)
-    noise_reads, numbers, constants = noise_arguments(contiguous_noise(noise))
+    noise_reads, numbers, constants = noise_arguments(contiguous(noise))
     tiles = Tiles(x_t.shape, x_t, out)
     constants |= dict(VARIANCE=VARIANCE_KINDS.index(variance), CLIP=bool(clip), DOUBLED=sample_stride(out) // tiles.elements, WIDE=tiles.wide)
     tiles.launch(

@@ -6,7 +6,7 @@ moves fewer bytes than a gradient written in forward and scaled in backward.
 import triton
 import triton.language as tl
 
-from ddpm_fast.ops._native import contiguous_noise, new_like
+from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._output import per_sample, sample_stride
 from ddpm_fast.ops.triton._launch import SIZES, Tiles, noise_arguments
 from ddpm_fast.ops.triton._reduce import finish, store_total, workspace
@@ -68,7 +68,7 @@ def _tiles(arguments):
 def _launch(tiles, arguments, share, grad_loss, sums, grad_out):
     out, x_start, t, weight, x_start_coef, noise_coef, noise = arguments
     out, x_start, t = out.contiguous(), x_start.contiguous(), t.contiguous()
-    reads, numbers, constants = noise_arguments(contiguous_noise(noise))
+    reads, numbers, constants = noise_arguments(contiguous(noise))
     tiles.launch(
         _simple_loss_kernel,
         dict(

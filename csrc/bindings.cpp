@@ -35,22 +35,21 @@ void add_cpu_kernels(PyObject* module) {
   python::add_kernel<QSampleArguments, &cpu_q_sample>(module, "cpu_scale", true);  // without the second term
 }
 
-// Index of the first value of t, int64 and contiguous, outside [0, steps), or -1.
-int64_t first_out_of_range(const py::object& t, int64_t steps) {
-  try {
-    const python::Torch& torch = python::Torch::get();
-    if (!python::is_tensor(t.ptr()) || python::Owned(PyObject_GetAttr(t.ptr(), torch.dtype)).get() != torch.int64)
-      throw py::type_error("t must be a tensor of torch.int64");
-    if (!python::is_contiguous(t.ptr())) throw py::value_error("t must be contiguous");
-    const int64_t* const values = static_cast<const int64_t*>(python::address(t.ptr()));
-    const int64_t count = python::Integers::shape(t.ptr()).product();
-    for (int64_t i = 0; i < count; ++i)
-      if (values[i] < 0 || values[i] >= steps) return i;
-    return -1;
-  } catch (const python::Raised&) {
-    throw py::error_already_set();
-  }
+// first_out_of_range(t, steps): index of the first value of t, int64 and contiguous, outside [0, steps), or -1.
+PyObject* first_out_of_range(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return python::guarded([&] {
+    if (count != 2 || !python::is_tensor(given[0]) || !python::has_dtype(given[0], python::Torch::get().int64))
+      python::raise(PyExc_TypeError, "first_out_of_range takes a tensor of torch.int64 and a number of steps");
+    if (!python::is_contiguous(given[0])) python::raise(PyExc_ValueError, "t must be contiguous");
+    const int64_t* const t = static_cast<const int64_t*>(python::address(given[0]));
+    const int64_t last = python::numel(given[0]), steps = python::to_int64(given[1]);
+    int64_t i = 0;
+    while (i < last && t[i] >= 0 && t[i] < steps) ++i;
+    return PyLong_FromLongLong(i < last ? i : -1);
+  });
 }
+PyMethodDef first_out_of_range_method{"first_out_of_range", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&first_out_of_range)),
+                                      METH_FASTCALL, "Index of the first value of t outside 0..steps - 1, or -1."};
 
 int64_t conv3x3_floats(int64_t channels_in, int64_t channels_out) {
   return (channels_out + conv3x3_panel - 1) / conv3x3_panel * conv3x3_panel * 16 * channels_in;
@@ -151,7 +150,7 @@ PYBIND11_MODULE(_C, m) {
     if (!cpu::select_isa(isa)) throw py::value_error(std::string("this processor does not run the ") + isa + " build");
   }, py::arg("isa").none(true), "For tests: use this build of the CPU kernels; None goes back to the best.");
   m.def("layout", &layout, "For tests: (bytes of a kernel's struct, [(name of a number, offset, NumPy's type), ...]).");
-  m.def("first_out_of_range", &first_out_of_range);
+  m.add_object("first_out_of_range", py::reinterpret_steal<py::object>(PyCFunction_New(&first_out_of_range_method, nullptr)));
   m.def("conv3x3_floats", &conv3x3_floats, py::arg("channels_in"), py::arg("channels_out"));
   try {
     add_cpu_kernels(m.ptr());

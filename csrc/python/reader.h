@@ -32,7 +32,7 @@ class Reader {
   [[noreturn]] void refuse_kind(const std::string& expected, PyObject* got) const {
     std::string kind = Py_TYPE(got)->tp_name;
     if (is_tensor(got)) {
-      const Owned dtype(PyObject_GetAttr(got, Torch::get().dtype)), text(PyObject_Str(dtype.get()));
+      const Owned dtype(Torch::get().dtype.get(got, false)), text(PyObject_Str(dtype.get()));
       kind = std::string("a tensor of ") + PyUnicode_AsUTF8(text.get());
     }
     refuse(PyExc_TypeError, "must be " + expected + ", got " + kind);
@@ -46,13 +46,13 @@ class Reader {
   }
   void* memory(PyObject* x, PyObject* dtype, const char* expected, const Rule& rule) const {
     if (!x) return nullptr;
-    if (!is_tensor(x) || Owned(PyObject_GetAttr(x, Torch::get().dtype)).get() != dtype) refuse_kind(expected, x);
+    if (!is_tensor(x) || !has_dtype(x, dtype)) refuse_kind(expected, x);
     return memory(x, rule.channels_last);
   }
   DType dtype(PyObject* x, const Rule& rule) const {
     const Torch& torch = Torch::get();
     if (!is_tensor(x)) refuse_kind("a tensor", x);
-    const Owned dtype(PyObject_GetAttr(x, torch.dtype));
+    const Owned dtype(torch.dtype.get(x, is_plain(x)));
     if (rule.like && rule.like->data) {
       const int like = int(rule.like->dtype);
       static const char* const names[] = {"torch.float32", "torch.bfloat16", "torch.float16"};
@@ -75,11 +75,10 @@ class Reader {
     rows = {absent(rule), 0};
     if (!x) return;
     rows.view.dtype = dtype(x, rule);
-    const Integers shape = Integers::shape(x);
     if (is_contiguous(x)) {
-      rows.stride = shape.product(1);
+      rows.stride = sizes_ && sizes_->samples ? numel(x) / sizes_->samples : Integers::shape(x).product(1);
     } else {
-      const Integers strides = Integers::strides(x);
+      const Integers shape = Integers::shape(x), strides = Integers::strides(x);
       if (!samples_lie(shape, strides, 1)) refuse(PyExc_ValueError, "must be contiguous in each sample");
       rows.stride = strides[0];
     }
@@ -102,7 +101,7 @@ class Reader {
   }
   void read(PyObject* x, Filters& filters, const Rule&) const {
     const Torch& torch = Torch::get();
-    if (!is_tensor(x) || Owned(PyObject_GetAttr(x, torch.dtype)).get() != torch.dtypes[0]) refuse_kind("a tensor of torch.float32", x);
+    if (!is_tensor(x) || !has_dtype(x, torch.dtypes[0])) refuse_kind("a tensor of torch.float32", x);
     const Integers strides = Integers::strides(x);
     if (strides.size() != 4) refuse(PyExc_ValueError, "must have four dimensions");
     for (int i = 0; i < 4; ++i) filters.strides[i] = strides[i];

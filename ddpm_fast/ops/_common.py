@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast._memory import check_target, overlap, resolved
-from ddpm_fast._pytorch import draw, goes_through_dispatcher, holds_values, in_functorch, unwrapped
+from ddpm_fast._pytorch import below_functorch, draw, goes_through_dispatcher, holds_values, in_functorch, transforms_active, unwrapped
 from ddpm_fast.backends import FLOATING, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
 
@@ -67,8 +67,8 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
     check_device("t", t, x_name, x)
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active():
-        with torch._C._DisableFuncTorch():
+    if transforms_active():
+        with below_functorch():
             check_t_values(unwrapped(t)[0], steps)
     else:
         check_t_values(t, steps)

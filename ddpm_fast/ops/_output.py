@@ -62,6 +62,11 @@ def split_output(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return out[:, : x.shape[1]], out[:, x.shape[1] :]
 
 
+def guess_x_start(from_x_t: Tensor, from_out: Tensor, x_t: Tensor, prediction: Tensor) -> Tensor:
+    """x̂0, before it is clipped, by the first two columns of a table's row."""
+    return from_x_t * x_t + from_out * prediction
+
+
 def log_variance(kind: str, low: Tensor, high: Tensor, raw: Tensor | None) -> Tensor:
     """The model's log-variance, nats.
 

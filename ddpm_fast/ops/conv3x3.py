@@ -14,10 +14,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
+from ddpm_fast._pytorch import goes_through_dispatcher, in_forward_mode, in_functorch
 from ddpm_fast.backends import FLOATING, BackendTable, native
 from ddpm_fast.ops._common import check_device
 
@@ -59,7 +58,7 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
     """Why the kernel cannot serve a call, but for shapes; empty where it can."""
-    if goes_through_dispatcher() or in_functorch() or forward_ad._current_level >= 0:
+    if goes_through_dispatcher() or in_functorch() or in_forward_mode():
         return "is not for compiling, tracing or transforming: it is no operator of PyTorch"
     with_grad = torch.is_grad_enabled()
     for y in (x, weight, bias, residual):

@@ -31,7 +31,7 @@ from ddpm_fast.ops._common import (
 )
 from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import NOISE, Op
-from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance, log_variance, split_output
+from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance, guess_x_start, log_variance, split_output
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
@@ -57,7 +57,7 @@ def p_step_reference(
         unconditional, _ = split_output(without, x_t)
         prediction = unconditional + scale * (prediction - unconditional)
     x = x_t.to(table_dtype(x_t.dtype))
-    x_start = from_x_t * x + from_out * prediction
+    x_start = guess_x_start(from_x_t, from_out, x, prediction)
     if clip:
         x_start = x_start.clamp(-1.0, 1.0)
     x_next = a * x_start + b * x

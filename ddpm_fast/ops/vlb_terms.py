@@ -21,6 +21,7 @@ from ddpm_fast.ops._output import (
     arithmetic_dtype,
     check_output,
     check_variance,
+    guess_x_start,
     log_variance,
     per_sample,
     prediction_half,
@@ -73,7 +74,7 @@ def vlb_terms_reference(
     if detach_mean:
         prediction = prediction.detach()
     x0, x = x_start.to(table_dtype(x_t.dtype)), x_t.to(table_dtype(x_t.dtype))
-    predicted = from_x_t * x + from_out * prediction
+    predicted = guess_x_start(from_x_t, from_out, x, prediction)
     if clip:
         predicted = predicted.clamp(-1.0, 1.0)
     mean = mean1 * predicted + mean2 * x

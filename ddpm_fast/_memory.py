@@ -1,7 +1,5 @@
-"""The memory of tensors: its address, what may be written into, what overlaps."""
+"""The memory of tensors: whether it is there, what may be written into, what overlaps."""
 from __future__ import annotations
-
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -9,13 +7,10 @@ from torch import Tensor
 from ddpm_fast._pytorch import goes_through_dispatcher, holds_values, in_functorch
 
 
-def address(x: Tensor | None) -> int:
-    """Of a tensor that may be None; the bindings refuse a 0 for one that may not."""
-    return 0 if x is None else x.data_ptr() or _without_memory()
-
-
-def _without_memory() -> NoReturn:
-    raise ValueError("a tensor has no memory to read: its storage was freed, or it stands for values without holding them")
+def check_memory(x: Tensor) -> None:
+    """That a tensor with elements has memory; the native kernels say the same of what they are given."""
+    if not x.data_ptr() and x.numel():
+        raise ValueError("a tensor has no memory to read: its storage was freed, or it stands for values without holding them")
 
 
 def resolved(x: Tensor) -> Tensor:

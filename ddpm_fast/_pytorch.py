@@ -1,4 +1,8 @@
-"""Every private hook of PyTorch that is used: of torch.func, of the dispatcher, of tensors that only stand for others."""
+"""Every private hook of PyTorch that is used: of torch.func, of the dispatcher, of tensors that only stand for others.
+
+Each function says which public behaviour it stands for; tests/test_pytorch_hooks.py holds it to that, so that a PyTorch that changes
+a hook is noticed.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -11,8 +15,11 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters, retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 
 _FRONT = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+
+transforms_active = torch._C._are_functorch_transforms_active  # inside torch.func's transforms, also where `below_functorch` steps out
 
 
 def in_functorch() -> bool:
@@ -20,6 +27,16 @@ def in_functorch() -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
     return torch.compiler.is_compiling() or not torch._C._dispatch_tls_is_dispatch_key_excluded(_FRONT)
+
+
+def in_forward_mode() -> bool:
+    """Inside torch.autograd.forward_ad.dual_level, where tensors may have tangents, for which no kernel has a rule."""
+    return forward_ad._current_level >= 0
+
+
+def below_functorch() -> contextlib.AbstractContextManager:
+    """Inside torch.func's transforms: operations run as they would outside, on what `unwrapped` gives. Elsewhere, nothing."""
+    return torch._C._DisableFuncTorch() if in_functorch() else contextlib.nullcontext()
 
 
 def goes_through_dispatcher() -> bool:

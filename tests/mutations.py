@@ -82,12 +82,6 @@ CUDA = [
     Mutation("fragment", "one of tf32's small products left out", "csrc/cuda/mma.cuh", "mma<T>(rest, a.big, b.small);", "", "test_attention_cuda.py"),
     Mutation("barrier", "no __syncwarp before the stage is read", TILE, "  __syncwarp();\n  constexpr uint32_t chunks", "  constexpr uint32_t chunks",
              "test_attention_cuda.py"),
-    Mutation("tail", "normals beyond a row's end stored", "csrc/cuda/randn.cu",
-             "if (i + k < elements) target[k] = values[k];", "target[k] = values[k];", "test_randn_cuda.py",
-             "test_randn_cuda.py::test_simulated_bits_are_the_references[sm_80-(2, 1023)-torch.float32]"),
-    Mutation("stride", "rows of two taken for aligned", "csrc/cuda/randn.cu", "elements % 4 == 0", "elements % 2 == 0", "test_randn_cuda.py"),
-    Mutation("index", "sample numbers of 32 bits", "csrc/cuda/randn.cu",
-             "first_sample + uint64_t(sample), uint32_t(j)", "uint32_t(first_sample + uint64_t(sample)), uint32_t(j)", "test_randn_cuda.py"),
 ]  # fmt: skip
 
 TRITON_KERNELS = [
@@ -117,6 +111,12 @@ TRITON_KERNELS = [
     Mutation("index", "eight normals a thread in the wrong order", f"{TRITON}_philox.py",
              "even, odd = tl.join(tl.join(a, e), tl.join(c, g))", "even, odd = tl.join(tl.join(a, c), tl.join(e, g))", "test_triton_simulated.py -k noise",
              "test_triton_simulated.py::test_noise_has_the_bits_of_the_contract[(5, 1024)-torch.bfloat16]"),
+    Mutation("tail", "normals beyond a row's end stored", f"{TRITON}randn.py", "mask=inside)", "mask=(n < samples)[:, None])", "test_triton_simulated.py -k noise",
+             "test_triton_simulated.py::test_noise_has_the_bits_of_the_contract[(3, 1023)-torch.float32]"),
+    Mutation("stride", "rows of normals as long as a tile", f"{TRITON}randn.py", "n[:, None] * elements + i", "n[:, None] * COLUMNS + i", "test_triton_simulated.py -k noise"),
+    Mutation("index", "sample numbers of 32 bits", f"{TRITON}_philox.py",
+             "first_sample.to(tl.uint64) + n[:, None].to(tl.uint64), seed", "(first_sample.to(tl.uint32) + n[:, None].to(tl.uint32)).to(tl.uint64), seed",
+             "test_triton_simulated.py -k noise"),
     Mutation("tail", "a sum's tiles beyond the last", f"{TRITON}_reduce.py", "range(0, tiles, BLOCK)", "range(0, tiles - 1, BLOCK)", "test_triton_simulated.py"),
 ]  # fmt: skip
 
@@ -125,7 +125,7 @@ CPU = [
     Mutation("coefficient", "guidance forgotten in a gradient", "csrc/cpu/p_step.cpp",
              "without = row.from_out - with;", "without = row.from_out;", "test_p_step.py test_ops_gradients.py"),
     Mutation("stride", "the variance half read from the mean's", "csrc/cpu/p_step.cpp",
-             "sample * a.out.stride + a.sizes.elements + first, count, state.raw", "sample * a.out.stride + first, count, state.raw", "test_p_step.py -k cpu"),
+             "sample * a.model_output.stride + a.sizes.elements + first, count, state.raw", "sample * a.model_output.stride + first, count, state.raw", "test_p_step.py -k cpu"),
     Mutation("coefficient", "half a gradient", "csrc/cpu/simple_loss.cpp", "float(2.0 / double", "float(1.0 / double", "test_simple_loss.py -k cpu"),
     Mutation("mask", "a gradient of a bin that is missed", "csrc/cpu/vlb_terms.cpp", "missed ? 0.0f : -bin.by_mean", "-bin.by_mean", "test_vlb_terms.py -k cpu"),
     Mutation("sum", "the last block's gradient alone", "csrc/cpu/gaussian_kl.cpp",

@@ -46,14 +46,13 @@ DESELECTED = {
 # Wrong calls of the kernels, and what the report must say. None is reported by luck: each kernel touches what it must not.
 FAULTS = {
     "address": {
-        "heap-buffer-overflow": "x = torch.empty(1024); _C.cpu_randn(x.data_ptr(), 0, 1, 1025, 1, 0, 0, 0)",
-        "misaligned address": "t = torch.zeros(3, dtype=torch.int64); _C.first_out_of_range(t.data_ptr() + 4, 2, 1)",
+        "heap-buffer-overflow": "_C.cpu_randn(sizes=torch.empty(1, 1025), out=torch.empty(1024), key=(0, 0, 0))",
+        "misaligned address": "_C.first_out_of_range(torch.frombuffer(bytearray(24), dtype=torch.int64, count=2, offset=4), 1)",
     },
     "thread": {
         # The output of the team's first thread is the input of its second.
-        "data race": "x = torch.zeros(3 * 16384); one = torch.ones(1); t = torch.zeros(2, dtype=torch.int64)\n"
-        "for _ in range(20): _C.cpu_q_sample(x.data_ptr(), x.data_ptr() + 4 * 16384, 0, t.data_ptr(), one.data_ptr(), one.data_ptr(),"
-        " (0, True, 0, 0, 0), 2, 16384, 2)",
+        "data race": "x = torch.zeros(3, 16384); one = torch.ones(1); t = torch.zeros(2, dtype=torch.int64); torch.set_num_threads(2)\n"
+        "for _ in range(20): _C.cpu_q_sample(sizes=x[:2], x_start=x[:2], t=t, signal=one, sigma=one, noise=(0, 0, 0), out=x[1:])",
     },
 }
 

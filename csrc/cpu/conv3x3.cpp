@@ -221,6 +221,7 @@ void conv3x3(const Conv3x3Arguments& a) {
 // chunk of input channels: what it reads is laid down with the panel's channels side by side, and transformed a register at a time.
 void conv3x3_weight(const Conv3x3WeightArguments& a) {
   const int64_t chunks = (a.channels_in + chunk - 1) / chunk, panels = (a.channels_out + panel - 1) / panel;
+  const int64_t* const strides = a.weight.strides;
   parallel_ranges(panels * chunks, panels * panel * a.channels_in * points, a.threads, [&](int64_t task, int64_t last) {
     float g[chunk][taps][panel];
     for (; task < last; ++task) {
@@ -230,9 +231,9 @@ void conv3x3_weight(const Conv3x3WeightArguments& a) {
       if (used < panel) std::memset(g, 0, sizeof g);
       for (int64_t k = 0; k < used; ++k)
         for (int tap = 0; tap < taps; ++tap) {
-          const float* const from = a.weight + (out + k) * a.strides[0] + in * a.strides[1] + tap / 3 * a.strides[2] + tap % 3 * a.strides[3];
-          for (int64_t c = 0; c < count; ++c) g[c][tap][k] = from[c * a.strides[1]];
-          __builtin_prefetch(from + chunk * a.strides[1]);  // the next task's: lines far apart, which no processor foresees
+          const float* const from = a.weight.data + (out + k) * strides[0] + in * strides[1] + tap / 3 * strides[2] + tap % 3 * strides[3];
+          for (int64_t c = 0; c < count; ++c) g[c][tap][k] = from[c * strides[1]];
+          __builtin_prefetch(from + chunk * strides[1]);  // the next task's: lines far apart, which no processor foresees
         }
       for (int64_t c = 0; c < count; ++c)
         for (int k = 0; k < panel; k += lanes)

@@ -29,7 +29,7 @@ struct Block {
 
   // The prediction, guided where there is an output without the condition.
   DDPM_METHOD const float* prediction() const {
-    const float* const with = read(a.out.view, sample * a.out.stride + first, count, state.prediction);
+    const float* const with = read(a.model_output.view, sample * a.model_output.stride + first, count, state.prediction);
     if (!a.without.view.data) return with;
     const float* const without = read(a.without.view, sample * a.without.stride + first, count, state.without);
     float* const guided = state.without.values;
@@ -41,7 +41,7 @@ struct Block {
 
   DDPM_METHOD bool noisy() const { return a.noise.present && row.noise != 0.0f; }
 
-  DDPM_METHOD const float* raw() const { return read(a.out.view, sample * a.out.stride + a.sizes.elements + first, count, state.raw); }
+  DDPM_METHOD const float* raw() const { return read(a.model_output.view, sample * a.model_output.stride + a.sizes.elements + first, count, state.raw); }
   DDPM_METHOD float fixed_deviation() const { return mul_rn(row.noise, deviation(row.low)); }
 };
 
@@ -78,7 +78,7 @@ DDPM_INLINE void forward(const Block& b) {
   const PStepArguments& a = b.a;
   const Row& row = b.row;
   const float *const x = b.x_t(), *const p = b.prediction();
-  const float* const previous = a.previous.data ? read(a.previous, b.offset, b.count, b.state.previous) : nullptr;
+  const float* const previous = a.x_start_previous.data ? read(a.x_start_previous, b.offset, b.count, b.state.previous) : nullptr;
   const float* const z = b.noisy() ? b.state.epsilon.block(b.sample, b.first, b.count) : nullptr;
   // In fp32 the results go where they belong. What they may overlay is read at the same index first: x̂0_previous by the loop
   // that makes x̂0, x_t by the loop that makes x'.
@@ -125,8 +125,8 @@ DDPM_INLINE void backward(const Block& b) {
   const int64_t count = b.count, offset = b.offset;
   float *const g = b.state.next.values, *const g_start = b.state.start.values;
   std::memset(g, 0, size_t(count) * sizeof(float));
-  if (a.grad_next.data) std::memcpy(g, read(a.grad_next, offset, count, b.state.grad_next), size_t(count) * sizeof(float));
-  const float* const given = a.grad_start.data ? read(a.grad_start, offset, count, b.state.grad_start) : nullptr;
+  if (a.grad_x_next.data) std::memcpy(g, read(a.grad_x_next, offset, count, b.state.grad_next), size_t(count) * sizeof(float));
+  const float* const given = a.grad_x_start.data ? read(a.grad_x_start, offset, count, b.state.grad_start) : nullptr;
   const float *const x = b.x_t(), *const p = b.prediction();
   const bool clip = a.clip;
 #pragma omp simd
@@ -138,17 +138,17 @@ DDPM_INLINE void backward(const Block& b) {
   Buffer& buffer = b.state.grad_next;  // free from here on
   write_gradient(a.grad_x_t, offset, count, buffer,
                  [&](int64_t i) { return add_rn(mul_rn(row.x_t, g[i]), mul_rn(row.from_x_t, g_start[i])); });
-  write_gradient(a.grad_previous, offset, count, buffer, [&](int64_t i) { return mul_rn(row.previous, g[i]); });
+  write_gradient(a.grad_x_start_previous, offset, count, buffer, [&](int64_t i) { return mul_rn(row.previous, g[i]); });
   write_gradient(a.grad_without.view, b.sample * a.grad_without.stride + b.first, count, buffer,
                  [&](int64_t i) { return mul_rn(without, g_start[i]); });
-  const int64_t place = b.sample * a.grad_out.stride + b.first;
-  write_gradient(a.grad_out.view, place, count, buffer, [&](int64_t i) { return mul_rn(with, g_start[i]); });
+  const int64_t place = b.sample * a.grad_model_output.stride + b.first;
+  write_gradient(a.grad_model_output.view, place, count, buffer, [&](int64_t i) { return mul_rn(with, g_start[i]); });
 
-  const bool doubled = a.grad_out.view.data && a.grad_out.stride > a.sizes.elements, learned = a.variance != Variance::fixed;
+  const bool doubled = a.grad_model_output.view.data && a.grad_model_output.stride > a.sizes.elements, learned = a.variance != Variance::fixed;
   if (a.grad_without.view.data && a.grad_without.stride > a.sizes.elements)
     write_zeros(a.grad_without.view, b.sample * a.grad_without.stride + a.sizes.elements + b.first, count);
   if (!b.noisy()) {
-    if (doubled) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
+    if (doubled) write_zeros(a.grad_model_output.view, place + a.sizes.elements, count);
     if (a.grad_noise.data) write_zeros(a.grad_noise, offset, count);
     return;
   }
@@ -160,12 +160,12 @@ DDPM_INLINE void backward(const Block& b) {
     const float* const z = b.state.epsilon.block(b.sample, b.first, count);
     write_gradient(a.grad_noise, offset, count, buffer, [&](int64_t i) { return mul_rn(deviation[i], g[i]); });
     if (doubled)
-      write_gradient(a.grad_out.view, place + a.sizes.elements, count, buffer,
+      write_gradient(a.grad_model_output.view, place + a.sizes.elements, count, buffer,
                      [&](int64_t i) { return mul_rn(mul_rn(slope, deviation[i]), mul_rn(z[i], g[i])); });
   } else {
     const float deviation = b.fixed_deviation();
     write_gradient(a.grad_noise, offset, count, buffer, [&](int64_t i) { return mul_rn(deviation, g[i]); });
-    if (doubled) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
+    if (doubled) write_zeros(a.grad_model_output.view, place + a.sizes.elements, count);
   }
 }
 

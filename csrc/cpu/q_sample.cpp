@@ -16,10 +16,10 @@ struct State {
 
 void q_sample(const QSampleArguments& a) {
   for_each_block<State>(a, [&](State& state, int64_t sample, int64_t first, int64_t count) {
-    const int64_t offset = sample * a.stride + first, row = a.t ? a.t[sample] : sample;
+    const int64_t place = sample * a.out.stride + first, row = a.t ? a.t[sample] : sample;
     const float signal = a.signal[row];
-    const float* const x = read(a.x_start, offset, count, state.x_start);
-    float* const out = place_for(a.out, offset, state.out);
+    const float* const x = read(a.x_start.view, sample * a.x_start.stride + first, count, state.x_start);
+    float* const out = place_for(a.out.view, place, state.out);
     if (a.noise.present) {
       const float sigma = a.sigma[row];
       const float* const epsilon = state.epsilon.block(sample, first, count);
@@ -29,7 +29,7 @@ void q_sample(const QSampleArguments& a) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) out[i] = mul_rn(signal, x[i]);
     }
-    write(a.out, offset, count, state.out);
+    write(a.out.view, place, count, state.out);
   });
 }
 

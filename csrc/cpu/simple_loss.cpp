@@ -15,7 +15,7 @@ struct State {
 // out - target of one block. A term whose coefficient is 0 is neither read nor drawn.
 DDPM_INLINE void residual(const SimpleLossArguments& a, State& state, int64_t sample, int64_t first, int64_t count, float* result) {
   const float c0 = a.x_start_coef[a.t[sample]], c1 = a.noise_coef[a.t[sample]];
-  const float* const p = read(a.out.view, sample * a.out.stride + first, count, state.prediction);
+  const float* const p = read(a.model_output.view, sample * a.model_output.stride + first, count, state.prediction);
   const float* const x = c0 != 0.0f ? read(a.x_start, sample * a.sizes.elements + first, count, state.x_start) : nullptr;
   const float* const e = c1 != 0.0f ? state.epsilon.block(sample, first, count) : nullptr;
   if (x && e) {
@@ -41,14 +41,14 @@ void simple_loss(const SimpleLossArguments& a) {
       [&](State& state, int64_t sample, int64_t first, int64_t count, double* total) {
         float* const r = state.result.values;
         residual(a, state, sample, first, count, r);
-        if (a.grad_out.view.data) {
-          const int64_t place = sample * a.grad_out.stride + first;
+        if (a.grad_model_output.view.data) {
+          const int64_t place = sample * a.grad_model_output.stride + first;
           const float weight = a.weight[a.t[sample]] * share, scale = a.grad_loss ? a.grad_loss[sample] * weight : weight;
-          float* const grad = place_for(a.grad_out.view, place, state.grad);
+          float* const grad = place_for(a.grad_model_output.view, place, state.grad);
 #pragma omp simd
           for (int64_t i = 0; i < count; ++i) grad[i] = mul_rn(scale, r[i]);
-          write(a.grad_out.view, place, count, state.grad);
-          if (a.grad_out.stride > a.sizes.elements) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
+          write(a.grad_model_output.view, place, count, state.grad);
+          if (a.grad_model_output.stride > a.sizes.elements) write_zeros(a.grad_model_output.view, place + a.sizes.elements, count);
         }
         if (!a.loss) return;
 #pragma omp simd

@@ -111,30 +111,30 @@ constexpr double ln2 = 0.693147180559945309;
 }  // namespace
 
 void vlb_terms(const VlbTermsArguments& a) {
-  const bool learned = a.variance != Variance::fixed, doubled = a.grad_out.stride > a.sizes.elements;
+  const bool learned = a.variance != Variance::fixed, doubled = a.grad_model_output.stride > a.sizes.elements;
   const double bits = 1.0 / (double(a.sizes.elements) * ln2);  // of one element's nat
   sum_each_sample<State, 1>(
       a,
       [&](State& state, int64_t sample, int64_t first, int64_t count, double* total) {
-        const int64_t offset = sample * a.sizes.elements + first, place = sample * a.out.stride + first;
+        const int64_t offset = sample * a.sizes.elements + first, place = sample * a.model_output.stride + first;
         Places p{};
         p.x_start = read(a.x_start, offset, count, state.x_start);
         p.x_t = read(a.x_t, offset, count, state.x_t);
-        p.prediction = read(a.out.view, place, count, state.prediction);
-        p.raw = learned ? read(a.out.view, place + a.sizes.elements, count, state.raw) : p.prediction;
+        p.prediction = read(a.model_output.view, place, count, state.prediction);
+        p.raw = learned ? read(a.model_output.view, place + a.sizes.elements, count, state.raw) : p.prediction;
         p.value = state.value.values;
-        if (!a.grad_out.view.data) {
+        if (!a.grad_model_output.view.data) {
           evaluate<false>(a, a.t[sample], p, count, 0.0f);
           *total += sum(p.value, count);
           return;
         }
-        p.grad = a.detach_mean ? state.grad.values : place_for(a.grad_out.view, place, state.grad);
-        p.grad_raw = learned ? place_for(a.grad_out.view, place + a.sizes.elements, state.grad_raw) : state.grad_raw.values;
+        p.grad = a.detach_mean ? state.grad.values : place_for(a.grad_model_output.view, place, state.grad);
+        p.grad_raw = learned ? place_for(a.grad_model_output.view, place + a.sizes.elements, state.grad_raw) : state.grad_raw.values;
         evaluate<true>(a, a.t[sample], p, count, (a.grad_terms ? a.grad_terms[sample] : 1.0f) * float(bits));
-        if (a.detach_mean) write_zeros(a.grad_out.view, place, count);
-        else write(a.grad_out.view, place, count, state.grad);
-        if (learned) write(a.grad_out.view, place + a.sizes.elements, count, state.grad_raw);
-        else if (doubled) write_zeros(a.grad_out.view, place + a.sizes.elements, count);
+        if (a.detach_mean) write_zeros(a.grad_model_output.view, place, count);
+        else write(a.grad_model_output.view, place, count, state.grad);
+        if (learned) write(a.grad_model_output.view, place + a.sizes.elements, count, state.grad_raw);
+        else if (doubled) write_zeros(a.grad_model_output.view, place + a.sizes.elements, count);
         if (a.terms) *total += sum(p.value, count);
       },
       [&](int64_t sample, const double* total) {

@@ -22,8 +22,8 @@ from ddpm_fast.backends import native
 from ddpm_fast.models import layers
 from ddpm_fast.models.levels import DownLevel, Level, Middle, UpLevel
 from ddpm_fast.ops._attention import attention_cpu
-from ddpm_fast.ops._conv3x3 import conv3x3_cpu_call
-from ddpm_fast.ops._group_norm import group_norm_cpu_call
+from ddpm_fast.ops._conv3x3 import conv3x3_prepared
+from ddpm_fast.ops._group_norm import group_norm_prepared
 
 if TYPE_CHECKING:
     from ddpm_fast.models.unet import UNet
@@ -73,7 +73,6 @@ class UNetPlan:
         self._samples = shape[0]
         self._calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
-        self._kept: list[Any] = []  # tensors whose addresses the calls have
         self._set_time: Callable[[int], object]
         self._prepare_time(model, timesteps, labels)
         self._input = _floats(self._samples, *shape[2:], shape[1])
@@ -172,20 +171,16 @@ class UNetPlan:
 
     def _norm(self, layer: layers.GroupNormAct, x: Tensor, added: Tensor | None = None) -> Tensor:
         y = self._take(*x.shape[1:])
-        call, kept = group_norm_cpu_call(
+        self._add(group_norm_prepared(
             x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2), layer.groups, layer.weight.clone(), layer.bias.clone(), layer.eps,
             layer.activation == "silu", added,
-        )  # fmt: skip
-        self._kept.append(kept)
-        self._calls.append(call)
+        ))  # fmt: skip
         return y
 
     def _conv3x3(self, layer: layers.Conv3x3, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = self._take(x.shape[1], x.shape[2], layer.out_channels)
         added = None if residual is None else residual.permute(0, 3, 1, 2)
-        call, kept = conv3x3_cpu_call(x.permute(0, 3, 1, 2), layer.weight, layer.bias.clone(), added, y)
-        self._kept.append(kept)
-        self._calls.append(call)
+        self._add(conv3x3_prepared(x.permute(0, 3, 1, 2), layer.weight, layer.bias.clone(), added, y.permute(0, 3, 1, 2)))
         return y
 
     def _conv1x1(self, layer: nn.Conv2d, x: Tensor) -> Tensor:

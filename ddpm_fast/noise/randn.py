@@ -1,7 +1,6 @@
 """randn: a noise written out as a tensor, below :class:`~ddpm_fast.Noise` itself.
 
-The reference twin is `noise_reference` in philox.py; kernels: csrc/cpu/randn.cpp,
-csrc/cuda/randn.cu and ops/triton/randn.py. All give the same bits.
+The reference twin is `noise_reference` in philox.py; kernels: csrc/cpu/randn.cpp and ops/triton/randn.py. All give the same bits.
 """
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ddpm_fast import checks
 from ddpm_fast._memory import check_target, was_written
 from ddpm_fast._pytorch import draw, goes_through_dispatcher, in_functorch
-from ddpm_fast.backends import FLOATING, NATIVE_DTYPES, BackendTable, library, native, triton_function
+from ddpm_fast.backends import FLOATING, BackendTable, library, native, triton_function
 from ddpm_fast.noise.philox import MAX_ELEMENTS_PER_SAMPLE, noise_reference, signed64, unsigned64
 
 
@@ -24,19 +23,11 @@ def randn_reference(shape: torch.Size, seed: int, stream: int, first_sample: int
 
 def _randn_cpu(shape, seed, stream, first_sample, dtype, device, *, out=None):
     out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
-    native.cpu_randn(out.data_ptr(), NATIVE_DTYPES[dtype], shape[0], math.prod(shape[1:]), torch.get_num_threads(), seed, stream, first_sample)
+    native.cpu_randn(sizes=out, out=out, key=(seed, stream, first_sample))
     return out
 
 
-def _randn_cuda(shape, seed, stream, first_sample, dtype, device, *, out=None):
-    out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
-    count, elements = shape[0], math.prod(shape[1:])
-    current = torch.cuda.current_stream(out.device).cuda_stream
-    native.cuda_randn(out.data_ptr(), count, elements, NATIVE_DTYPES[dtype], seed, stream, first_sample, out.device.index, current)
-    return out
-
-
-backends = BackendTable("randn", reference=randn_reference, cpu=_randn_cpu, triton=triton_function("randn", "randn"), cuda=_randn_cuda)
+backends = BackendTable("randn", reference=randn_reference, cpu=_randn_cpu, triton=triton_function("randn", "randn"))
 
 
 def normals(

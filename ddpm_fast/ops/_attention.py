@@ -17,7 +17,7 @@ from ddpm_fast import autotune, checks
 from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
 from ddpm_fast.backends import NATIVE_DTYPES, missing, native
 from ddpm_fast.ops._common import check_data, table_dtype
-from ddpm_fast.ops._native import dtype_tag, stream_of, workspace_floats
+from ddpm_fast.ops._native import stream_of, workspace_floats
 from ddpm_fast.ops._op import Op
 
 LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
@@ -83,28 +83,27 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _launch(kernel, plan, x: Tensor, scale: float, *tensors: Tensor | None) -> None:
-    """Calls a launcher; the plan's workspace lives until then, and on the stream it is reused in order."""
-    samples, tokens, _, heads, channels = x.shape
-    sizes = (samples, tokens, heads, channels)
-    floats = workspace_floats(plan, *sizes, dtype_tag(x))
-    workspace = [x.new_empty((floats,), dtype=torch.float32)] if floats else []
-    *data, logsumexp = (y.data_ptr() for y in tensors)
-    kernel(x.data_ptr(), *data, dtype_tag(x), logsumexp, *sizes, scale, *(y.data_ptr() for y in workspace), *stream_of(x))
+def _sizes(qkv: Tensor) -> dict[str, int]:
+    samples, tokens, _, heads, channels = qkv.shape
+    return dict(samples=samples, tokens=tokens, heads=heads, head_channels=channels)
 
 
 def _forward_cuda(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     qkv = _aligned(qkv)
     out, logsumexp = _fake(qkv, scale)
-    _launch(native.cuda_attention, native.cuda_attention_plan, qkv, scale, out, logsumexp)
+    native.cuda_attention(**_sizes(qkv), scale=scale, qkv=qkv, out=out, logsumexp=logsumexp, **stream_of(qkv))
     return out, logsumexp
 
 
 def _backward_cuda(arguments, needs, grads, results):
     qkv, scale = arguments
     qkv, grad_out, out = _aligned(qkv), _aligned(grads[0]), _aligned(results[0])
-    grad_qkv = torch.empty_like(qkv)
-    _launch(native.cuda_attention_backward, native.cuda_attention_backward_plan, qkv, scale, out, grad_out, grad_qkv, results[1])
+    grad_qkv, sizes = torch.empty_like(qkv), _sizes(qkv)
+    floats = workspace_floats(native.cuda_attention_backward_plan, *sizes.values(), NATIVE_DTYPES[qkv.dtype])
+    workspace = qkv.new_empty((floats,), dtype=torch.float32)  # dropped after the call: on the stream its memory is used again in order
+    native.cuda_attention_backward(
+        **sizes, scale=scale, qkv=qkv, out=out, logsumexp=results[1], grad_out=grad_out, grad_qkv=grad_qkv, workspace=workspace, **stream_of(qkv)
+    )
     return grad_qkv, None
 
 

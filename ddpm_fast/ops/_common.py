@@ -4,8 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast._memory import address, check_target, overlap, resolved
-from ddpm_fast._pytorch import draw, goes_through_dispatcher, holds_values, in_functorch, unwrapped
+from ddpm_fast._memory import check_target, overlap, resolved
+from ddpm_fast._pytorch import below_functorch, draw, goes_through_dispatcher, holds_values, in_functorch, transforms_active, unwrapped
 from ddpm_fast.backends import FLOATING, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
 
@@ -67,8 +67,8 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
     check_device("t", t, x_name, x)
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active():
-        with torch._C._DisableFuncTorch():
+    if transforms_active():
+        with below_functorch():
             check_t_values(unwrapped(t)[0], steps)
     else:
         check_t_values(t, steps)
@@ -84,7 +84,7 @@ def check_t_values(t: Tensor, steps: int) -> None:
             t = (resolved(t) if t.is_neg() else t).contiguous()
         except (RuntimeError, NotImplementedError):
             raise TypeError(f"t must be a dense tensor, got {t.layout}") from None
-        first = native.first_out_of_range(t.data_ptr() or address(t), count, steps)
+        first = native.first_out_of_range(t, steps)
     else:
         outside = ((t < 0) | (t >= steps)).flatten()
         first = int(outside.nonzero()[0]) if outside.any() else -1

@@ -14,11 +14,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ddpm_fast._memory import address
-from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
+from ddpm_fast._pytorch import goes_through_dispatcher, in_forward_mode, in_functorch
 from ddpm_fast.backends import FLOATING, BackendTable, native
 from ddpm_fast.ops._common import check_device
 
@@ -38,28 +36,29 @@ def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
     y = torch.empty((samples, weight.shape[0], height, width), dtype=torch.float32, device="cpu", memory_format=_LAYOUT)
     if not samples:
         return y
-    (function, arguments), _kept = conv3x3_cpu_call(x, weight, bias, residual, y)
-    function(*arguments)
+    native.cpu_conv3x3(**_arguments(x, weight, bias, residual, y))
     return y
 
 
-def conv3x3_cpu_call(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> tuple[tuple[Callable, tuple], tuple]:
-    """The kernel and its arguments for tensors that lie well for it, y by its memory alone; and what must live as long as the call is made.
+def conv3x3_prepared(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> Callable[[], None]:
+    """A call of the kernel for tensors that lie well for it, to be made again and again: it keeps them, and reads what they then have.
 
-    The call has the weight's values of now, transformed: 16/9 of its memory, output channels rounded up to 32.
+    Of the weight it has the values of now, transformed: 16/9 of its memory, output channels rounded up to 32.
     """
-    samples, in_channels, height, width = x.shape
-    out_channels, threads = weight.shape[0], torch.get_num_threads()
-    transformed = torch.empty((native.cpu_conv3x3_floats(in_channels, out_channels),), dtype=torch.float32, device="cpu")
-    native.cpu_conv3x3_weight(address(weight), weight.stride(), in_channels, out_channels, transformed.data_ptr(), threads)
-    addresses = address(x), transformed.data_ptr(), address(bias), address(residual), y.data_ptr()
-    arguments = (*addresses, samples, height, width, in_channels, out_channels, threads)
-    return (native.cpu_conv3x3, arguments), (x, transformed, bias, residual, y)
+    return native.cpu_conv3x3_prepared(**_arguments(x, weight, bias, residual, y))
+
+
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> dict:
+    samples, channels_in, height, width = x.shape
+    channels = dict(channels_in=channels_in, channels_out=weight.shape[0])
+    transformed = torch.empty((native.conv3x3_floats(**channels),), dtype=torch.float32, device="cpu")
+    native.cpu_conv3x3_weight(**channels, weight=weight, transformed=transformed)
+    return dict(samples=samples, height=height, width=width, **channels, x=x, weight=transformed, bias=bias, residual=residual, y=y)
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
     """Why the kernel cannot serve a call, but for shapes; empty where it can."""
-    if goes_through_dispatcher() or in_functorch() or forward_ad._current_level >= 0:
+    if goes_through_dispatcher() or in_functorch() or in_forward_mode():
         return "is not for compiling, tracing or transforming: it is no operator of PyTorch"
     with_grad = torch.is_grad_enabled()
     for y in (x, weight, bias, residual):

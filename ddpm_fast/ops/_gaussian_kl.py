@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ddpm_fast._memory import address
 from ddpm_fast.backends import native, triton_kernels
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import dtype_tag, new_like
+from ddpm_fast.ops._native import new_like
 from ddpm_fast.ops._op import Op
 
 REDUCTIONS = (None, "mean_per_sample")
-_NO_GRADIENTS = ((0, 0),) * 4
+_NO_GRADIENTS = (None,) * 4
 _SERIES_BELOW = 0.3
 _INFINITE = 1000.0  # e^_INFINITE is, in float64 too
 _MAX_EXPONENT = {torch.float32: 88.0, torch.float64: 709.0}  # of e^(-½ logvar2): an infinity times a distance of 0 would be NaN
@@ -74,12 +73,13 @@ def _operands(arguments, shape: torch.Size) -> list[tuple[Tensor, int, int]]:
     return [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in arguments[:4]]
 
 
-def _launch(operands, shape: torch.Size, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] | None = None) -> None:
+def _launch(operands, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = _NO_GRADIENTS) -> None:
     """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
+    mean1, logvar1, mean2, logvar2 = operands
+    of_mean1, of_logvar1, of_mean2, of_logvar2 = grads
     native.cpu_gaussian_kl(
-        *[(x.data_ptr(), sample, element) for x, sample, element in operands], dtype_tag(operands[0][0]), address(kl), address(grad_kl),
-        _NO_GRADIENTS if grads is None else [(0, 0) if grad is None else (grad.data_ptr(), dtype_tag(grad)) for grad in grads],
-        reduced, shape[0], math.prod(shape[1:]), torch.get_num_threads(),
+        sizes=mean1[0], mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2, reduced=reduced, kl=kl, grad_kl=grad_kl,
+        grad_mean1=of_mean1, grad_logvar1=of_logvar1, grad_mean2=of_mean2, grad_logvar2=of_logvar2,
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _new_kl(arguments, shape: torch.Size) -> Tensor:
 def _gaussian_kl_cpu(*arguments) -> Tensor:
     shape = _shape(*arguments[:4])
     kl = _new_kl(arguments, shape)
-    _launch(_operands(arguments, shape), shape, arguments[4] is not None, kl, None)
+    _launch(_operands(arguments, shape), arguments[4] is not None, kl, None)
     return kl
 
 
@@ -99,7 +99,7 @@ def _ahead_cpu(arguments, needs):
         return None
     shape = arguments[0].shape
     kl, grads = _new_kl(arguments, shape), [arguments[0].new_empty(shape) if needed else None for needed in needs[:4]]
-    _launch(_operands(arguments, shape), shape, True, kl, None, grads)
+    _launch(_operands(arguments, shape), True, kl, None, grads)
     return kl, (*grads, None), [grad for grad in grads if grad is not None]
 
 
@@ -136,7 +136,7 @@ def _varies(x: Tensor, shape: torch.Size) -> bool:
 
 
 def _backward_cpu(arguments, needs, grads):
-    return _backward(arguments, needs, grads, lambda operands, grad_kl, results, shape, reduced: _launch(operands, shape, reduced, None, grad_kl, results))
+    return _backward(arguments, needs, grads, lambda operands, grad_kl, results, shape, reduced: _launch(operands, reduced, None, grad_kl, results))
 
 
 def _backward_triton(arguments, needs, grads):

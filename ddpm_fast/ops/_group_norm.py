@@ -12,20 +12,19 @@ twin is here; the kernels are csrc/cpu/group_norm*.cpp and csrc/cuda/group_norm*
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast._memory import address
 from ddpm_fast._pytorch import draw
 from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
 from ddpm_fast.noise.philox import dropout_mask_reference
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import contiguous, dtype_tag, stream_of, workspace_floats
+from ddpm_fast.ops._native import contiguous, stream_of, workspace_floats
 from ddpm_fast.ops._op import NOISE, Op, laid_out_as, memory_format
 
 
@@ -72,61 +71,56 @@ def group_norm_reference(
     return laid_out_as(z.to(x.dtype), x), mean.detach(), rstd.detach()
 
 
-_NO_ROWS = ((0, 0), (0, 0), (0, 0), 0)
-
-
 class _Call:
-    """One call as both backends are given it; the tensors that the kernels read or write live as long as it does."""
+    """One call as both backends are given it."""
 
     def __init__(self, arguments: tuple) -> None:
         x, self.groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise = self.arguments = arguments
         self.layout = memory_format(x)
         x = x.contiguous(memory_format=self.layout)
-        self.x, self.tag = x, dtype_tag(x)
+        self.x = x
         samples, channels = x.shape[:2]
         self.sizes = (samples, channels, x.numel() // (samples * channels), self.groups)
-        parameters, row_addresses, rows = (0, 0, self.tag), _NO_ROWS, (None, None, None)
         if weight is not None or bias is not None:
-            weight, bias, tag = _in_one_dtype(weight, bias)
+            weight, bias = _in_one_dtype(weight, bias)
             weight, bias = contiguous(weight), contiguous(bias)
-            parameters = (address(weight), address(bias), tag)
+        rows = pre_bias, scale, shift
         if pre_bias is not None or scale is not None or shift is not None:
-            *rows, tag = _in_one_dtype(pre_bias, scale, shift)
-            rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in rows]
-            row_addresses = (*[(address(y), 0 if y is None else y.stride(0)) for y in rows], tag)
+            rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in _in_one_dtype(*rows)]
         self.taken = (x, weight, bias, *rows)
-        key = (0, 0, 0) if noise is None else (noise.seed, noise.stream, noise.first_sample)
-        # What every kernel is called with between the addresses of x (and y) and those of the statistics.
-        self.common = (self.tag, self.layout != torch.contiguous_format, *self.sizes, eps, silu, *parameters, *row_addresses, (dropout, *key))
+        # What every kernel is called with.
+        self.common = dict(
+            channels_last=self.layout != torch.contiguous_format, samples=samples, channels=channels, pixels=self.sizes[2], groups=self.groups,
+            eps=eps, silu=silu, dropout=None if noise is None else (dropout, noise), x=x, weight=weight, bias=bias,
+            pre_bias=rows[0], scale=rows[1], shift=rows[2],
+        )  # fmt: skip
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         return _results(self.x, self.groups)
 
-    def cpu_arguments(self, y: Tensor, mean: Tensor, rstd: Tensor) -> tuple:
-        return (self.x.data_ptr(), y.data_ptr(), *self.common, mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads())
+    def gradients(self, needs: tuple) -> dict[str, Tensor | None]:
+        """By name, in the dtype that the kernels take the tensor in."""
+        names = ("grad_x", "grad_weight", "grad_bias", "grad_pre_bias", "grad_scale", "grad_shift")
+        return {name: torch.empty_like(y) if needs[i] else None for name, i, y in zip(names, _op.differentiable, self.taken, strict=True)}
 
-    def gradients(self, needs: tuple) -> tuple[dict[int, Tensor], tuple]:
-        """By position, in the dtype that the kernels take the tensor in; and their addresses in the kernels' order."""
-        made = {i: torch.empty_like(y) for i, y in zip(_op.differentiable, self.taken, strict=True) if needs[i]}
-        x, weight, bias, *rows = (made[i].data_ptr() if i in made else 0 for i in _op.differentiable)
-        return made, (x, weight, bias, *[(y, self.sizes[1]) for y in rows])
-
-    def returned(self, made: dict[int, Tensor]) -> list[Tensor | None]:
-        found = [made.get(i) for i in range(len(self.arguments))]
-        return [x if x is None or x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(found, self.arguments, strict=True)]
+    def returned(self, made: dict[str, Tensor | None]) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * len(self.arguments)
+        for i, x in zip(_op.differentiable, made.values(), strict=True):
+            found[i] = x if x is None or x.dtype == self.arguments[i].dtype else x.to(self.arguments[i].dtype)
+        return found
 
     def workspace(self, plan) -> Tensor:
         sms = torch.cuda.get_device_properties(self.x.device).multi_processor_count
-        floats = workspace_floats(plan, *self.sizes, self.layout != torch.contiguous_format, self.tag, sms=sms)
+        floats = workspace_floats(plan, *self.sizes, self.layout != torch.contiguous_format, NATIVE_DTYPES[self.x.dtype], sms=sms)
         return self.x.new_empty((floats,), dtype=torch.float32)
 
 
-def _in_one_dtype(*tensors: Tensor | None) -> list:
-    """The kernels take the parameters in one dtype, and the rows: fp32 where they differ. And its tag."""
-    first = next(y for y in tensors if y is not None)
-    if all([y is None or y.dtype == first.dtype for y in tensors]):
-        return [*tensors, dtype_tag(first)]
-    return [*[None if y is None else y.float() for y in tensors], NATIVE_DTYPES[torch.float32]]
+def _in_one_dtype(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """The kernels take the parameters in one dtype, and the rows: fp32 where they differ."""
+    first = next(y for y in tensors if y is not None).dtype
+    if all([y is None or y.dtype == first for y in tensors]):
+        return tensors
+    return [None if y is None else y.float() for y in tensors]
 
 
 def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,44 +130,42 @@ def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(arguments)
-    results = call.results()
-    native.cpu_group_norm(*call.cpu_arguments(*results))
-    return results
+    y, mean, rstd = call.results()
+    native.cpu_group_norm(**call.common, y=y, mean=mean, rstd=rstd)
+    return y, mean, rstd
 
 
-def group_norm_cpu_call(
+def group_norm_prepared(
     x: Tensor, y: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, pre_bias: Tensor | None
-) -> tuple[tuple[Callable, tuple], tuple]:
-    """The kernel and its arguments for tensors that lie well for it, and what must live as long as the call is made."""
+) -> Callable[[], None]:
+    """A call of the kernel for tensors that lie well for it, to be made again and again: it keeps them, and reads what they then have."""
     call = _Call((x, groups, weight, bias, pre_bias, None, None, eps, silu, 0.0, None))
-    statistics = call.results()[1:]
-    return (native.cpu_group_norm, call.cpu_arguments(y, *statistics)), (call, y, statistics)
+    _, mean, rstd = call.results()
+    return native.cpu_group_norm_prepared(**call.common, y=y, mean=mean, rstd=rstd)
 
 
 def _forward_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(arguments)
     y, mean, rstd = call.results()
     workspace = call.workspace(native.cuda_group_norm_plan)
-    addresses = (mean.data_ptr(), rstd.data_ptr(), workspace.data_ptr())
-    native.cuda_group_norm(call.x.data_ptr(), y.data_ptr(), *call.common, *addresses, *stream_of(call.x))
+    native.cuda_group_norm(**call.common, y=y, mean=mean, rstd=rstd, workspace=workspace, **stream_of(call.x))
     return y, mean, rstd
 
 
 def _backward_cpu(arguments, needs, grads, results):
     call = _Call(arguments)
     grad_y = grads[0].contiguous(memory_format=call.layout)
-    made, addresses = call.gradients(needs)
-    native.cpu_group_norm_backward(call.x.data_ptr(), *call.common, *map(address, results), grad_y.data_ptr(), *addresses, torch.get_num_threads())
+    made, (mean, rstd) = call.gradients(needs), results
+    native.cpu_group_norm_backward(**call.common, mean=mean, rstd=rstd, grad_y=grad_y, **made)
     return call.returned(made)
 
 
 def _backward_cuda(arguments, needs, grads, results):
     call = _Call(arguments)
     grad_y = grads[0].contiguous(memory_format=call.layout)
-    made, addresses = call.gradients(needs)
+    made, (mean, rstd) = call.gradients(needs), results
     workspace = call.workspace(native.cuda_group_norm_backward_plan)
-    statistics = (*map(address, results), workspace.data_ptr())
-    native.cuda_group_norm_backward(call.x.data_ptr(), *call.common, *statistics, grad_y.data_ptr(), *addresses, *stream_of(call.x))
+    native.cuda_group_norm_backward(**call.common, mean=mean, rstd=rstd, grad_y=grad_y, **made, workspace=workspace, **stream_of(call.x))
     return call.returned(made)
 
 

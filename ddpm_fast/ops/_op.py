@@ -6,20 +6,17 @@ torch.func the reference serves it, whose operations PyTorch can transform.
 """
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ddpm_fast._memory import address, resolved, was_written
-from ddpm_fast._pytorch import goes_through_dispatcher, holds_values, in_batches, in_functorch
-from ddpm_fast.backends import BackendTable, library
+from ddpm_fast._memory import check_memory, resolved, was_written
+from ddpm_fast._pytorch import below_functorch, goes_through_dispatcher, holds_values, in_batches, in_forward_mode, in_functorch
+from ddpm_fast.backends import BackendTable, library, native
 from ddpm_fast.noise import Noise
 from ddpm_fast.noise.philox import signed64, unsigned64
-from ddpm_fast.ops._native import scale_samples
 
 NOISE = "Tensor? noise, SymInt? seed, SymInt stream, SymInt first_sample"  # how an operator takes a Noise, a tensor or None
 
@@ -96,7 +93,7 @@ class Op:
             if isinstance(x, Tensor) and x.layout is not torch.strided:
                 raise TypeError(f"{self.names[i]} must be a dense tensor, got {x.layout}")
             if isinstance(x, Tensor) and x.is_cpu and x.numel() and holds_values(x) and not in_functorch():
-                address(x)
+                check_memory(x)
 
     def __call__(self, arguments: tuple, like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Tensor] | None = None) -> Any:
         """Runs it.
@@ -128,7 +125,7 @@ class Op:
             results = self.backends.choose(like.device, dtype, backend)(*arguments, **into)
             was_written(*into.values())
             return results
-        if transforms or forward_ad._current_level >= 0:  # no kernel has a rule for the tangent of a dual tensor
+        if transforms or in_forward_mode():  # no kernel has a rule for the tangent of a dual tensor
             return self.reference(*arguments)
         if dispatches and backend is None:
             return self.operator(*self._flatten(arguments))
@@ -160,7 +157,7 @@ class Op:
         if self.own_gradients is not None:
             return self.own_gradients(arguments, needs, grads)
         with torch.enable_grad():
-            with torch._C._DisableFuncTorch() if in_functorch() else contextlib.nullcontext():  # as forward was, with its draw
+            with below_functorch():  # as forward was, with its draw
                 results = self.reference(*arguments)
             pairs = [(r, g) for r, g in zip(results if isinstance(results, tuple) else (results,), grads, strict=True) if g is not None and r is not None]
             inputs = [x for x, needed in zip(arguments, needs, strict=True) if needed]
@@ -279,7 +276,7 @@ class _Differentiable(torch.autograd.Function):
         gradients, parts = ctx.prepared or ctx.ahead(kept_for_backward(ctx)[0], needs)[1:]
         ctx.prepared, upstream = None, resolved(grads[0]).contiguous()
         for part in parts:
-            scale_samples(part, upstream)
+            native.cpu_scale(sizes=part, x_start=part, signal=upstream, out=part)
         return None, None, *gradients
 
 

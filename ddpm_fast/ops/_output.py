@@ -16,32 +16,32 @@ def check_variance(kind: str) -> None:
         raise ValueError(f"variance must be one of {', '.join(VARIANCE_KINDS)}, got {kind!r}")
 
 
-def check_output(out: Tensor, x_name: str, x: Tensor, kind: str | None = None) -> None:
+def check_output(model_output: Tensor, x_name: str, x: Tensor, kind: str | None = None) -> None:
     """(N, C, ...) like x, or (N, 2C, ...); a learned variance needs the second half."""
-    if not isinstance(out, Tensor):
-        raise TypeError(f"the model output must be a tensor, got {type(out).__name__}")
-    if out.dtype not in FLOATING:
-        raise TypeError(f"the model output must be float32, bfloat16, float16 or float64, got {out.dtype}")
+    if not isinstance(model_output, Tensor):
+        raise TypeError(f"the model output must be a tensor, got {type(model_output).__name__}")
+    if model_output.dtype not in FLOATING:
+        raise TypeError(f"the model output must be float32, bfloat16, float16 or float64, got {model_output.dtype}")
     shape, learned = x.shape, kind is not None and kind != FIXED
     if len(shape) < 2:
         raise ValueError(f"{x_name} must have shape (N, C, ...), got {tuple(shape)}")
-    given = out.shape
+    given = model_output.shape
     if learned or given != shape:
         doubled = (shape[0], 2 * shape[1], *shape[2:])
         if given != doubled:
             expected = str(doubled) if learned else f"{tuple(shape)} or {doubled}"
             raise ValueError(f"the model output must have shape {expected}{' for a learned variance' if learned else ''}, got {tuple(given)}")
-    check_device("the model output", out, x_name, x)
+    check_device("the model output", model_output, x_name, x)
 
 
-def arithmetic_dtype(out: Tensor, x: Tensor) -> torch.dtype:
+def arithmetic_dtype(model_output: Tensor, x: Tensor) -> torch.dtype:
     """Of the two, the dtype that decides the backend: float64 goes to the reference."""
-    return x.dtype if out.dtype in NATIVE_DTYPES else out.dtype
+    return x.dtype if model_output.dtype in NATIVE_DTYPES else model_output.dtype
 
 
-def sample_stride(out: Tensor) -> int:
+def sample_stride(model_output: Tensor) -> int:
     """Elements of one sample of a contiguous output."""
-    return out.numel() // out.shape[0]
+    return model_output.numel() // model_output.shape[0]
 
 
 def per_sample(x: Tensor) -> Tensor:
@@ -49,17 +49,22 @@ def per_sample(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=table_dtype(x.dtype))
 
 
-def prediction_half(out: Tensor, x: Tensor) -> Tensor:
+def prediction_half(model_output: Tensor, x: Tensor) -> Tensor:
     """A view of an output, or of its gradient, without the variance half."""
-    return out if out.shape[1] == x.shape[1] else out[:, : x.shape[1]]
+    return model_output if model_output.shape[1] == x.shape[1] else model_output[:, : x.shape[1]]
 
 
-def split_output(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def split_output(model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(prediction, variance half or None), in the dtype of the arithmetic."""
-    out = out.to(table_dtype(x.dtype))
-    if out.shape[1] == x.shape[1]:
-        return out, None
-    return out[:, : x.shape[1]], out[:, x.shape[1] :]
+    model_output = model_output.to(table_dtype(x.dtype))
+    if model_output.shape[1] == x.shape[1]:
+        return model_output, None
+    return model_output[:, : x.shape[1]], model_output[:, x.shape[1] :]
+
+
+def guess_x_start(from_x_t: Tensor, from_out: Tensor, x_t: Tensor, prediction: Tensor) -> Tensor:
+    """x̂0, before it is clipped, by the first two columns of a table's row."""
+    return from_x_t * x_t + from_out * prediction
 
 
 def log_variance(kind: str, low: Tensor, high: Tensor, raw: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 With one row of the table for each sample::
 
-    x̂0 = clip(from_x_t · x_t + from_out · out)
+    x̂0 = clip(from_x_t · x_t + from_out · model_output)
     x' = x_start · x̂0 + x_t_coef · x_t + previous · x̂0_previous + noise · exp(½ log_variance) · z
 
 Ho et al. 2020, algorithm 2. A sampler is a table (diffusion/samplers.py): ancestral and strided DDPM, DDIM(η) and second-order
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast._memory import address
 from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import (
@@ -30,9 +29,9 @@ from ddpm_fast.ops._common import (
     resolve_noise,
     table_dtype,
 )
-from ddpm_fast.ops._native import contiguous, contiguous_noise, dtype_tag, native_noise, native_sizes, new_like
+from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import NOISE, Op
-from ddpm_fast.ops._output import VARIANCE_KINDS, arithmetic_dtype, check_output, check_variance, log_variance, sample_stride, split_output
+from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance, guess_x_start, log_variance, split_output
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
@@ -40,7 +39,7 @@ COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_l
 
 def p_step_reference(
     x_t: Tensor,
-    out: Tensor,
+    model_output: Tensor,
     t: Tensor,
     table: Tensor,
     noise: Noise | Tensor | None,
@@ -53,12 +52,12 @@ def p_step_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """The formula in plain PyTorch; returns (x', x̂0). ``without`` and ``scale`` are the guidance."""
     from_x_t, from_out, a, b, h, low, high, sigma = gather_columns(table, t, x_t)
-    prediction, raw = split_output(out, x_t)
+    prediction, raw = split_output(model_output, x_t)
     if without is not None:
         unconditional, _ = split_output(without, x_t)
         prediction = unconditional + scale * (prediction - unconditional)
     x = x_t.to(table_dtype(x_t.dtype))
-    x_start = from_x_t * x + from_out * prediction
+    x_start = guess_x_start(from_x_t, from_out, x, prediction)
     if clip:
         x_start = x_start.clamp(-1.0, 1.0)
     x_next = a * x_start + b * x
@@ -71,41 +70,38 @@ def p_step_reference(
     return x_next.to(x_t.dtype), x_start.to(x_t.dtype) if with_x_start else None
 
 
-def _operands(arguments: tuple) -> tuple[list, tuple]:
-    """The tensors, contiguous, which must outlive the call, and what both kernels are called with first."""
-    x_t, out, t, table, noise, variance, clip, previous, without, scale, _ = arguments
-    kept = x_t, out, t, noise, previous, without = x_t.contiguous(), out.contiguous(), t.contiguous(), contiguous_noise(noise), contiguous(previous), contiguous(without)
-    return kept, (
-        x_t.data_ptr(), dtype_tag(x_t), out.data_ptr(), address(without), dtype_tag(out), sample_stride(out), scale, address(previous),
-        t.data_ptr(), table.data_ptr(), native_noise(noise), VARIANCE_KINDS.index(variance), clip, *native_sizes(x_t),
+def _p_step_cpu(
+    x_t, model_output, t, table, noise, variance, clip, previous, without, scale, with_x_start, *, x_next: Tensor | None = None, x_start: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    x_t = x_t.contiguous()
+    x_next = torch.empty_like(x_t) if x_next is None else x_next
+    if x_start is None and with_x_start:
+        x_start = torch.empty_like(x_t)
+    native.cpu_p_step(
+        sizes=x_t, x_t=x_t, model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance, clip=clip,
+        x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale, x_next=x_next, x_start=x_start,
     )  # fmt: skip
-
-
-def _p_step_cpu(*arguments, x_next: Tensor | None = None, x_start: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    kept, common = _operands(arguments)
-    x_next = torch.empty_like(kept[0]) if x_next is None else x_next
-    if x_start is None and arguments[-1]:
-        x_start = torch.empty_like(kept[0])
-    native.cpu_p_step(*common, x_next.data_ptr(), address(x_start))
     return x_next, x_start
 
 
 def _backward_cpu(arguments, needs, grads):
-    kept, common = _operands(arguments)  # noqa: RUF059 - they must live until the kernel has run
-    grads = [contiguous(grad) for grad in grads]
-    results = [None] * len(arguments)
-    for i in _op.differentiable:
-        if needs[i]:
-            results[i] = new_like(arguments[i])
-    native.cpu_p_step_backward(*common, *map(address, (*grads, results[0], results[1], results[8], results[7], results[4])))
+    x_t, model_output, t, table, noise, variance, clip, previous, without, scale, _ = arguments
+    results = [new_like(x) if i in _op.differentiable and needs[i] else None for i, x in enumerate(arguments)]
+    grad_x_next, grad_x_start = grads
+    native.cpu_p_step_backward(
+        sizes=x_t, x_t=x_t.contiguous(), model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance,
+        clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
+        grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start), grad_x_t=results[0], grad_model_output=results[1],
+        grad_noise=results[4], grad_x_start_previous=results[7], grad_without=results[8],
+    )  # fmt: skip
     return results
 
 
-def _check(x_t, out, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start) -> None:
+def _check(x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start) -> None:
     check_data("x_t", x_t)
     check_variance(variance)
     check_flag("clip", clip)
-    check_output(out, "x_t", x_t, variance)
+    check_output(model_output, "x_t", x_t, variance)
     check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
     if noise is not None:
@@ -113,7 +109,7 @@ def _check(x_t, out, t, table, noise, variance, clip, x_start_previous, without,
     if x_start_previous is not None:
         check_like("x_start_previous", x_start_previous, "x_t", x_t)
     if without is not None:
-        check_like("the output without the condition", without, "the model output", out)
+        check_like("the output without the condition", without, "the model output", model_output)
 
 
 def _fake(x_t, *others):
@@ -122,7 +118,7 @@ def _fake(x_t, *others):
 
 _op = Op(
     "p_step",
-    f"Tensor x_t, Tensor out, Tensor t, Tensor table, {NOISE}, str variance, bool clip, Tensor? x_start_previous, Tensor? without, float scale, bool with_x_start",
+    f"Tensor x_t, Tensor model_output, Tensor t, Tensor table, {NOISE}, str variance, bool clip, Tensor? x_start_previous, Tensor? without, float scale, bool with_x_start",
     "(Tensor, Tensor)",
     check=_check,
     fake=_fake,
@@ -138,7 +134,7 @@ backends = _op.backends
 
 def p_step(
     x_t: Tensor,
-    out: Tensor,
+    model_output: Tensor,
     t: Tensor,
     table: Tensor,
     noise: Noise | Tensor | None,
@@ -155,20 +151,20 @@ def p_step(
 
     Args:
         x_t: (N, C, ...) the current state.
-        out: (N, C, ...) the model's output, or (N, 2C, ...) with a variance half, which a fixed variance does not read.
+        model_output: (N, C, ...) the model's output, or (N, 2C, ...) with a variance half, which a fixed variance does not read.
         t: (N,) int64, the row of the table for each sample.
         table: (S, 8) float32 (float64 for float64 data), columns as in COLUMNS above.
         noise: z, as :class:`~ddpm_fast.Noise`, drawn inside the kernel, or a tensor like x_t; None leaves the last term out.
         variance: "fixed" (log_variance_low), "learned" (the raw half) or "learned_range" (between low and high).
         clip: clip x̂0 to [-1, 1].
         x_start_previous: x̂0 of the step before, for multistep tables.
-        guidance: (output without the condition, scale): classifier-free guidance, without + scale · (out - without).
+        guidance: (output without the condition, scale): classifier-free guidance, without + scale · (model_output - without).
         x_next: contiguous tensor like x_t to write x' into, which may be x_t itself; only without gradients.
         x_start: whether x̂0 is wanted, or a tensor to write it into, which may be x_start_previous itself.
         backend: force "reference", "cpu" or "triton".
 
     Returns:
-        (x', x̂0), each like x_t and contiguous; x̂0 is None where it is not wanted. Differentiable in x_t, out, a noise
+        (x', x̂0), each like x_t and contiguous; x̂0 is None where it is not wanted. Differentiable in x_t, model_output, a noise
         tensor, x_start_previous and the output without the condition.
 
     Raises:
@@ -177,21 +173,21 @@ def p_step(
     """
     without, scale = (None, 1.0) if guidance is None else checks.pair("guidance", guidance, "(output, scale)")
     with_x_start = x_start is not False
-    arguments = (x_t, out, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
+    arguments = (x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
     _check(*arguments)
     into = None
     if x_next is not None or not isinstance(x_start, bool):
         into = {"x_next": x_next, "x_start": None if isinstance(x_start, bool) else x_start}
         _check_destinations(into, arguments)
-    results = _op(arguments, x_t, arithmetic_dtype(out, x_t), backend, into)
+    results = _op(arguments, x_t, arithmetic_dtype(model_output, x_t), backend, into)
     return results if with_x_start else (results[0], None)
 
 
 def _check_destinations(into: dict[str, Tensor | None], arguments: tuple) -> None:
-    x_t, out, t, table, noise, _, _, previous, without, *_ = arguments
+    x_t, model_output, t, table, noise, _, _, previous, without, *_ = arguments
     x_next, x_start = into.values()
     if x_next is not None:
-        check_destination("x_next", x_next, "x_t", x_t, out, t, table, noise, previous, without)
+        check_destination("x_next", x_next, "x_t", x_t, model_output, t, table, noise, previous, without)
     if x_start is not None:
         other, name = (x_t, "x_t") if previous is None else (previous, "x_start_previous")
-        check_destination("x_start", x_start, name, other, out, t, table, noise, without, x_next, None if other is x_t else x_t, in_place=previous is not None)
+        check_destination("x_start", x_start, name, other, model_output, t, table, noise, without, x_next, None if other is x_t else x_t, in_place=previous is not None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_destination, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
-from ddpm_fast.ops._native import contiguous_noise, dtype_tag, native_noise, native_sizes, new_like, scale_samples
+from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import NOISE, Op
 
 
@@ -22,12 +22,9 @@ def q_sample_reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor
 
 
 def _q_sample_cpu(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor, *, out: Tensor | None = None) -> Tensor:
-    # Tensors made contiguous here must outlive the call: the kernel sees only their addresses.
-    x_start, t, noise = x_start.contiguous(), t.contiguous(), contiguous_noise(noise)
+    x_start = x_start.contiguous()
     out = torch.empty_like(x_start) if out is None else out
-    native.cpu_q_sample(
-        x_start.data_ptr(), out.data_ptr(), dtype_tag(x_start), t.data_ptr(), signal.data_ptr(), sigma.data_ptr(), native_noise(noise), *native_sizes(x_start)
-    )
+    native.cpu_q_sample(sizes=x_start, x_start=x_start, t=t.contiguous(), signal=signal, sigma=sigma, noise=contiguous(noise), out=out)
     return out
 
 
@@ -38,9 +35,9 @@ def scale_rows_reference(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
 
 def scale_rows(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
     """The same by the CPU kernel, without its noise."""
-    x, t = x.contiguous(), t.contiguous()
+    x = x.contiguous()
     out = torch.empty_like(x)
-    scale_samples(x, table, t, out)
+    native.cpu_scale(sizes=x, x_start=x, t=t.contiguous(), signal=table, out=out)
     return out
 
 

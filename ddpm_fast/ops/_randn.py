@@ -27,7 +27,7 @@ def randn(
         noise: where the values come from.
         dtype: float32, bfloat16, float16 or float64; values are computed in fp32 and rounded (or widened) to it.
         out: contiguous tensor of that shape, dtype and device to write into.
-        backend: force "reference", "cpu", "triton" or "cuda".
+        backend: force "reference", "cpu" or "triton".
 
     Returns:
         Contiguous tensor of ``shape`` (``out`` where given). Not differentiable: it has no inputs.

@@ -12,22 +12,20 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast._memory import address
 from ddpm_fast.backends import native, triton_function
 from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
 from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
-from ddpm_fast.ops._native import dtype_tag, native_sizes, new_like
+from ddpm_fast.ops._native import new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._output import (
     FIXED,
-    VARIANCE_KINDS,
     arithmetic_dtype,
     check_output,
     check_variance,
+    guess_x_start,
     log_variance,
     per_sample,
     prediction_half,
-    sample_stride,
     split_output,
 )
 
@@ -68,15 +66,15 @@ def discretized_gaussian_log_likelihood(x_start: Tensor, mean: Tensor, log_scale
 
 
 def vlb_terms_reference(
-    out: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, table: Tensor, variance: str, clip: bool, levels: int, cdf: str, detach_mean: bool
+    model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, table: Tensor, variance: str, clip: bool, levels: int, cdf: str, detach_mean: bool
 ) -> Tensor:
     """The formulas in plain PyTorch; fp32 arithmetic (float64 for float64 data)."""
     from_x_t, from_out, mean1, mean2, true_log_variance, low, high, _ = gather_columns(table, t, x_t)
-    prediction, raw = split_output(out, x_t)
+    prediction, raw = split_output(model_output, x_t)
     if detach_mean:
         prediction = prediction.detach()
     x0, x = x_start.to(table_dtype(x_t.dtype)), x_t.to(table_dtype(x_t.dtype))
-    predicted = from_x_t * x + from_out * prediction
+    predicted = guess_x_start(from_x_t, from_out, x, prediction)
     if clip:
         predicted = predicted.clamp(-1.0, 1.0)
     mean = mean1 * predicted + mean2 * x
@@ -89,14 +87,13 @@ def vlb_terms_reference(
     return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2.0)
 
 
-def _launch(arguments, terms: Tensor | None, grad_terms: Tensor | None, grad_out: Tensor | None) -> None:
-    """Writes the terms, the gradient of out (for grad_terms, or for ones), or both."""
-    out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
-    out, x_start, x_t, t = out.contiguous(), x_start.contiguous(), x_t.contiguous(), t.contiguous()
+def _launch(arguments, terms: Tensor | None, grad_terms: Tensor | None, grad_model_output: Tensor | None) -> None:
+    """Writes the terms, the gradient of model_output (for grad_terms, or for ones), or both."""
+    model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
     native.cpu_vlb_terms(
-        out.data_ptr(), dtype_tag(out), sample_stride(out), x_start.data_ptr(), x_t.data_ptr(), dtype_tag(x_t), t.data_ptr(), table.data_ptr(),
-        VARIANCE_KINDS.index(variance), clip, levels, cdf == "erf", detach_mean,
-        address(terms), address(grad_terms), address(grad_out), *native_sizes(x_t),
+        sizes=x_t, model_output=model_output.contiguous(), x_t=x_t.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(), table=table,
+        variance=variance, clip=clip, levels=levels, exact_cdf=cdf == "erf", detach_mean=detach_mean,
+        terms=terms, grad_terms=grad_terms, grad_model_output=grad_model_output,
     )  # fmt: skip
 
 
@@ -107,27 +104,27 @@ def _vlb_terms_cpu(*arguments) -> Tensor:
 
 
 def _ahead_cpu(arguments, needs):
-    out, x_t, variance, detach_mean = arguments[0], arguments[2], arguments[5], arguments[9]
-    if out.dtype != torch.float32 or any(needs[1:]):
+    model_output, x_t, variance, detach_mean = arguments[0], arguments[2], arguments[5], arguments[9]
+    if model_output.dtype != torch.float32 or any(needs[1:]):
         return None
-    terms, grad_out = per_sample(x_t), new_like(out)
-    _launch(arguments, terms, None, grad_out)
+    terms, grad_model_output = per_sample(x_t), new_like(model_output)
+    _launch(arguments, terms, None, grad_model_output)
     # A half that gets no gradient stays zero whatever the upstream is.
-    part = prediction_half(grad_out, x_t) if variance == FIXED else grad_out[:, x_t.shape[1] :] if detach_mean else grad_out
-    return terms, (grad_out, *[None] * 9), [part]
+    part = prediction_half(grad_model_output, x_t) if variance == FIXED else grad_model_output[:, x_t.shape[1] :] if detach_mean else grad_model_output
+    return terms, (grad_model_output, *[None] * 9), [part]
 
 
 def _backward_cpu(arguments, needs, grads):
-    grad_out = new_like(arguments[0])
-    _launch(arguments, None, grads[0].contiguous(), grad_out)
-    return grad_out, *[None] * 9
+    grad_model_output = new_like(arguments[0])
+    _launch(arguments, None, grads[0].contiguous(), grad_model_output)
+    return grad_model_output, *[None] * 9
 
 
-def _check(out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean) -> None:
+def _check(model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean) -> None:
     check_data("x_t", x_t)
     check_like("x_start", x_start, "x_t", x_t)
     check_variance(variance)
-    check_output(out, "x_t", x_t, variance)
+    check_output(model_output, "x_t", x_t, variance)
     check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
     check_flag("clip", clip)
@@ -139,10 +136,10 @@ def _check(out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean
 
 _op = Op(
     "vlb_terms",
-    "Tensor out, Tensor x_start, Tensor x_t, Tensor t, Tensor table, str variance, bool clip, SymInt levels, str cdf, bool detach_mean",
+    "Tensor model_output, Tensor x_start, Tensor x_t, Tensor t, Tensor table, str variance, bool clip, SymInt levels, str cdf, bool detach_mean",
     "Tensor",
     check=_check,
-    fake=lambda out, x_start, x_t, *_: per_sample(x_t),
+    fake=lambda model_output, x_start, x_t, *_: per_sample(x_t),
     reference=vlb_terms_reference,
     differentiable=(0,),
     cpu=_vlb_terms_cpu,
@@ -154,7 +151,7 @@ backends = _op.backends
 
 
 def vlb_terms(
-    out: Tensor,
+    model_output: Tensor,
     x_start: Tensor,
     x_t: Tensor,
     t: Tensor,
@@ -170,7 +167,7 @@ def vlb_terms(
     """L_t of each sample, bits per dimension.
 
     Args:
-        out: (N, C, ...) the model's output, or (N, 2C, ...) with a variance half.
+        model_output: (N, C, ...) the model's output, or (N, 2C, ...) with a variance half.
         x_start: (N, C, ...) clean data on the grid of ``levels`` values in [-1, 1].
         x_t: (N, C, ...) a draw of q(x_t | x_0).
         t: (N,) int64 in 0..T-1.
@@ -183,13 +180,13 @@ def vlb_terms(
         backend: force "reference", "cpu" or "triton".
 
     Returns:
-        (N,) float32 (float64 for float64 data). Differentiable in out, any number of times.
+        (N,) float32 (float64 for float64 data). Differentiable in model_output, any number of times.
 
     Raises:
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here.
     """
     levels = checks.index("levels", levels)
-    arguments = (out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
+    arguments = (model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
     _check(*arguments)
-    return _op(arguments, x_t, arithmetic_dtype(out, x_t), backend)
+    return _op(arguments, x_t, arithmetic_dtype(model_output, x_t), backend)

@@ -12,7 +12,7 @@ from ddpm_fast._memory import overlap
 from ddpm_fast.diffusion.samplers import StepTable
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import gather
-from ddpm_fast.ops._output import check_output, split_output
+from ddpm_fast.ops._output import check_output, guess_x_start, split_output
 from ddpm_fast.ops._p_step import COLUMNS
 
 
@@ -116,7 +116,7 @@ class ReverseStep:
             without, scale = guidance
             prediction = torch.lerp(split_output(without, x_t)[0], prediction, scale)
         from_x_t, from_out = (gather(self.rows[:, COLUMNS.index(name)], row, x_t) for name in ("from_x_t", "from_out"))
-        x_start = dynamic_threshold(from_x_t * x_t + from_out * prediction, share)
+        x_start = dynamic_threshold(guess_x_start(from_x_t, from_out, x_t, prediction), share)
         return x_start if raw is None else torch.cat([x_start, raw], 1)
 
 

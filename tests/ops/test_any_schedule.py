@@ -16,8 +16,6 @@ from numerics import assert_as_accurate, assert_bits_equal
 from op_cases import NAMES, everything, make, upstreams
 from ptxsim import Module
 from ptxsim.nvcc import compile_ptx
-from randn_simulated import KEY, expected
-from randn_simulated import simulate as simulate_randn
 
 from ddpm_fast.backends import native, native_missing
 
@@ -89,12 +87,6 @@ def test_attention(shape, dtype, seed, planned, monkeypatch):
 
     in_every_order(call, seed, monkeypatch)
     check(found[0], qkv, scale, grad_out)
-
-
-@pytest.mark.parametrize("shape", [(2, 1023), *([(3, 4), (4, 4099)] if MORE else [])], ids=str)
-def test_randn(shape, seed, csrc, planned, monkeypatch):
-    results = in_every_order(lambda: {"noise": simulate_randn(module(csrc / "cuda" / "randn.cu"), shape, KEY)[0]}, seed, monkeypatch)
-    assert_bits_equal(results["noise"], expected(shape, KEY))
 
 
 @pytest.mark.parametrize("name, given", NAMES if MORE else [(name, "Noise") for name in ("q_sample", "simple_loss", "p_step", "gaussian_kl mean", "vlb_terms")])

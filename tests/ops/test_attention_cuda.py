@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 from attention_checks import CUTS, check, inputs
-from attention_simulator import CUDA, TAGS, Result, Sources, attention_formula, plan, ptx, simulate, with_gradient
+from attention_simulator import CUDA, Result, Sources, attention_formula, plan, ptx, simulate, with_gradient
 from machine import SIMULATED_ARCHS, nvcc_missing
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
 
@@ -222,27 +222,33 @@ def test_launchers_refuse_what_they_cannot_run():
     """Before anything asks for a device, so that it is seen here too; an empty input returns at once."""
     if native is None or not hasattr(native, "cuda_attention"):
         pytest.skip("ddpm_fast._C was built without CUDA")
+    memory = torch.zeros(1024)
+    aligned, misaligned = memory[:512], memory[1:513]
+    results = dict(out=aligned, logsumexp=aligned)
+    gradients = dict(grad_out=aligned, grad_qkv=aligned, workspace=aligned)
+    where = dict(scale=1.0, device=0, stream=0)
     for samples, tokens, heads, channels, qkv, message in (
-        (1, 1, 1, 12, 16, "multiple of 8"), (1, 1, 1, 264, 16, "at most 256"), (1, 1, 1, 8, 18, "multiple of 16 bytes"), (2**31, 1, 1, 8, 16, "too many rows"),
-    ):
+        (1, 1, 1, 12, aligned, "multiple of 8"), (1, 1, 1, 264, aligned, "at most 256"), (1, 1, 1, 8, misaligned, "multiple of 16 bytes"),
+        (2**31, 1, 1, 8, aligned, "too many rows"),
+    ):  # fmt: skip
+        sizes = dict(samples=samples, tokens=tokens, heads=heads, head_channels=channels)
         with pytest.raises(RuntimeError, match=f"{samples} samples of {tokens} tokens, {heads} heads of {channels} channels: .*{message}"):
-            native.cuda_attention(qkv, 16, 0, 0, samples, tokens, heads, channels, 1.0, 0, 0)
+            native.cuda_attention(**sizes, qkv=qkv, **results, **where)
         with pytest.raises(RuntimeError, match=f"^attention_backward: .*{message}"):
-            native.cuda_attention_backward(qkv, 16, 16, 16, 0, 16, samples, tokens, heads, channels, 1.0, 16, 0, 0)
-    native.cuda_attention(0, 0, 0, 0, 0, 5, 1, 8, 1.0, 0, 0)
-    native.cuda_attention_backward(0, 0, 0, 0, 0, 0, 5, 0, 1, 8, 1.0, 0, 0, 0)
+            native.cuda_attention_backward(**sizes, qkv=qkv, **results, **gradients, **where)
+    native.cuda_attention(samples=0, tokens=5, heads=1, head_channels=8, qkv=memory[:0], **results, **where)
+    native.cuda_attention_backward(samples=5, tokens=0, heads=1, head_channels=8, qkv=memory[:0], **results, **gradients, **where)
 
 
 def on_device(qkv, scale, grad_out):
     samples, tokens, _, heads, channels = qkv.shape
-    shape, tag, stream = (samples, tokens, heads, channels), TAGS[qkv.dtype], torch.cuda.current_stream().cuda_stream
+    shape = (samples, tokens, heads, channels)
+    common = dict(samples=samples, tokens=tokens, heads=heads, head_channels=channels, scale=scale, qkv=qkv, device=0, stream=torch.cuda.current_stream().cuda_stream)
     out, grad_qkv = torch.full_like(grad_out, torch.nan), torch.full_like(qkv, torch.nan)
     logsumexp = torch.full((samples, heads, tokens), torch.nan, device="cuda")
     workspace = torch.empty(plan(shape, qkv.dtype, backward=True)["workspace"], device="cuda")
-    native.cuda_attention(qkv.data_ptr(), out.data_ptr(), tag, logsumexp.data_ptr(), *shape, scale, 0, stream)
-    native.cuda_attention_backward(
-        qkv.data_ptr(), out.data_ptr(), grad_out.data_ptr(), grad_qkv.data_ptr(), tag, logsumexp.data_ptr(), *shape, scale, workspace.data_ptr(), 0, stream
-    )
+    native.cuda_attention(**common, out=out, logsumexp=logsumexp)
+    native.cuda_attention_backward(**common, out=out, logsumexp=logsumexp, grad_out=grad_out, grad_qkv=grad_qkv, workspace=workspace)
     return out, logsumexp, grad_qkv
 
 

@@ -27,8 +27,8 @@ def on_cuda():
         mock.patch("ddpm_fast.backends.missing", lambda _: ""),
         mock.patch.dict("ddpm_fast.backends.TAKES", cuda=("cpu",)),
         mock.patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(multi_processor_count=108)),
-        mock.patch.object(_group_norm, "stream_of", lambda _: (0, 0)),
-        mock.patch.object(_attention, "stream_of", lambda _: (0, 0)),
+        mock.patch.object(_group_norm, "stream_of", lambda _: dict(device=0, stream=0)),
+        mock.patch.object(_attention, "stream_of", lambda _: dict(device=0, stream=0)),
     ):
         yield
 

@@ -155,7 +155,7 @@ def test_q_sample_does_not_write_over_what_it_reads(part):
 
 
 @pytest.mark.parametrize("target", ["x_next", "x_start"])
-@pytest.mark.parametrize("part", ["out", "t", "table", "noise", "x_t", "x_start_previous", "guidance"])
+@pytest.mark.parametrize("part", ["model_output", "t", "table", "noise", "x_t", "x_start_previous", "guidance"])
 def test_p_step_does_not_write_over_what_it_reads(part, target):
     case = step_arguments(make("p_step learned, multistep and guided", "tensor", SHAPE))
     given = case[part][0] if part == "guidance" else case[part]

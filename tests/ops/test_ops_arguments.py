@@ -128,7 +128,7 @@ def test_none_for_a_tensor_is_named(name, given):
         if isinstance(x, torch.Tensor) and part not in ("x_start_previous", "without") and (name, part) != ("p_step", "noise"):
             if part == "noise" and name.startswith("p_step"):
                 continue  # None is no noise there
-            expected = "the model output" if part == "out" else part
+            expected = "the model output" if part == "model_output" else part
             with pytest.raises(TypeError, match=f"{expected} must be a (Noise or a )?tensor, got NoneType"):
                 case(**{part: None})
 

@@ -89,10 +89,10 @@ def test_compiled_gradient_of_one_of_two_outputs(given, wanted):
     grad = upstreams(case())[wanted]
     found = {}
     for way in ("eager", "compiled"):
-        watched = case.watched("x_t", "out")
-        call = lambda x_t, out: case(x_t=x_t * 1.0, out=out * 1.0)[wanted] * 1.0  # noqa: E731
+        watched = case.watched("x_t", "model_output")
+        call = lambda x_t, out: case(x_t=x_t * 1.0, model_output=out * 1.0)[wanted] * 1.0  # noqa: E731
         call = call if way == "eager" else torch.compile(call, fullgraph=True, backend="aot_eager")
-        inputs = [watched.arguments["x_t"], watched.arguments["out"]]
+        inputs = [watched.arguments["x_t"], watched.arguments["model_output"]]
         found[way] = torch.autograd.grad(call(*inputs), inputs, grad)
     for x, y in zip(found["compiled"], found["eager"], strict=True):
         assert_bits_equal(x, y)

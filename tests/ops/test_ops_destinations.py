@@ -204,8 +204,8 @@ def test_unsuitable_targets_are_refused(name, target, error, message):
 
 OVERLAPS = {
     "q_sample": ["noise"],
-    "p_step x_next": ["out", "noise", "x_start_previous", "without"],
-    "p_step x_start": ["x_t", "out", "noise", "without"],
+    "p_step x_next": ["model_output", "noise", "x_start_previous", "without"],
+    "p_step x_start": ["x_t", "model_output", "noise", "without"],
 }
 
 

@@ -233,7 +233,7 @@ def test_strided_step_reads_the_model_on_the_schedule_it_was_trained_on(predicti
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"out": torch.zeros(2, 5)}, ValueError, r"the model output must have shape \(2, 3\) or \(2, 6\), got \(2, 5\)"),
+        ({"model_output": torch.zeros(2, 5)}, ValueError, r"the model output must have shape \(2, 3\) or \(2, 6\), got \(2, 5\)"),
         ({"variance": "learned"}, ValueError, r"the model output must have shape \(2, 6\) for a learned variance, got \(2, 3\)"),
         ({"variance": "small"}, ValueError, "variance must be one of fixed, learned, learned_range, got 'small'"),
         ({"x_t": torch.zeros(2, 3).int()}, TypeError, "x_t must be float32, .* got torch.int32"),
@@ -251,6 +251,6 @@ def test_strided_step_reads_the_model_on_the_schedule_it_was_trained_on(predicti
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
-    arguments = {"x_t": torch.zeros(2, 3), "out": torch.zeros(2, 3), "t": torch.tensor([0, 1]), "table": torch.zeros(4, 8), "noise": Noise(0)}
+    arguments = {"x_t": torch.zeros(2, 3), "model_output": torch.zeros(2, 3), "t": torch.tensor([0, 1]), "table": torch.zeros(4, 8), "noise": Noise(0)}
     with pytest.raises(error, match=message):
         p_step(**(arguments | change))

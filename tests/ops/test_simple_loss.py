@@ -142,11 +142,11 @@ def test_global_random_state_is_not_touched():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"out": torch.zeros(2, 5)}, ValueError, r"the model output must have shape \(2, 3\) or \(2, 6\), got \(2, 5\)"),
-        ({"out": [0.0]}, TypeError, "the model output must be a tensor, got list"),
-        ({"out": torch.zeros(2, 3).int()}, TypeError, "the model output must be float32, .* got torch.int32"),
+        ({"model_output": torch.zeros(2, 5)}, ValueError, r"the model output must have shape \(2, 3\) or \(2, 6\), got \(2, 5\)"),
+        ({"model_output": [0.0]}, TypeError, "the model output must be a tensor, got list"),
+        ({"model_output": torch.zeros(2, 3).int()}, TypeError, "the model output must be float32, .* got torch.int32"),
         ({"x_start": torch.zeros(2, 3).int()}, TypeError, "x_start must be float32, .* got torch.int32"),
-        ({"x_start": torch.zeros(2), "out": torch.zeros(2), "noise": torch.zeros(2)}, ValueError, r"x_start must have shape \(N, C, ...\), got \(2,\)"),
+        ({"x_start": torch.zeros(2), "model_output": torch.zeros(2), "noise": torch.zeros(2)}, ValueError, r"x_start must have shape \(N, C, ...\), got \(2,\)"),
         ({"t": torch.tensor([0, T])}, ValueError, r"t must lie in 0..6, got t\[1\] = 7"),
         ({"t": torch.tensor([-1, 0])}, ValueError, r"t must lie in 0..6, got t\[0\] = -1"),
         ({"t": torch.tensor([0])}, ValueError, r"t must have shape \(2,\), got \(1,\)"),
@@ -161,6 +161,6 @@ def test_global_random_state_is_not_touched():
 )
 def test_bad_arguments_are_named(change, error, message):
     tables = {name: torch.ones(T) for name in ("weight", "x_start_coef", "noise_coef")}
-    arguments = {"out": torch.zeros(2, 3), "x_start": torch.zeros(2, 3), "t": torch.tensor([0, 1]), **tables, "noise": torch.zeros(2, 3)}
+    arguments = {"model_output": torch.zeros(2, 3), "x_start": torch.zeros(2, 3), "t": torch.tensor([0, 1]), **tables, "noise": torch.zeros(2, 3)}
     with pytest.raises(error, match=message):
         simple_loss(**(arguments | change))

@@ -360,7 +360,7 @@ def test_mixed_dtypes_of_data_and_output():
     for data, out in ((torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
         for name, call in (("simple_loss", simple_loss), ("vlb_terms", vlb_terms)):
             case = make(name, "Noise" if name == "simple_loss" else None, (2, 2, 9), data)
-            case = case.given(out=case.arguments["out"].to(out)).watched()
+            case = case.given(model_output=case.arguments["model_output"].to(out)).watched()
             assert case.call is call
             with simulated(80):
                 got = everything(case, backend="triton")

@@ -337,6 +337,6 @@ def test_a_broken_sample_does_not_touch_the_others(backend, row, bad):
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
-    arguments = {"out": torch.zeros(2, 3), "x_start": torch.zeros(2, 3), "x_t": torch.zeros(2, 3), "t": torch.tensor([0, 1]), "table": torch.zeros(4, 8)}
+    arguments = {"model_output": torch.zeros(2, 3), "x_start": torch.zeros(2, 3), "x_t": torch.zeros(2, 3), "t": torch.tensor([0, 1]), "table": torch.zeros(4, 8)}
     with pytest.raises(error, match=message):
         vlb_terms(**(arguments | change))

@@ -20,7 +20,7 @@ def name(mutation):
 def device_missing(mutation):
     if mutation.file.startswith("ddpm_fast/ops/triton"):
         return triton_missing() or ("TRITON_INTERPRET=1: nothing is compiled" if INTERPRETED else "")
-    if native is None or not hasattr(native, "cuda_randn_plan"):
+    if native is None or not hasattr(native, "cuda_group_norm_plan"):
         return f"the launch plan is not there: {native_missing or 'ddpm_fast._C was built without CUDA'}"
     return nvcc_missing()
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from ptxsim import Device
 from torch import Tensor
 
 from ddpm_fast import Noise
+from ddpm_fast.backends import native
 from ddpm_fast.noise.philox import MASK32, philox4x32_10
 
 TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -19,20 +21,12 @@ SMS = 108
 OPTIONAL = ("weight", "bias", "pre_bias", "scale", "shift")
 ROWS = ("pre_bias", "scale", "shift")
 
-_VIEW = np.dtype([("data", "u8"), ("dtype", "i4")], align=True)
-_ROWS = np.dtype([("view", _VIEW), ("stride", "i8")], align=True)
-_KEY = np.dtype([("seed", "u8"), ("stream", "u4"), ("first_sample", "u8")], align=True)
-_DROPOUT = np.dtype([("threshold", "u4"), ("scale", "f4"), ("key", _KEY)], align=True)
-# GroupNormArguments of csrc/common/arguments.h.
-ARGUMENTS = np.dtype(
-    [
-        ("x", _VIEW), ("y", _VIEW), ("channels_last", "?"), ("samples", "i8"), ("channels", "i8"), ("pixels", "i8"), ("groups", "i8"),
-        ("eps", "f4"), ("silu", "?"), ("weight", _VIEW), ("bias", _VIEW), ("pre_bias", _ROWS), ("scale", _ROWS), ("shift", _ROWS),
-        ("dropout", _DROPOUT), ("mean", "u8"), ("rstd", "u8"), ("grad_y", _VIEW), ("grad_x", _VIEW), ("grad_weight", _VIEW),
-        ("grad_bias", _VIEW), ("grad_pre_bias", _ROWS), ("grad_scale", _ROWS), ("grad_shift", _ROWS), ("workspace", "u8"), ("threads", "i4"),
-    ],
-    align=True,
-)  # fmt: skip
+@functools.cache
+def layout(op: str) -> np.dtype:
+    """The struct of a kernel's arguments, as the compiler laid it out: a number for each path, such as "dropout.key.seed"."""
+    size, numbers = native.layout(op)
+    names, offsets, formats = zip(*numbers, strict=True)
+    return np.dtype(dict(names=names, offsets=offsets, formats=formats, itemsize=size))
 
 
 @dataclass(frozen=True)
@@ -135,19 +129,19 @@ class Memory:
 
     def __init__(self, case: Case) -> None:
         self.case, self.device, self.arrays = case, Device(), {}
-        self.record = np.zeros((), ARGUMENTS)
+        self.record = np.zeros((), layout("group_norm"))
         for name in ("channels_last", "silu", "eps", "samples", "channels", "pixels", "groups"):
             self.record[name] = getattr(case, name)
         for name in ("seed", "stream", "first_sample"):
-            self.record["dropout"]["key"][name] = getattr(KEY, name)
-        self.record["dropout"]["threshold"], self.record["dropout"]["scale"] = int(case.dropout * 2**32), 1 / (1 - case.dropout)
+            self.record[f"dropout.key.{name}"] = getattr(KEY, name)
+        self.record["dropout.threshold"], self.record["dropout.scale"] = int(case.dropout * 2**32), 1 / (1 - case.dropout)
 
     def _view(self, name: str, array, dtype: torch.dtype, stride: int | None) -> None:
         self.arrays[name] = (array, dtype)
-        field = self.record[name] if stride is None else self.record[name]["view"]
-        field["data"], field["dtype"] = array.address, TAGS[dtype]
+        view = name if stride is None else f"{name}.view"
+        self.record[f"{view}.data"], self.record[f"{view}.dtype"] = array.address, TAGS[dtype]
         if stride is not None:
-            self.record[name]["stride"] = stride
+            self.record[f"{name}.stride"] = stride
 
     def put(self, name: str, x: Tensor, spare: int = 0) -> None:
         """A tensor; rows get ``spare`` elements between them, as the halves of a wider tensor have."""
@@ -217,24 +211,24 @@ def _launch(module, launch: dict, memory: Memory, options: dict):
     return module.launch(launch["kernel"], launch["grid"], launch["block"], arguments, launch["shared"], device=memory.device, **options)
 
 
-def _call(case: Case, tensors: dict[str, Tensor]) -> tuple:
-    """What both bindings are told between the data and the statistics."""
-    def address(name):
-        return tensors[name].data_ptr() if name in tensors else 0
-
-    return (
-        case.eps, case.silu, address("weight"), address("bias"), TAGS[case.small or case.dtype],
-        *((address(name), case.channels) for name in ROWS), TAGS[case.small or case.dtype],
-        (case.dropout, KEY.seed, KEY.stream, KEY.first_sample),
+def _call(case: Case, tensors: dict[str, Tensor]) -> dict:
+    """What both bindings are told but for the results."""
+    given = {name: tensors[name] for name in ("x", *OPTIONAL) if name in tensors}
+    samples, channels, pixels = case.shape
+    return dict(
+        channels_last=case.channels_last, samples=samples, channels=channels, pixels=pixels, groups=case.groups, eps=case.eps, silu=case.silu,
+        dropout=(case.dropout, KEY), **given,
     )  # fmt: skip
 
 
 def _to_device(case: Case, tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    return {name: (x.transpose(1, 2) if x.ndim == 3 and case.channels_last else x).contiguous().to(device) for name, x in tensors.items()}
+    """Data as (N, C, pixels, 1), the binding's channels_last."""
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    return {name: x[..., None].to(device).contiguous(memory_format=layout) if x.ndim == 3 else x.contiguous().to(device) for name, x in tensors.items()}
 
 
-def _from_device(case: Case, x: Tensor) -> Tensor:
-    return (x.transpose(1, 2) if x.ndim == 3 and case.channels_last else x).contiguous().cpu()
+def _from_device(x: Tensor) -> Tensor:
+    return (x[..., 0] if x.ndim == 4 else x).contiguous().cpu()
 
 
 def _plan_on(native, case: Case, device: str, backward: bool) -> dict:
@@ -248,24 +242,19 @@ def forward_on_device(native, case: Case, tensors: dict[str, Tensor], device: st
     y, stream = torch.full_like(tensors["x"], torch.nan), torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
     mean, rstd = (torch.full((case.samples, case.groups), torch.nan, device=device) for _ in range(2))
     workspace = torch.full((_plan_on(native, case, device, False)["workspace"],), torch.nan, device=device)
-    native.cuda_group_norm(
-        tensors["x"].data_ptr(), y.data_ptr(), TAGS[case.dtype], case.channels_last, *case.shape, case.groups, *_call(case, tensors),
-        mean.data_ptr(), rstd.data_ptr(), workspace.data_ptr(), 0, stream,
-    )  # fmt: skip
-    return {name: _from_device(case, x) for name, x in {"y": y, "mean": mean, "rstd": rstd}.items()}
+    native.cuda_group_norm(**_call(case, tensors), y=y, mean=mean, rstd=rstd, workspace=workspace, device=0, stream=stream)
+    return {name: _from_device(x) for name, x in {"y": y, "mean": mean, "rstd": rstd}.items()}
 
 
 def backward_on_device(native, case: Case, tensors: dict[str, Tensor], device: str = "cuda") -> dict[str, Tensor]:
     """As :func:`backward`, by the binding."""
     tensors = _to_device(case, tensors, device)
     grads = {name: torch.full_like(x, torch.nan) for name, x in tensors.items() if name != "grad_y"}
-    mean, rstd = (x.float().to(device) for x in case.statistics({name: _from_device(case, x) for name, x in tensors.items()}, torch.float64))
+    mean, rstd = (x.float().to(device) for x in case.statistics({name: _from_device(x) for name, x in tensors.items()}, torch.float64))
     workspace = torch.full((_plan_on(native, case, device, True)["workspace"],), torch.nan, device=device)
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
     native.cuda_group_norm_backward(
-        tensors["x"].data_ptr(), TAGS[case.dtype], case.channels_last, *case.shape, case.groups, *_call(case, tensors), mean.data_ptr(),
-        rstd.data_ptr(), workspace.data_ptr(), tensors["grad_y"].data_ptr(), grads["x"].data_ptr(),
-        *(grads[name].data_ptr() if name in grads else 0 for name in ("weight", "bias")),
-        *((grads[name].data_ptr() if name in grads else 0, case.channels) for name in ROWS), 0, stream,
+        **_call(case, tensors), mean=mean, rstd=rstd, grad_y=tensors["grad_y"], **{f"grad_{name}": grad for name, grad in grads.items()},
+        workspace=workspace, device=0, stream=stream,
     )  # fmt: skip
-    return {f"grad_{name}": _from_device(case, x) for name, x in grads.items()}
+    return {f"grad_{name}": _from_device(x) for name, x in grads.items()}

@@ -72,7 +72,7 @@ def _simple_loss(shape, dtype, noise, doubled=False):
     out, x_start, t, tables, _ = simple_loss_inputs(shape, dtype, doubled=doubled)
     weight, x_start_coef, noise_coef = (table.to(table_dtype(dtype)) for table in tables)
     tables = dict(weight=weight, x_start_coef=x_start_coef, noise_coef=noise_coef)
-    return Case("simple_loss", simple_loss, dict(out=out, x_start=x_start, t=t, **tables, noise=noise), ("out",))
+    return Case("simple_loss", simple_loss, dict(model_output=out, x_start=x_start, t=t, **tables, noise=noise), ("model_output",))
 
 
 def _call_p_step(*, without, scale, with_x_start, **others):
@@ -82,9 +82,9 @@ def _call_p_step(*, without, scale, with_x_start, **others):
 def _p_step(shape, dtype, noise, kind="fixed", guided=False):
     x_t, out, t, table, _ = p_step_inputs(shape, dtype, kind=kind)
     previous, without, *_ = p_step_inputs(shape, dtype, kind=kind, seed=1)
-    arguments = dict(x_t=x_t, out=out, t=t, table=table.to(table_dtype(dtype)), noise=noise, variance=kind, clip=guided)
+    arguments = dict(x_t=x_t, model_output=out, t=t, table=table.to(table_dtype(dtype)), noise=noise, variance=kind, clip=guided)
     arguments |= dict(x_start_previous=previous, without=without, scale=1.5) if guided else dict(x_start_previous=None, without=None, scale=1.0)
-    leaves = ("x_t", "out", "noise", *(("x_start_previous", "without") if guided else ()))
+    leaves = ("x_t", "model_output", "noise", *(("x_start_previous", "without") if guided else ()))
     return Case("p_step", _call_p_step, arguments | dict(with_x_start=True), leaves)
 
 
@@ -101,7 +101,7 @@ def _vlb_terms(shape, dtype, _, variance="fixed_large", clip=False, cdf="tanh", 
     out, x_start, x_t, t = vlb_terms_inputs(shape, diffusion, dtype)
     table = bound_table(diffusion.schedule, "epsilon", variance).to(table_dtype(dtype))
     options = dict(variance=diffusion.variance_kind, clip=clip, levels=levels, cdf=cdf, detach_mean=False)
-    return Case("vlb_terms", vlb_terms, dict(out=out, x_start=x_start, x_t=x_t, t=t, table=table, **options), ("out",))
+    return Case("vlb_terms", vlb_terms, dict(model_output=out, x_start=x_start, x_t=x_t, t=t, table=table, **options), ("model_output",))
 
 
 MAKERS = {

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ddpm_fast.ops._native import contiguous_noise
+from ddpm_fast.ops._native import contiguous
 from ddpm_fast.ops.triton._launch import SIZES, Tiles, noise_arguments
 from ddpm_fast.ops.triton._tile import entry, epsilon, read, tile, timestep
 
@@ -69,7 +69,7 @@ def _q_sample_bwd_kernel(
 def forward(x_start, t, signal, sigma, noise, *, out=None):
     x_start, t = x_start.contiguous(), t.contiguous()
     out = torch.empty_like(x_start) if out is None else out
-    reads, numbers, constants = noise_arguments(contiguous_noise(noise))
+    reads, numbers, constants = noise_arguments(contiguous(noise))
     tiles = Tiles(x_start.shape, x_start)
     tiles.launch(
         _q_sample_fwd_kernel,

@@ -1,6 +1,6 @@
 """vlb_terms: L_t of the bound in bits per dimension, one value a sample, and its gradient by the model's output.
 
-For t > 0 the KL divergence of the posterior from p_θ, at t = 0 the decoder's negative log-likelihood. Reads out, x_start and
+For t > 0 the KL divergence of the posterior from p_θ, at t = 0 the decoder's negative log-likelihood. Reads model_output, x_start and
 x_t once, forward and again backward; a program computes the decoder only where one of its samples is at t = 0.
 """
 import triton
@@ -44,14 +44,14 @@ def _decoder(x_start, mean, log_variance, half, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _vlb_terms_kernel(
-    out_ptr,  # (samples, DOUBLED elements)
+    model_output_ptr,  # (samples, DOUBLED elements)
     x_start_ptr,  # (samples, elements)
     x_t_ptr,  # (samples, elements)
     t_ptr,  # (samples,) int64
     table_ptr,  # (steps, 8)
     grad_terms_ptr,  # (samples,): backward
     sums_ptr,  # (samples, tiles): forward, or None
-    grad_out_ptr,  # like out: backward, or None
+    grad_model_output_ptr,  # like model_output: backward, or None
     half,  # half a bin's width
     share,  # bits of one element's nat: 1 / (elements ln 2)
     samples: tl.int64,
@@ -72,9 +72,9 @@ def _vlb_terms_kernel(
     place, out_place = n[:, None] * elements + i, n[:, None] * elements * DOUBLED + i
     from_x_t, from_out, mean1, mean2, posterior_log_variance, low, high, _ = row(table_ptr, t, known)
     x_start, x_t = read(x_start_ptr, place, inside), read(x_t_ptr, place, inside)
-    raw = low if VARIANCE == FIXED else read(out_ptr, out_place + elements, inside)
+    raw = low if VARIANCE == FIXED else read(model_output_ptr, out_place + elements, inside)
     log_variance = log_variance_of(raw, low, high, VARIANCE)
-    guess = from_x_t * x_t + from_out * read(out_ptr, out_place, inside)
+    guess = from_x_t * x_t + from_out * read(model_output_ptr, out_place, inside)
     mean = mean1 * (clamp(guess, -1.0, 1.0) if CLIP else guess) + mean2 * x_t
     value, by_mean, by_log_variance = _divergence((mean1 * x_start + mean2 * x_t) - mean, posterior_log_variance, log_variance)
     by_log_variance += tl.zeros(inside.shape, tl.float32)
@@ -83,37 +83,37 @@ def _vlb_terms_kernel(
         nll, nll_by_mean, nll_by_log_variance = _decoder(x_start, mean, log_variance, half, EXACT)
         value, by_mean = tl.where(last, nll, value), tl.where(last, nll_by_mean, by_mean)
         by_log_variance = tl.where(last, nll_by_log_variance, by_log_variance)
-    if grad_out_ptr is None:
+    if grad_model_output_ptr is None:
         store_total(sums_ptr, value, inside, n, samples, share)
     else:
         scale = each(grad_terms_ptr, n, samples) * share
         by_out = tl.zeros(inside.shape, tl.float32)
         if not DETACH:
             by_out = scale * (((mean1 * from_out) * by_mean) * (passes(guess, 1.0) if CLIP else 1.0))
-        tl.store(grad_out_ptr + out_place, by_out, mask=inside)
+        tl.store(grad_model_output_ptr + out_place, by_out, mask=inside)
         if DOUBLED == 2:
             by_raw = tl.zeros(inside.shape, tl.float32)
             if VARIANCE != FIXED:
                 by_raw = scale * (log_variance_slope(low, high, VARIANCE) * by_log_variance)
-            tl.store(grad_out_ptr + out_place + elements, by_raw, mask=inside)
+            tl.store(grad_model_output_ptr + out_place + elements, by_raw, mask=inside)
 
 
 def _tiles(arguments):
-    out, _, x_t, *_ = arguments
-    return Tiles(x_t.shape, x_t, out)
+    model_output, _, x_t, *_ = arguments
+    return Tiles(x_t.shape, x_t, model_output)
 
 
-def _launch(tiles, arguments, grad_terms, sums, grad_out):
-    out, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
-    out, x_start, x_t, t = out.contiguous(), x_start.contiguous(), x_t.contiguous(), t.contiguous()
+def _launch(tiles, arguments, grad_terms, sums, grad_model_output):
+    model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
+    model_output, x_start, x_t, t = model_output.contiguous(), x_start.contiguous(), x_t.contiguous(), t.contiguous()
     tiles.launch(
         _vlb_terms_kernel,
-        dict(out_ptr=out, x_start_ptr=x_start, x_t_ptr=x_t, t_ptr=t, table_ptr=table, grad_terms_ptr=grad_terms),
-        dict(sums_ptr=sums, grad_out_ptr=grad_out),
+        dict(model_output_ptr=model_output, x_start_ptr=x_start, x_t_ptr=x_t, t_ptr=t, table_ptr=table, grad_terms_ptr=grad_terms),
+        dict(sums_ptr=sums, grad_model_output_ptr=grad_model_output),
         dict(half=1.0 / (levels - 1), share=1.0 / (tiles.elements * _LN2), steps=table.shape[0]),
         dict(
-            VARIANCE=VARIANCE_KINDS.index(variance), CLIP=bool(clip), EXACT=cdf == "erf", DETACH=bool(detach_mean) and grad_out is not None,
-            DOUBLED=sample_stride(out) // tiles.elements,
+            VARIANCE=VARIANCE_KINDS.index(variance), CLIP=bool(clip), EXACT=cdf == "erf", DETACH=bool(detach_mean) and grad_model_output is not None,
+            DOUBLED=sample_stride(model_output) // tiles.elements,
         ),
     )  # fmt: skip
 
@@ -127,6 +127,6 @@ def forward(*arguments):
 
 
 def backward(arguments, needs, grads):
-    grad_out = new_like(arguments[0])
-    _launch(_tiles(arguments), arguments, grads[0].contiguous(), None, grad_out)
-    return grad_out, *[None] * 9
+    grad_model_output = new_like(arguments[0])
+    _launch(_tiles(arguments), arguments, grads[0].contiguous(), None, grad_model_output)
+    return grad_model_output, *[None] * 9

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SAMPLES = 100
 # Ancestral sampling of every third step with the posterior's variance, which is what DDIM with eta = 1 is. After a training
 # this short it gives cleaner digits than the learned variance (nearest-neighbour ratio 1.18 against 1.22 in all steps).
-SAMPLER: dict[str, Any] = dict(sampler="ddim", steps=50, eta=1.0)
+SAMPLING_STEPS = 50
 TERMS_PER_IMAGE = 20
 DEFAULT_FOLDER = Path("demo")
 RESULTS = "results.json"
@@ -122,9 +122,9 @@ def draw(trainer: Trainer, model: torch.nn.Module, seed: int, quiet: bool) -> tu
 
         def keep(t: int, x: torch.Tensor, _: torch.Tensor) -> None:
             frames.append(x.cpu())
-            bar.update(len(frames), SAMPLER["steps"])
+            bar.update(len(frames), SAMPLING_STEPS)
 
-        x = sample(model, trainer.diffusion, (SAMPLES, *trainer.data.image_shape), seed, callback=keep, **SAMPLER)
+        x = sample(model, trainer.diffusion, (SAMPLES, *trainer.data.image_shape), seed, callback=keep, sampler="ddim", steps=SAMPLING_STEPS, eta=1.0)
     return x.cpu(), torch.stack(frames)
 
 

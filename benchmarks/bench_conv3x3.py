@@ -11,7 +11,7 @@ from harness import COPY, EAGER, OURS, Case, main
 from numerics import assert_as_accurate
 
 from ddpm_fast.ops import conv3x3
-from ddpm_fast.ops.conv3x3 import conv3x3_cpu_call
+from ddpm_fast.ops._conv3x3 import conv3x3_cpu_call
 
 PLANNED = "planned"
 

@@ -7,7 +7,7 @@ from harness import COMPILED, COPY, EAGER, OURS, SHAPES, Case, compiled, main, s
 from numerics import assert_as_accurate
 
 from ddpm_fast.ops import gaussian_kl
-from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
+from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
 
 REFERENCE = "reference"
 

@@ -15,7 +15,7 @@ from numerics import assert_as_accurate, assert_close_to_exact
 from ddpm_fast import Noise
 from ddpm_fast.diffusion.samplers import make_table
 from ddpm_fast.ops import p_step
-from ddpm_fast.ops.p_step import p_step_reference
+from ddpm_fast.ops._p_step import p_step_reference
 
 IN_PLACE, DIFFUSERS = "ours, in place", "diffusers"
 STEP = STEPS // 2  # one t for the whole batch, as in sampling

@@ -16,11 +16,11 @@ from measure import alternate, environment, threads_set
 from ddpm_fast import Noise, ops
 from ddpm_fast.diffusion.parameterisation import bound_table
 from ddpm_fast.diffusion.samplers import make_table
-from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
-from ddpm_fast.ops.p_step import p_step_reference
-from ddpm_fast.ops.q_sample import q_sample_reference
-from ddpm_fast.ops.simple_loss import simple_loss_reference
-from ddpm_fast.ops.vlb_terms import vlb_terms_reference
+from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
+from ddpm_fast.ops._p_step import p_step_reference
+from ddpm_fast.ops._q_sample import q_sample_reference
+from ddpm_fast.ops._simple_loss import simple_loss_reference
+from ddpm_fast.ops._vlb_terms import vlb_terms_reference
 
 KEY = Noise(0)
 LARGEST = 10**8

@@ -9,7 +9,7 @@ from numerics import assert_as_accurate
 from ddpm_fast import Noise
 from ddpm_fast.diffusion.parameterisation import bound_table
 from ddpm_fast.ops import vlb_terms
-from ddpm_fast.ops.vlb_terms import vlb_terms_reference
+from ddpm_fast.ops._vlb_terms import vlb_terms_reference
 
 KIND = "learned_range"
 

@@ -5,6 +5,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def _draw_under_vmap(make: Callable[[int], Tensor], count: int, like: Tensor | N
 
 
 def _in_chunks() -> bool:
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != "_chunked_vmap":
         frame = frame.f_back
     return frame is not None

@@ -13,12 +13,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+from ddpm_fast.types import Backend
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # Device types whose tensors a backend takes. Triton's interpreter, which replaces its compiler in a process that is started with
 # TRITON_INTERPRET=1, also takes CPU tensors where it is forced: for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,12 +29,13 @@ DEFAULTS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by device type: the 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
-native: ModuleType | None
+native: Any = None  # ddpm_fast._C, where it loads
 try:
-    from ddpm_fast import _C as native
+    from ddpm_fast import _C
+
+    native = _C
     native_missing = ""
 except ImportError as error:
-    native = None
     native_missing = f"ddpm_fast._C was not built or does not load ({error}); run `pip install -e .` again and read its output"
 
 
@@ -86,13 +88,13 @@ class BackendTable:
         implementations: backend name to function; ``reference`` must be there.
     """
 
-    def __init__(self, op: str, **implementations: Callable) -> None:
+    def __init__(self, op: str, **implementations: Callable[..., Any]) -> None:
         self.op = op
         self.implementations = implementations
-        self._defaults: dict[tuple[torch.device, torch.dtype], Callable] = {}
+        self._defaults: dict[tuple[torch.device, torch.dtype], Callable[..., Any]] = {}
         tables[op] = self
 
-    def choose(self, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Callable:
+    def choose(self, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Callable[..., Any]:
         """The function to call for tensors of this device and dtype; ``backend`` forces one.
 
         Raises:
@@ -134,11 +136,11 @@ def triton_kernels(op: str) -> Any:
     return importlib.import_module(f"ddpm_fast.ops.triton.{op}")
 
 
-def triton_function(op: str, name: str) -> Callable:
+def triton_function(op: str, name: str) -> Callable[..., Any]:
     """A launcher of that module, as a function that can be listed as a backend before the module is there."""
 
     @functools.cache
-    def load() -> Callable:
+    def load() -> Callable[..., Any]:
         return getattr(triton_kernels(op), name)
 
     def launch(*arguments: Any, **into: Any) -> Any:

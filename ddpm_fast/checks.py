@@ -7,10 +7,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+
+Name = TypeVar("Name", bound=str)
+Kind = TypeVar("Kind")
+Callback = TypeVar("Callback")
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -21,26 +25,26 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         found = None
     if found is None or found < low or (high is not None and found > high):
         wanted = f"of at least {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {wanted}, got {shown(value)}")
     return found
 
 
 def index(name: str, value: Any) -> int:
     """An integer of any size, on an op's way: a compiler's SymInt stays one."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return cast(int, value)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     try:
         return operator.index(value)
     except TypeError:  # a tensor or an array of something else
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
 
 
 def real(name: str, value: Any) -> float:
     """What compares as a float does, on an op's way: anything but a text that says one; a compiler's SymFloat stays one."""
     if isinstance(value, (int, float, torch.SymFloat)):
-        return value
+        return cast(float, value)
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
@@ -49,11 +53,11 @@ def real(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
 
 
-def pair(name: str, value: Any, of: str) -> tuple:
+def pair(name: str, value: Any, of: str) -> tuple[Any, Any]:
     """Two of what ``of`` says."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} must be {of}, got {value!r}")
-    return tuple(value)
+        raise TypeError(f"{name} must be {of}, got {shown(value)}")
+    return value[0], value[1]
 
 
 def number(name: str, value: Any, wanted: str = "be a finite number") -> float:
@@ -63,7 +67,7 @@ def number(name: str, value: Any, wanted: str = "be a finite number") -> float:
     except (TypeError, ValueError, RuntimeError):  # an array of several
         found = math.nan
     if not math.isfinite(found):
-        raise ValueError(f"{name} must {wanted}, got {value!r}")
+        raise ValueError(f"{name} must {wanted}, got {shown(value)}")
     return found
 
 
@@ -72,18 +76,18 @@ def flag(name: str, value: Any) -> bool:
     if value is True or value is False:  # fast: each step of a loop asks
         return value
     if not isinstance(value, np.bool_):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def choice(name: str, value: Any, choices: Sequence[Name]) -> Name:
     """One of some names."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+    return cast(Name, value)
 
 
-def function(name: str, value: Any) -> Any:
+def function(name: str, value: Callback) -> Callback:
     """Anything that can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {type(value).__name__}")
@@ -104,14 +108,22 @@ def device(name: str, value: Any) -> torch.device:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}") from None
+        raise ValueError(f"{name} must be a torch.device or its name, got {shown(value)}") from None
 
 
-def instance(name: str, value: Any, kind: type) -> Any:
+def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
     """An object of a class."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def shown(value: Any) -> str:
+    """What came, in one line of a message: an array of several numbers by its shape, a long text cut off."""
+    if getattr(value, "shape", ()) and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _is_bool(value: Any) -> bool:

@@ -8,7 +8,7 @@ namespace ddpm_fast::cpu::DDPM_ISA {
 namespace {
 
 struct Row {
-  float from_x_t, from_out, x_start, x_t, previous, low, high, noise;  // COLUMNS in ddpm_fast/ops/p_step.py
+  float from_x_t, from_out, x_start, x_t, previous, low, high, noise;  // COLUMNS in ddpm_fast/ops/_p_step.py
 };
 
 struct State {

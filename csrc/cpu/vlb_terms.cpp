@@ -7,7 +7,7 @@ namespace ddpm_fast::cpu::DDPM_ISA {
 namespace {
 
 struct Row {
-  float from_x_t, from_out, mean1, mean2, posterior_log_variance, low, high, unused;  // COLUMNS in ddpm_fast/ops/vlb_terms.py
+  float from_x_t, from_out, mean1, mean2, posterior_log_variance, low, high, unused;  // COLUMNS in ddpm_fast/ops/_vlb_terms.py
 };
 
 struct State {

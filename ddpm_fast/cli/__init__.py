@@ -1,4 +1,4 @@
-"""The command line, ``ddpm-fast``: train, sample, eval, demo, study, info; each command is a file here."""
+"""The command line, ``ddpm-fast``: train, sample, eval, demo, info; each command is a file here."""
 from __future__ import annotations
 
 import importlib
@@ -11,7 +11,7 @@ from ddpm_fast.cli._common import app
 from ddpm_fast.io.signals import terminable
 
 # In the order in which --help lists them. Importing a command registers it.
-for _name in ("train", "sample", "evaluate", "demo", "study", "info"):
+for _name in ("train", "sample", "evaluate", "demo", "info"):
     importlib.import_module(f"{__name__}.{_name}")
 
 

@@ -93,10 +93,7 @@ def evaluate(
 
         ranks.lead(prepare)
         if not no_bound:
-            settings = dict(
-                checkpoint=trained.fingerprint, diffusion=repr(trained.diffusion), images=fingerprint(images.test),
-                terms=terms, clip=clip, seed=seed,
-            )  # fmt: skip
+            settings = dict(**trained.settings, images=fingerprint(images.test), terms=terms, clip=clip, seed=seed)
             count = min(limit or len(images.test), len(images.test))
             parts = Parts(out / "bound.parts", settings)
             part = "held-out" if len(images.train) else "all"
@@ -127,20 +124,20 @@ def images_to_evaluate(source: str, trained: TrainedModel, given: dict[str, Any]
     from ddpm_fast.training import load_data
     from ddpm_fast.training.trained import fingerprint, load_run_data
 
-    config, known = trained.config, trained.meta.get("fingerprints")  # which the first version did not keep
+    config, known = trained.config, trained.meta["fingerprints"]
     options = as_trained(source, trained, given)
     own = source == config.data or Path(source).resolve() == Path(config.data).resolve()
     if own and given:
         raise ValueError("--image-size and --range go with other data, given with --data; those of the run are read as in training")
     images = load_run_data(config) if own else load_data(source, **options, test_fraction=1.0)
     if own:
-        if known is not None and fingerprint(images.test) != known["test"]:
+        if fingerprint(images.test) != known["test"]:
             raise ValueError(
                 f"{source} has changed since the model was trained on it, so that its held-out part may hold images that it was trained on; "
                 "put images that it has not seen into a folder of their own and give that with --data"
             )
         return images
-    if known is not None and not len(images.train) and len(images.test) > trained.meta.get("images", 0):
+    if not len(images.train) and len(images.test) > trained.meta["images"]:
         parted = load_data(source, **options)
         if fingerprint(parted.test) == known["test"]:  # the data of training in another place
             return parted
@@ -173,7 +170,7 @@ def evaluate_run(
             console.print(text, soft_wrap=True)
         raise
     if ranks.first:
-        about = {"images": count, **about, "estimated": terms is not None, "clip": clip, "seed": seed}
+        about = {"images": count, **about, "estimated": bool((bound.counts > 1).any()), "clip": clip, "seed": seed}
         written = write_bound(out, bound, about=about, title=f"{'held-out ' * (about['part'] == 'held-out')}{images.name}")
         parts.remove()
         curve = rate_distortion(bound)

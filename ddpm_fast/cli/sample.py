@@ -63,8 +63,8 @@ def sample(
             trained.model.compile(dynamic=False)
         length, shape = len(draw.table), trained.image_shape
         settings = dict(
-            checkpoint=trained.fingerprint, sampler=sampler, steps=chosen or length, spacing=spacing, eta=eta, threshold=threshold,
-            guidance=guidance, label=label, seed=seed,
+            **trained.settings, sampler=sampler, steps=chosen or length, spacing=spacing, eta=eta, threshold=threshold, guidance=guidance,
+            label=label, seed=seed,
         )  # fmt: skip
 
         def batch_labels(first: int, size: int) -> torch.Tensor | None:

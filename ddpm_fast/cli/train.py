@@ -90,7 +90,7 @@ def train(
         else:
             if old and not overwrite:
                 raise ValueError(f"{out} already holds a run; go on with it by --resume, choose another folder with --out, or pass --overwrite")
-            config = TrainConfig.for_data(**{**options, "loss": loss or implied_loss(variance)})
+            config = TrainConfig.for_data(**options)
             with reading(data):
                 images = load_data(data, **config.data_options)
             trainer = Trainer(config, images)
@@ -126,10 +126,3 @@ def describe(config: TrainConfig) -> str:
     decay = min(config.ema, config.steps / (config.steps + 9))  # of the last update of `EMA`
     back = f"in the end the weights of the last {1 / (1 - decay):.0f} or so are averaged"
     return f"{config.steps} steps of {config.batch} images, learning rate {config.learning_rate:g}{warmup}; {back}"
-
-
-def implied_loss(variance: str | None) -> str | None:
-    """A variance given without a loss: a fixed one cannot train with a recipe's hybrid loss, nor a learned one with simple."""
-    if variance is None:
-        return None
-    return "hybrid" if variance.startswith("learned") else "simple"

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -78,9 +78,9 @@ def read_array_file(path: Path, scale: Scale) -> Contents:
     skipped = {"other arrays": count} if (count := sum(name not in used for name in members)) else {}
     if labels is None:
         return Contents(train, test=test, skipped=skipped, unlabelled=f"it has none of {', '.join(_NPZ_TRAIN_LABELS)}")
-    parts = [labels] if test is None else [labels, test_labels]
+    parts = [labels] if test is None or test_labels is None else [labels, test_labels]
     if len({part.dtype.kind for part in parts}) > 1:
-        raise DataError(f"{path}: labels of both parts must be of one kind, got {labels.dtype} and {test_labels.dtype}")
+        raise DataError(f"{path}: labels of both parts must be of one kind, got {' and '.join(str(part.dtype) for part in parts)}")
     classes = np.unique(np.concatenate(parts))
     numbered = [np.searchsorted(classes, part) for part in parts]
     return Contents(train, numbered[0], test, None if test is None else numbered[1], tuple(map(str, classes)), skipped)
@@ -141,10 +141,10 @@ class _Header(NamedTuple):
     start: int  # where they begin
 
 
-def _header(file: BinaryIO, size: int, what: str) -> _Header:
+def _header(file: IO[bytes], size: int, what: str) -> _Header:
     """The header of a .npy file of `size` bytes, refused where its array is no plain one or not in the file."""
     version = np.lib.format.read_magic(file)
-    parse: dict[tuple[int, int], Callable] = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    parse: dict[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype]]] = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in parse:  # 3.0 is 2.0 with other names for the fields of structures
         raise DataError(f"cannot read {what}: it must be a .npy of version 1.0 or 2.0, got {version[0]}.{version[1]}")
     shape, fortran, dtype = parse[version](file)

@@ -57,8 +57,9 @@ class Scale:
             numbers = [float(value) for value in value_range]
             if len(numbers) != 2 or not (math.isfinite(numbers[1] - numbers[0]) and numbers[0] < numbers[1]):
                 raise DataError(f"value_range (--range) must be two numbers, the smaller first, got {' '.join(map(str, value_range))}")
-            value_range = tuple(int(number) if number.is_integer() else number for number in numbers)
-        self.value_range, self._levels = value_range, levels
+            low, high = (int(number) if number.is_integer() else number for number in numbers)
+        self.value_range: tuple[float, float] | None = None if value_range is None else (low, high)
+        self._levels = levels
         self.seen: dict[tuple[float, float], tuple[float, float]] = {}
         self._kind = ""
 
@@ -68,7 +69,7 @@ class Scale:
         if self._levels is not None:
             return self._levels
         if self.value_range is not None and self._kind == "integers":
-            return min(self.value_range[1] - self.value_range[0] + 1, 256)
+            return min(int(self.value_range[1] - self.value_range[0]) + 1, 256)
         return 256
 
     def __call__(self, values: np.ndarray, where: str) -> np.ndarray:
@@ -112,7 +113,7 @@ class Scale:
             if self._kind == "floats" or most - least >= (high - low) / 2:
                 continue
             if high > 255:
-                kept = _rescaled(most, high) - _rescaled(least, high) + 1
+                kept = _rescaled(int(most), int(high)) - _rescaled(int(least), int(high)) + 1
                 raise DataError(
                     f"{where} holds {span}, of which 256 grey levels would keep {kept}; {_offer(least, most)} says what they can "
                     f"span, {option(low, high)} takes them as they are"
@@ -137,7 +138,7 @@ class Scale:
         with np.errstate(invalid="ignore"):
             least, most = values.min().item(), values.max().item()
         low, high = span
-        slack = 0
+        slack = 0.0
         if self._kind == "floats":
             if not (math.isfinite(least) and math.isfinite(most)):
                 count = int((~np.isfinite(values)).sum())
@@ -176,7 +177,7 @@ def bounds(low: float, high: float) -> str:
 
 def _offer(least: float, most: float) -> str:
     """The range that such values probably have: from 0, and up to all bits set where they take more than eight."""
-    if isinstance(least, int):
+    if isinstance(least, int) and isinstance(most, int):
         return option(min(least, 0), max(1, most) if most < 256 else 2 ** most.bit_length() - 1)
     if (least >= -_FLOAT_TOLERANCE and most <= 1 + _FLOAT_TOLERANCE) or least == most:
         return option(0, 1)

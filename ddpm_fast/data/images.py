@@ -22,6 +22,7 @@ import torch
 from ddpm_fast.data.array_files import Contents, read_array_file
 from ddpm_fast.data.grey_levels import DataError, Scale, bounds, to_levels, to_unit
 from ddpm_fast.data.readers import IMAGE_SUFFIXES, read_folder
+from ddpm_fast.types import Split
 
 __all__ = [
     "BUILT_IN", "IMAGE_SUFFIXES", "Batches", "DataError", "DataWarning", "ImageData", "Origin", "load_data", "to_levels", "to_unit",
@@ -100,14 +101,22 @@ class ImageData:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return tuple(self.train.shape[1:])
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes (without names one more than the largest label), or None without labels."""
-        if self.train_labels is None:
+        labels = self._labels()
+        if labels is None:
             return None
-        return len(self.classes) if self.classes is not None else int(torch.cat([self.train_labels, self.test_labels]).max()) + 1
+        return len(self.classes) if self.classes is not None else int(labels.max()) + 1
+
+    def _labels(self) -> torch.Tensor | None:
+        """Labels of both parts."""
+        if self.train_labels is None or self.test_labels is None:
+            return None
+        return torch.cat([self.train_labels, self.test_labels])
 
     @property
     def summary(self) -> list[str]:
@@ -118,8 +127,9 @@ class ImageData:
             f"{self.name}: {len(self.train)} images to train on and {len(self.test)} held out, {size} (channels x height x width), "
             f"{self.levels} grey levels" + (f" (values found: {read})" if read else "")
         ]
-        if self.num_classes is not None:
-            counts = torch.bincount(torch.cat([self.train_labels, self.test_labels]), minlength=self.num_classes).tolist()
+        labels = self._labels()
+        if labels is not None:
+            counts = torch.bincount(labels, minlength=self.num_classes or 0).tolist()
             names = self.classes or tuple(map(str, range(len(counts))))
             listed = ", ".join(f"{name} {count}" for name, count in list(zip(names, counts))[:_LISTED])
             lines.append(f"{len(counts)} class{'es' * (len(counts) != 1)}: {listed}" + (f" and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""))
@@ -128,7 +138,7 @@ class ImageData:
         return lines + [f"note: {note}" for note in self.origin.notes]
 
     def batch(
-        self, split: str, indices: torch.Tensor, device: str | torch.device | None = None
+        self, split: Split, indices: torch.Tensor | slice, device: str | torch.device | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Some images, as the model wants them.
 
@@ -185,7 +195,7 @@ class Batches:
 
 
 def load_data(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
     image_size: int | Sequence[int] | None = None,
     test_fraction: float = 0.1,
@@ -270,16 +280,17 @@ def load_data(
         train, test = train[~held_out], train[held_out]
         if labels is not None:
             labels, test_labels = labels[~held_out], labels[held_out]
-    if labels is not None and len(train) and (untrained := np.setdiff1d(np.arange(len(contents.classes)), labels)).size:
-        names = ", ".join(contents.classes[index] for index in untrained[:_LISTED])
+    classes = contents.classes or ()
+    if labels is not None and len(train) and (untrained := np.setdiff1d(np.arange(len(classes)), labels)).size:
+        names = ", ".join(classes[index] for index in untrained[:_LISTED])
         notes += (f"{source} has no image to train on of {names}{', ...' if len(untrained) > _LISTED else ''}",)
     for note in notes:
         warnings.warn(note, DataWarning, stacklevel=2)
-    arrays = (np.ascontiguousarray(train), np.ascontiguousarray(test))
-    targets = (None if y is None else torch.from_numpy(y.astype(np.int64)) for y in (labels, test_labels))
+    images, held_out_images = (torch.from_numpy(np.ascontiguousarray(part)) for part in (train, test))
+    targets, held_out_targets = (None if y is None else torch.from_numpy(y.astype(np.int64)) for y in (labels, test_labels))
     name = source if source in BUILT_IN else path.resolve().name
     origin = Origin(kind, scale.seen, contents.skipped, contents.unlabelled, notes)
-    return ImageData(name, *map(torch.from_numpy, arrays), own_levels, *targets, contents.classes, origin)
+    return ImageData(str(name), images, held_out_images, own_levels, targets, held_out_targets, contents.classes, origin)
 
 
 def _size(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -316,7 +327,7 @@ def _held_out(n: int, count: int, seed: int, labels: np.ndarray | None) -> np.nd
     return result
 
 
-def _not_found(source: str | os.PathLike) -> str:
+def _not_found(source: str | os.PathLike[str]) -> str:
     text = os.fspath(source)
     if Path(text).suffix or Path(text).name != text:
         return f"no such file or folder: {text}"
@@ -333,7 +344,8 @@ def _digits() -> Contents:
 def _photos() -> Contents:
     from sklearn.datasets import load_sample_image
 
-    names, result = ("china", "flower"), []
+    names = ("china", "flower")
+    result: list[np.ndarray] = []
     for columns, stride in ((slice(0, _PHOTO_TRAIN_WIDTH), 8), (slice(_PHOTO_TRAIN_WIDTH, None), _PHOTO_CROP)):
         crops = []
         for name in names:
@@ -341,4 +353,5 @@ def _photos() -> Contents:
             windows = np.lib.stride_tricks.sliding_window_view(part, (_PHOTO_CROP, _PHOTO_CROP), axis=(0, 1))
             crops.append(windows[::stride, ::stride].reshape(-1, 3, _PHOTO_CROP, _PHOTO_CROP))
         result += [np.concatenate(crops), np.repeat(np.arange(2), len(crops[0]))]
-    return Contents(*result, classes=names)
+    train, labels, test, test_labels = result
+    return Contents(train, labels, test, test_labels, classes=names)

@@ -6,9 +6,10 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_fast.data.array_files import Contents, check_memory, reading
 from ddpm_fast.data.grey_levels import DataError, Scale
@@ -32,7 +33,7 @@ def open_image(path: Path, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
     """
     try:
         return Image.open(path, formats=formats)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise OSError(f"by its content it is no {' or '.join(formats)}, or a damaged one") from None
 
 
@@ -71,8 +72,10 @@ def _find(folder: Path) -> tuple[list[Path], dict[str, int]]:
     Links to folders are followed once all that is really there is read. Each folder is read once, so that neither a circle nor
     two names for one folder make images that are held out and trained on.
     """
-    images, skipped, seen = [], Counter(), set()
-    folders, links = [folder], []
+    images: list[Path] = []
+    skipped: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()
+    folders, links = [folder], list[Path]()
     while folders or links:
         current = folders.pop() if folders else links.pop(0)
         status = current.stat()
@@ -163,8 +166,9 @@ def _wide_values(path: Path, image: Image.Image) -> np.ndarray | None:
     if colour not in ("RGB", "RGBA") or kept not in _HIGH_TO_LOW:
         raise DataError(f"cannot read image {path}: {_raw_mode(image)} pixels of more than 8 bits; save 8 bits, or 16 in RGB or grey")
     with open_image(path) as again:
-        low = f"{colour};{_HIGH_TO_LOW[kept]}"
-        again.tile = [(*tile[:3], low if isinstance(tile[3], str) else (low, *tile[3][1:])) for tile in again.tile]
+        mode = f"{colour};{_HIGH_TO_LOW[kept]}"
+        file: Any = again  # with tiles, as all that are opened have
+        file.tile = [(*tile[:3], mode if isinstance(tile[3], str) else (mode, *tile[3][1:])) for tile in file.tile]
         high, low = (np.asarray(ImageOps.exif_transpose(part)).astype(np.uint16) for part in (image, again))
     values = high << 8 | low
     if colour == "RGBA":  # onto white, as eight bits are
@@ -175,7 +179,8 @@ def _wide_values(path: Path, image: Image.Image) -> np.ndarray | None:
 
 def _raw_mode(image: Image.Image) -> str:
     """How the file holds the pixels, which tells of bits that the mode does not have."""
-    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 

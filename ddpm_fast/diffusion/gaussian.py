@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -23,39 +24,19 @@ from ddpm_fast.diffusion.parameterisation import (
     target_coefficients,
     x_start_coefficients,
 )
+from ddpm_fast.diffusion.results import BoundTerms, PMeanVariance
 from ddpm_fast.diffusion.samplers import ddpm_table
 from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_range, gather, table_dtype
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, log_variance, split_output
-from ddpm_fast.ops.p_step import COLUMNS as STEP_COLUMNS
-from ddpm_fast.ops.vlb_terms import CDFS, MAX_LEVELS
+from ddpm_fast.ops._p_step import COLUMNS as STEP_COLUMNS
+from ddpm_fast.ops._vlb_terms import CDFS, MAX_LEVELS
+from ddpm_fast.types import Cdf, Loss, Prediction, Variance, Weight
 
 Model = Callable[[Tensor, Tensor], Tensor]
-LOSSES = ("simple", "vlb", "hybrid")
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 GUESS_COLUMNS = ("from_x_t", "from_out")  # of a p_step table: they make x̂0
-
-
-class PMeanVariance(NamedTuple):
-    """p_θ(x_{t-1} | x_t): each (N, C, ...); log_variance in nats; x_start is the model's x̂0."""
-
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
-    x_start: Tensor
-
-
-class BoundTerms(NamedTuple):
-    """The bound of each sample in bits per dimension.
-
-    total: (N,), prior + Σ terms. prior: (N,), L_T. terms: (N, T), column t is L_t; column 0 is the decoder's. mse: (N, T),
-    mean squared error of x̂0.
-    """
-
-    total: Tensor
-    prior: Tensor
-    terms: Tensor
-    mse: Tensor
 
 
 class GaussianDiffusion:
@@ -71,13 +52,22 @@ class GaussianDiffusion:
 
     Tables are computed once in float64 and cast once for each device and dtype that is used.
 
+    ``clip`` is of x̂0, to [-1, 1], before anything else is made of it. A step and a measurement clip unless told otherwise;
+    :meth:`vlb_terms`, which is a loss too, clips only where it is told to, and the losses never do: a clipped value has no gradient.
+
     Raises:
         TypeError, ValueError: for an unknown name, or a schedule that leaves no signal (ᾱ_T = 0 in fp32) for an
             ε-prediction, which could not be solved for x_0.
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, prediction: str = "epsilon", variance: str = "fixed_large", levels: int = 256, *, cdf: str = "tanh"
+        self,
+        schedule: NoiseSchedule,
+        prediction: Prediction = "epsilon",
+        variance: Variance = "fixed_large",
+        levels: int = 256,
+        *,
+        cdf: Cdf = "tanh",
     ) -> None:
         self.schedule = checks.instance("schedule", schedule, NoiseSchedule)
         self.prediction = checks.choice("prediction", prediction, PREDICTIONS)
@@ -87,7 +77,7 @@ class GaussianDiffusion:
         factors = torch.stack(x_start_coefficients(schedule, prediction)).float()
         if not factors.isfinite().all():
             raise ValueError(f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} ({schedule.name})")
-        self._tables: dict[tuple, Tensor] = {}
+        self._tables: dict[tuple[object, ...], Tensor] = {}
 
     def __len__(self) -> int:
         """T, the number of steps."""
@@ -115,7 +105,20 @@ class GaussianDiffusion:
         return self._tables[key]
 
     def model_time(self, t: Tensor) -> Tensor:
-        """What a model is told at time t of this chain: another number where the schedule is a part of the one it was trained on."""
+        """The time that a model is told at t of this chain: another number where the schedule is a part of the one it was trained on.
+
+        Args:
+            t: (N,) int64 in 0..T-1; the values are looked at on the CPU only.
+
+        Returns:
+            (N,) int64.
+        """
+        if checks.tensor("t", t).ndim != 1:
+            raise ValueError(f"t must have shape (N,), got {tuple(t.shape)}")
+        check_t(t, "t", t, len(self))
+        return self._told(t)
+
+    def _told(self, t: Tensor) -> Tensor:
         times = self.schedule.timesteps
         if times[-1] == len(self) - 1:
             return t
@@ -226,7 +229,7 @@ class GaussianDiffusion:
         return ops.q_sample(x_start, t, *self._target_tables(checks.tensor("x_start", x_start)), noise)
 
     def simple_loss(
-        self, model_output: Tensor, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, weight: str = "uniform", gamma: float | None = None
+        self, model_output: Tensor, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, weight: Weight = "uniform", gamma: float | None = None
     ) -> Tensor:
         """Weighted mean squared error of the prediction (Ho et al., eq. 14, for any prediction).
 
@@ -245,7 +248,7 @@ class GaussianDiffusion:
         """L_t of the bound: the KL divergence of the posterior from p_θ, at t = 0 the decoder's negative log-likelihood.
 
         Args:
-            clip: clip x̂0 to [-1, 1], as :meth:`p_mean_variance` does.
+            clip: clip x̂0 to [-1, 1], as :meth:`p_mean_variance` does; not by default, as this is a loss. The bound's own term is with it.
             detach_mean: no gradient to the prediction, only to the variance half.
 
         Returns:
@@ -266,8 +269,8 @@ class GaussianDiffusion:
         t: Tensor,
         noise: Noise | Tensor,
         *,
-        kind: str = "simple",
-        weight: str = "uniform",
+        kind: Loss = "simple",
+        weight: Weight = "uniform",
         gamma: float | None = None,
     ) -> Tensor:
         """A training loss of each sample.
@@ -293,7 +296,8 @@ class GaussianDiffusion:
         return simple + len(self) / 1000.0 * self.vlb_terms(model_output, x_start, x_t, t, detach_mean=True)
 
     def _target_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(self.table(f"target_{i}", like, lambda i=i: target_coefficients(self.schedule, self.prediction)[i]) for i in (0, 1))
+        make = partial(target_coefficients, self.schedule, self.prediction)
+        return self.table("target_x_start", like, lambda: make()[0]), self.table("target_noise", like, lambda: make()[1])
 
     # The bound.
 
@@ -306,8 +310,8 @@ class GaussianDiffusion:
         return ops.gaussian_kl(mean, log_var.to(mean.dtype), zero, zero, reduction="mean_per_sample") / math.log(2.0)
 
     @torch.no_grad()
-    def bits_per_dim(self, model: Model, x_start: Tensor, clip: bool = True, noise: Noise | None = None) -> BoundTerms:
-        """The variational bound on -log p(x_0), term by term, by one pass of the model for each of the T steps.
+    def bits_per_dim(self, model: Model, x_start: Tensor, clip: bool = True, noise: Noise | None = None) -> Tensor:
+        """The variational bound on -log p(x_0) of each sample, by one pass of the model for each of the T steps.
 
         Args:
             model: any callable (x_t, t) -> output.
@@ -316,38 +320,36 @@ class GaussianDiffusion:
             noise: the key of the draws of x_t: step t uses stream t. Noise(0) if None.
 
         Returns:
-            :class:`BoundTerms`.
+            (N,) in bits per dimension: the prior and the sum of all terms, which :meth:`bound_terms` gives one by one.
 
         Raises:
             TypeError, ValueError: for data that are not finite or not in [-1, 1], a noise that is a tensor, or a model whose output is
                 not what the variance asks for.
         """
-        check_data("x_start", x_start)
-        steps = (torch.full((x_start.shape[0],), step, device=x_start.device) for step in range(len(self)))
-        prior, terms, mse = self.bound_terms(model, x_start, steps, clip, noise)
-        return BoundTerms(prior + terms.sum(1), prior, terms, mse)
+        bound = self.bound_terms(model, x_start, clip=clip, noise=noise)
+        return bound.prior + bound.terms.sum(1)
 
     @torch.no_grad()
     def bound_terms(
         self,
         model: Model,
         x_start: Tensor,
-        timesteps: Iterable[Tensor],
+        timesteps: Iterable[Tensor] | None = None,
         clip: bool = True,
         noise: Noise | None = None,
         *,
         report: Callable[[], object] = lambda: None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """L_T, and L_t with the error of x̂0 at chosen t, by one pass of the model for each: the loop under every bound.
+    ) -> BoundTerms:
+        """The terms of the bound one by one, all or at chosen t, by one pass of the model for each: the loop under every bound.
 
         Args:
             model, x_start, clip: as :meth:`bits_per_dim`.
-            timesteps: K tensors (N,) int64, one t for each sample.
+            timesteps: K tensors (N,) int64, one t for each sample; by default all t, 0..T-1, each for every sample.
             noise: the key of the draws of x_t: the k-th tensor of t uses stream k. Noise(0) if None.
             report: called after each pass.
 
         Returns:
-            The prior (N,), the terms (N, K), both in bits per dimension, and the mean squared error of x̂0 (N, K).
+            :class:`BoundTerms`.
 
         Raises:
             TypeError, ValueError: as :meth:`bits_per_dim`.
@@ -357,21 +359,24 @@ class GaussianDiffusion:
             raise TypeError(f"noise must be a Noise, which gives each step its own draw, got {type(noise).__name__}")
         checks.function("model", model)
         checks.function("report", report)
-        checks.instance("timesteps", timesteps, Iterable)
         checks.flag("clip", clip)
         check_data("x_start", x_start)
+        if timesteps is None:
+            timesteps = (torch.full((x_start.shape[0],), step, device=x_start.device) for step in range(len(self)))
+        if not isinstance(timesteps, Iterable):
+            raise TypeError(f"timesteps must be tensors of t, got {type(timesteps).__name__}")
         check_unit_range("x_start", x_start)
         x_t = torch.empty_like(x_start, memory_format=torch.contiguous_format)
         terms, errors = [], []
         for stream, t in enumerate(timesteps):
             self.q_sample(x_start, t, noise.at(stream=stream), out=x_t)
-            out = model(x_t, self.model_time(t))
+            out = model(x_t, self._told(t))
             terms.append(self.vlb_terms(out, x_start, x_t, t, clip))
             errors.append(self.x_start_mse(out, x_start, x_t, t, clip))
             report()
         if not terms:
             raise ValueError("timesteps must be one or more tensors of t, got none")
-        return self.prior_bpd(x_start), torch.stack(terms, 1), torch.stack(errors, 1)
+        return BoundTerms(self.prior_bpd(x_start), torch.stack(terms, 1), torch.stack(errors, 1))
 
     def x_start_mse(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
         """Mean squared error of x̂0, the distortion of x_t as a code of x_0 (Ho et al., section 4.3).

@@ -5,19 +5,23 @@ of coefficients below are all that distinguishes ε-, x0-, v- and mean-predictio
 """
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from ddpm_fast import checks
 from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.ops._output import FIXED, LEARNED, LEARNED_RANGE
+from ddpm_fast.types import Prediction, Variance, Weight
 
-PREDICTIONS = ("epsilon", "x_start", "v", "mean")
-VARIANCES = {"fixed_small": FIXED, "fixed_large": FIXED, "learned": LEARNED, "learned_range": LEARNED_RANGE}
-WEIGHTS = ("uniform", "min_snr", "p2", "vlb")
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+WEIGHTS: tuple[Weight, ...] = get_args(Weight)
+# How the ops treat a variance, by its name.
+VARIANCES: dict[Variance, str] = {"fixed_small": FIXED, "fixed_large": FIXED, "learned": LEARNED, "learned_range": LEARNED_RANGE}
 
 
-def target_coefficients(schedule: NoiseSchedule, prediction: str) -> tuple[Tensor, Tensor]:
+def target_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Tensor, Tensor]:
     """(weight of x_0, weight of ε) in what the model is to predict.
 
     "v" is √ᾱ ε - √(1-ᾱ) x_0 (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512); "mean" is the posterior's mean, Ho et
@@ -37,7 +41,7 @@ def target_coefficients(schedule: NoiseSchedule, prediction: str) -> tuple[Tenso
     raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
 
-def x_start_coefficients(schedule: NoiseSchedule, prediction: str) -> tuple[Tensor, Tensor]:
+def x_start_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Tensor, Tensor]:
     """(weight of x_t, weight of the output) in x̂0: solves target and eq. 4 for x_0."""
     c0, c1 = target_coefficients(schedule, prediction)
     signal, sigma = schedule.sqrt_alphas_bar, schedule.sqrt_one_minus_alphas_bar
@@ -48,7 +52,7 @@ def x_start_coefficients(schedule: NoiseSchedule, prediction: str) -> tuple[Tens
     return c1 / determinant, -sigma / determinant
 
 
-def log_variance_range(schedule: NoiseSchedule, variance: str) -> tuple[Tensor, Tensor]:
+def log_variance_range(schedule: NoiseSchedule, variance: Variance) -> tuple[Tensor, Tensor]:
     """(low, high) log-variance of p_θ in nats: equal for a fixed variance, β̃ and β for a learned one."""
     small, large = schedule.posterior_log_variance, schedule.fixed_large_log_variance
     if variance == "fixed_small":
@@ -60,7 +64,7 @@ def log_variance_range(schedule: NoiseSchedule, variance: str) -> tuple[Tensor, 
     raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
 
 
-def bound_table(schedule: NoiseSchedule, prediction: str, variance: str) -> Tensor:
+def bound_table(schedule: NoiseSchedule, prediction: Prediction, variance: Variance) -> Tensor:
     """(T, 8) table of :func:`ddpm_fast.ops.vlb_terms`."""
     columns = (
         *x_start_coefficients(schedule, prediction),
@@ -73,7 +77,7 @@ def bound_table(schedule: NoiseSchedule, prediction: str, variance: str) -> Tens
     return torch.stack(columns, 1)
 
 
-def loss_weights(schedule: NoiseSchedule, prediction: str, weight: str, *, gamma: float | None = None) -> Tensor:
+def loss_weights(schedule: NoiseSchedule, prediction: Prediction, weight: Weight, *, gamma: float | None = None) -> Tensor:
     """(T,) weights of the squared error of a prediction.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from ddpm_fast import checks
 from ddpm_fast.diffusion.parameterisation import VARIANCES, log_variance_range, x_start_coefficients
 from ddpm_fast.diffusion.schedules import NoiseSchedule, as_timesteps
 from ddpm_fast.ops._output import FIXED
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
+from ddpm_fast.types import Prediction, SamplerName, Spacing, Variance
 
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
-SPACINGS = ("even", "quadratic", "logsnr")
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
 class Chain(Protocol):
@@ -26,9 +27,9 @@ class Chain(Protocol):
     @property
     def schedule(self) -> NoiseSchedule: ...
     @property
-    def prediction(self) -> str: ...
+    def prediction(self) -> Prediction: ...
     @property
-    def variance(self) -> str: ...
+    def variance(self) -> Variance: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class StepTable:
     """A sampler: rows in the order of time, so that sampling walks them from the last to the first.
 
     Attributes:
-        table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/p_step.py.
+        table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/_p_step.py.
         timesteps: (S,) int64, the t that the model is told at each row.
         chain_times: (S,) int64, the time of the diffusion's own chain; another one where its schedule was respaced.
         variance: how the log-variance columns are read.
@@ -64,7 +65,7 @@ class StepTable:
         return bool((self.table[:, COLUMNS.index("noise")] != 0).any())
 
 
-def spaced_timesteps(T: int, steps: int, spacing: str = "even", log_snr: Tensor | None = None) -> Tensor:
+def spaced_timesteps(T: int, steps: int, spacing: Spacing = "even", log_snr: Tensor | None = None) -> Tensor:
     """``steps`` time indices from 0 to T-1, both ends included (the last alone if steps is 1), all different.
 
     Args:
@@ -155,7 +156,7 @@ def dpm_solver_table(chain: Chain, timesteps: Tensor | Sequence[int] | None = No
     return _table(chain, timesteps, schedule, from_x_start - previous, from_x_t, previous, zero, zero, zero, FIXED)
 
 
-def make_table(chain: Chain, sampler: str = "ddpm", steps: int | Sequence[int] | None = None, eta: float = 0.0, spacing: str = "even") -> StepTable:
+def make_table(chain: Chain, sampler: SamplerName = "ddpm", steps: int | Sequence[int] | Tensor | None = None, eta: float = 0.0, spacing: Spacing = "even") -> StepTable:
     """The table of a sampler by name.
 
     Args:
@@ -176,9 +177,11 @@ def make_table(chain: Chain, sampler: str = "ddpm", steps: int | Sequence[int] |
     listed = isinstance(steps, (Sequence, np.ndarray, Tensor)) and not isinstance(steps, str) and getattr(steps, "ndim", 1) > 0
     if (steps is None or listed) and spacing != "even":
         raise ValueError(f"spacing is of a number of steps, got {spacing!r} for {'a list of them' if listed else 'all of them'}")
-    timesteps = as_timesteps(steps) if listed else spaced_timesteps(T, T if steps is None else steps, spacing, chain.schedule.log_snr)
-    if torch.equal(timesteps, torch.arange(T, device="cpu")):
-        timesteps = None  # else respacing checks it
+    if listed:
+        chosen = as_timesteps(cast("Tensor | Sequence[int]", steps), "steps", T)
+    else:
+        chosen = spaced_timesteps(T, T if steps is None else cast(int, steps), spacing, chain.schedule.log_snr)
+    timesteps = None if torch.equal(chosen, torch.arange(T, device="cpu")) else chosen
     if sampler == "ddim":
         return ddim_table(chain, timesteps, eta)
     return ddpm_table(chain, timesteps) if sampler == "ddpm" else dpm_solver_table(chain, timesteps)
@@ -208,8 +211,7 @@ def _table(
     variance: str,
 ) -> StepTable:
     """x̂0 comes from the schedule that the model was trained on: only where the step goes depends on its length."""
-    columns = x_start_coefficients(chain.schedule, chain.prediction)
     times = torch.arange(len(chain.schedule), device="cpu") if timesteps is None else as_timesteps(timesteps)
     previous = torch.zeros_like(x_t) if previous is None else previous
-    columns = [column[times] for column in columns] + [x_start, x_t, previous, low, high, noise]
+    columns = [column[times] for column in x_start_coefficients(chain.schedule, chain.prediction)] + [x_start, x_t, previous, low, high, noise]
     return StepTable(torch.stack(columns, 1), schedule.timesteps, times, variance)

@@ -9,15 +9,17 @@ Formulas: Ho et al. 2020, sections 2 and 3 (https://arxiv.org/abs/2006.11239); c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_fast import checks
+from ddpm_fast.types import ScheduleName
 
-SCHEDULES = ("linear", "cosine", "quadratic", "constant", "jsd", "sigmoid")
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 MAX_BETA = 0.999  # Nichol & Dhariwal's cap: a larger last step makes x_start unrecoverable from the noise
 
 
@@ -26,6 +28,11 @@ class NoiseSchedule:
 
     Every table is a float64 CPU tensor of shape (T,); :class:`~ddpm_fast.GaussianDiffusion` casts them to the data's
     dtype and device once, after all arithmetic.
+
+    Args:
+        betas: (T,) floating-point numbers inside (0, 1): any, where none of the methods below has those that are wanted.
+        name: of the schedule, for messages.
+        timesteps: (T,), the time indices that the model is told; 0..T-1 by default.
 
     Attributes:
         betas: variance added by step t, in (0, 1).
@@ -135,14 +142,9 @@ class NoiseSchedule:
         return cls((1 - alphas_bar[1:] / alphas_bar[:-1]).clamp_max(checks.number("max_beta", max_beta)), name=f"cosine({T})")
 
     @classmethod
-    def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
-        """Any betas inside (0, 1), shape (T,)."""
-        return cls(betas)
-
-    @classmethod
-    def from_name(cls, name: str, T: int, **options: float) -> NoiseSchedule:
+    def from_name(cls, name: ScheduleName, T: int, **options: float) -> NoiseSchedule:
         """A schedule by name, one of :data:`SCHEDULES`; ``options`` are its keyword arguments."""
-        make = getattr(cls, checks.choice("schedule", name, SCHEDULES))
+        make: Callable[..., NoiseSchedule] = getattr(cls, checks.choice("schedule", name, SCHEDULES))
         try:
             return make(T, **options)
         except TypeError as error:
@@ -154,9 +156,7 @@ class NoiseSchedule:
         Its betas are 1 - alphas_bar[t] / alphas_bar[t_prev], with t_prev taken from the list (Nichol & Dhariwal,
         section 4), so uneven lists are right too.
         """
-        timesteps = as_timesteps(timesteps)
-        if timesteps[0] < 0 or timesteps[-1] >= len(self) or (timesteps.diff() <= 0).any():
-            raise ValueError(f"timesteps must ascend strictly within 0..{len(self) - 1}, got {timesteps.tolist()}")
+        timesteps = as_timesteps(timesteps, T=len(self))
         if len(timesteps) == len(self):
             return self
         log_alphas_bar = self.log_alphas_bar[timesteps]
@@ -167,15 +167,18 @@ class NoiseSchedule:
         return respaced
 
 
-def as_timesteps(timesteps: Tensor | Sequence[int]) -> Tensor:
-    """A list of time steps, an array or a tensor of integers, as an int64 tensor of shape (S,) on the CPU."""
+def as_timesteps(timesteps: Tensor | Sequence[int], name: str = "timesteps", T: int | None = None) -> Tensor:
+    """A list of time steps, an array or a tensor of integers, as an int64 tensor of shape (S,) on the CPU; with T, ascending within 0..T-1."""
     try:
         found = torch.as_tensor(timesteps, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"timesteps must be integers of shape (S,) with S >= 1, got {timesteps!r}") from None
+        raise ValueError(f"{name} must be integers of shape (S,) with S >= 1, got {checks.shown(timesteps)}") from None
     if found.ndim != 1 or found.numel() == 0 or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
-        raise ValueError(f"timesteps must be integers of shape (S,) with S >= 1, got {found.dtype} {tuple(found.shape)}")
-    return found.long()
+        raise ValueError(f"{name} must be integers of shape (S,) with S >= 1, got {found.dtype} {tuple(found.shape)}")
+    found = found.long()
+    if T is not None and (found[0] < 0 or found[-1] >= T or (found.diff() <= 0).any()):
+        raise ValueError(f"{name} must ascend strictly within 0..{T - 1}, got {found.tolist()}")
+    return found
 
 
 def _as_betas(betas: Tensor | Sequence[float]) -> Tensor:
@@ -184,17 +187,17 @@ def _as_betas(betas: Tensor | Sequence[float]) -> Tensor:
         try:
             array = np.asarray(betas)
             kind, shape = str(array.dtype), array.shape
-            betas = torch.from_numpy(array.astype(np.float64)) if array.dtype.kind == "f" else None
+            found = torch.from_numpy(array.astype(np.float64)) if array.dtype.kind == "f" else None
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"betas must be floating-point numbers of shape (T,) with T >= 1, got {type(betas).__name__}") from None
     else:
-        kind, shape = betas.dtype, tuple(betas.shape)
-        betas = betas.detach().to("cpu", torch.float64, copy=True) if betas.is_floating_point() else None
-    if betas is None:
+        kind, shape = str(betas.dtype), tuple(betas.shape)
+        found = betas.detach().to("cpu", torch.float64, copy=True) if betas.is_floating_point() else None
+    if found is None:
         raise ValueError(f"betas must be floating-point numbers, got {kind} {shape}")
-    if len(shape) != 1 or betas.numel() == 0:
+    if len(shape) != 1 or found.numel() == 0:
         raise ValueError(f"betas must have shape (T,) with T >= 1, got {shape}")
-    return betas
+    return found
 
 
 def _steps(T: int) -> int:

@@ -1,8 +1,8 @@
 """What a trained model is worth: the bound, its progressive code, and measures of samples."""
 from ddpm_fast.evaluation.bound import Bound, evaluate_bound
 from ddpm_fast.evaluation.features import load_features
+from ddpm_fast.evaluation.progressive import RateDistortion, rate_distortion
 from ddpm_fast.evaluation.quality import evaluate_quality, inception_score, precision_recall, quality_from_features
-from ddpm_fast.evaluation.rate_distortion import RateDistortion, rate_distortion
 from ddpm_fast.evaluation.report import write_bound
 from ddpm_fast.evaluation.samples import class_counts, neighbour_distance_ratio
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
+from ddpm_fast.diffusion import BoundTerms
 from ddpm_fast.diffusion.gaussian import GaussianDiffusion, Model
 from ddpm_fast.io.parts import Parts, pieces
 from ddpm_fast.io.ranks import Ranks
@@ -18,19 +19,14 @@ from ddpm_fast.ops._common import check_data
 
 
 @dataclass(frozen=True)
-class Bound:
-    """The bound of N images, split as in Ho et al. 2020, eq. 5. In bits per dimension but for the errors; float64 on CPU.
+class Bound(BoundTerms):
+    """The terms of the bound of N images, each at one t of each of K intervals, and what they come to; float64 on CPU.
 
     Attributes:
-        prior: (N,) L_T.
-        terms: (N, K) L_t of each image at one t of each of K intervals; column 0 is t = 0, the decoder.
-        mse: (N, K) mean squared error of x̂0 at these t, on the data's scale of [-1, 1].
+        prior, terms, mse: as :class:`~ddpm_fast.BoundTerms`; column 0 is t = 0, the decoder.
         first, counts: (K,) int64, the intervals: first t, and how many t. All counts are 1 in a full evaluation.
     """
 
-    prior: Tensor
-    terms: Tensor
-    mse: Tensor
     first: Tensor
     counts: Tensor
 
@@ -174,8 +170,8 @@ def evaluate_bound(
         x, sample = fetch(slice(part.start, part.stop)), part.start
         columns = enumerate(zip(first.tolist(), counts.tolist(), strict=True))
         timesteps = (low + t_key.at(stream=k, first_sample=sample).integers(len(x), size, x.device) for k, (low, size) in columns)
-        results = diffusion.bound_terms(model, x, timesteps, clip, noise_key.at(first_sample=sample), report=progress)
-        prior, terms, mse = (result.double().cpu() for result in results)  # the one wait for the device in a batch
+        found = diffusion.bound_terms(model, x, timesteps, clip, noise_key.at(first_sample=sample), report=progress)
+        prior, terms, mse = (result.double().cpu() for result in (found.prior, found.terms, found.mse))  # the one wait for the device in a batch
         if not terms.isfinite().all():
             bad = first[int((~terms.isfinite()).any(0).nonzero()[0])]
             raise ValueError(f"the bound is not finite at t = {int(bad)}: the model's output is NaN or infinite there")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.evaluation.bound import Bound, standard_error
-from ddpm_fast.evaluation.rate_distortion import RateDistortion, rate_distortion
+from ddpm_fast.evaluation.progressive import RateDistortion, rate_distortion
 from ddpm_fast.io.files import write_csv, write_json
 from ddpm_fast.io.plots import write_bound_plot, write_rate_distortion_plot
 

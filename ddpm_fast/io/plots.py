@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -256,37 +256,6 @@ def write_rate_distortion_plot(
             axes.legend(edgecolor="none", fontsize=9, labelcolor=_INK)
     if title is not None:
         figure.suptitle(title, fontsize=10, color=_INK)
-    _save(figure, path)
-
-
-def write_study_plot(path: str | os.PathLike, bounds: Sequence[Mapping[str, Any]], quality: Sequence[Mapping[str, Any]]) -> None:
-    """The bound and the quality of samples against the number of steps, side by side.
-
-    Args:
-        bounds, quality: rows as :class:`ddpm_fast.study.Study` has them. Rows of quality without a sampler are of real images.
-    """
-    figure = _figure(10.0, 4.2)
-    left, right = figure.subplots(1, 2)
-    variants = list(dict.fromkeys(row["variant"] for row in bounds))
-    styles = dict(zip(variants, ("-", "--")))
-    for variant in variants:
-        rows = [row for row in bounds if row["variant"] == variant]
-        error = [2 * row["standard_error"] for row in rows]
-        x, y = [row["steps"] for row in rows], [row["bits_per_dim"] for row in rows]
-        left.errorbar(x, y, error, color=_ACCENT, ls=styles[variant], marker="o", ms=3, label=f"{variant} variance")
-    samplers = list(dict.fromkeys(row["sampler"] for row in quality if row["sampler"]))
-    for colour, sampler in zip((_ACCENT, "#c2571a", "#3a8f4d"), samplers):
-        for variant in variants:
-            rows = [row for row in quality if (row["variant"], row["sampler"]) == (variant, sampler)]
-            x, y = [row["steps"] for row in rows], [row["fid"] for row in rows]
-            right.plot(x, y, color=colour, ls=styles[variant], marker="o", ms=3, label=f"{sampler}, {variant}")
-    for row in (row for row in quality if not row["sampler"]):
-        right.axhline(row["fid"], color=_INK, lw=0.8, ls=":", label="real held-out images")
-    for axes, name in ((left, "bound (bits/dim)"), (right, "FID to the training images")):
-        _label(axes, "steps", name, integers=False)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.legend(edgecolor="none", fontsize=8, labelcolor=_INK)
     _save(figure, path)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
 from ddpm_fast.backends import native
 from ddpm_fast.models import layers
-from ddpm_fast.models.levels import DownLevel, Middle, UpLevel
-from ddpm_fast.ops.attention import attention_cpu
-from ddpm_fast.ops.conv3x3 import conv3x3_cpu_call
-from ddpm_fast.ops.group_norm import group_norm_cpu_call
+from ddpm_fast.models.levels import DownLevel, Level, Middle, UpLevel
+from ddpm_fast.ops._attention import attention_cpu
+from ddpm_fast.ops._conv3x3 import conv3x3_cpu_call
+from ddpm_fast.ops._group_norm import group_norm_cpu_call
+
+if TYPE_CHECKING:
+    from ddpm_fast.models.unet import UNet
 
 _KNOWN = {
     DownLevel, Middle, UpLevel, layers.Conv3x3, layers.Downsample, layers.GroupNormAct, layers.ResidualBlock, layers.SelfAttention,
@@ -31,7 +34,7 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def plan_obstacle(model: nn.Module, like: Tensor) -> str:
+def plan_obstacle(model: UNet, like: Tensor) -> str:
     """Why a UNet's passes cannot be planned for batches like this one; empty where they can."""
     if not like.is_cpu or like.dtype != torch.float32:
         return "plans are for the CPU in float32"
@@ -65,12 +68,13 @@ class UNetPlan:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, shape: torch.Size, timesteps: Tensor, labels: Tensor | None) -> None:
+    def __init__(self, model: UNet, shape: torch.Size, timesteps: Tensor, labels: Tensor | None) -> None:
         model._check_inputs(torch.empty(shape, device="meta"), torch.empty(shape[0], device="meta"), labels)
         self._samples = shape[0]
-        self._calls: list[tuple[Callable, tuple]] = []
+        self._calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
         self._kept: list[Any] = []  # tensors whose addresses the calls have
+        self._set_time: Callable[[int], object]
         self._prepare_time(model, timesteps, labels)
         self._input = _floats(self._samples, *shape[2:], shape[1])
         last = self._network(model)
@@ -88,7 +92,7 @@ class UNetPlan:
 
     # What the blocks add for the time, and the class.
 
-    def _prepare_time(self, model: nn.Module, timesteps: Tensor, labels: Tensor | None) -> None:
+    def _prepare_time(self, model: UNet, timesteps: Tensor, labels: Tensor | None) -> None:
         blocks = list(_blocks(model))
         weight = torch.cat([block.time_projection.weight for block in blocks])
         bias = torch.cat([block.time_projection.bias for block in blocks])
@@ -106,33 +110,33 @@ class UNetPlan:
 
     # The network, as UNet.forward has it. Tensors here are (N, H, W, C), contiguous.
 
-    def _network(self, model: nn.Module) -> Tensor:
+    def _network(self, model: UNet) -> Tensor:
         x = self._conv3x3(model.conv_in, self._input)
         skips = [x]
         for level in model.down:
             for k, block in enumerate(level.blocks):
                 x = self._attended(level, k, self._block(block, x))
                 skips.append(x)
-            if hasattr(level, "downsample"):
+            if level.downsample is not None:
                 x = self._downsample(level.downsample, x)
                 skips.append(x)
         first = self._block(model.mid.block1, x)
         middle = self._attention(model.mid.attention, first)
         x = self._block(model.mid.block2, middle)
         self._give(first, middle)
-        for level in model.up:
-            for k, block in enumerate(level.blocks):
+        for level_up in model.up:
+            for k, block in enumerate(level_up.blocks):
                 skip = skips.pop()
-                both = self._take(*x.shape[1:3], x.shape[3] + skip.shape[3])
+                both = self._take(x.shape[1], x.shape[2], x.shape[3] + skip.shape[3])
                 self._add(torch.cat, [x, skip], 3, out=both)
                 self._give(x, skip)
-                x = self._attended(level, k, self._block(block, both))
+                x = self._attended(level_up, k, self._block(block, both))
                 self._give(both)
-            if hasattr(level, "upsample"):
+            if level_up.upsample is not None:
                 small, (height, width, channels) = x, x.shape[1:]
                 large = self._take(2 * height, 2 * width, channels)
                 self._add(large.view(-1, height, 2, width, 2, channels).copy_, small.view(-1, height, 1, width, 1, channels))
-                x = self._conv3x3(level.upsample.conv, large)
+                x = self._conv3x3(level_up.upsample.conv, large)
                 self._give(small, large)
         y = self._norm(model.norm_out, x)
         return self._conv3x3(model.conv_out, y)
@@ -148,7 +152,7 @@ class UNetPlan:
         self._give(normed, *([] if shortcut is x else [shortcut]))
         return y
 
-    def _attended(self, level: nn.Module, k: int, x: Tensor) -> Tensor:
+    def _attended(self, level: Level, k: int, x: Tensor) -> Tensor:
         if not len(level.attentions):
             return x
         y = self._attention(level.attentions[k], x)
@@ -177,7 +181,7 @@ class UNetPlan:
         return y
 
     def _conv3x3(self, layer: layers.Conv3x3, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self._take(*x.shape[1:3], layer.out_channels)
+        y = self._take(x.shape[1], x.shape[2], layer.out_channels)
         added = None if residual is None else residual.permute(0, 3, 1, 2)
         call, kept = conv3x3_cpu_call(x.permute(0, 3, 1, 2), layer.weight, layer.bias.clone(), added, y)
         self._kept.append(kept)
@@ -185,20 +189,20 @@ class UNetPlan:
         return y
 
     def _conv1x1(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
-        y = self._take(*x.shape[1:3], layer.out_channels)
-        weight, bias = layer.weight.flatten(1).clone(), layer.bias.clone()
+        y = self._take(x.shape[1], x.shape[2], layer.out_channels)
+        weight, bias = layer.weight.flatten(1).clone(), cast(Tensor, layer.bias).clone()
         self._add(torch.addmm, bias, x.view(-1, layer.in_channels), weight.t(), out=y.view(-1, layer.out_channels))
         return y
 
     def _downsample(self, layer: layers.Downsample, x: Tensor) -> Tensor:
         y = self._take(x.shape[1] // 2, x.shape[2] // 2, layer.conv.out_channels)
-        weight, bias = layer.conv.weight.clone(), layer.conv.bias.clone()
+        weight, bias = layer.conv.weight.clone(), cast(Tensor, layer.conv.bias).clone()
         self._add(lambda: y.permute(0, 3, 1, 2).copy_(F.conv2d(F.pad(x.permute(0, 3, 1, 2), (0, 1, 0, 1)), weight, bias, stride=2)))
         return y
 
     # Calls and their memory.
 
-    def _add(self, function: Callable, *arguments: Any, **options: Any) -> None:
+    def _add(self, function: Callable[..., object], *arguments: Any, **options: Any) -> None:
         self._calls.append((partial(function, **options) if options else function, arguments))
 
     def _take(self, height: int, width: int, channels: int) -> Tensor:
@@ -215,9 +219,9 @@ def _floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever PyTorch's defaults are
 
 
-def _blocks(model: nn.Module) -> Iterator[layers.ResidualBlock]:
+def _blocks(model: UNet) -> Iterator[layers.ResidualBlock]:
     for level in model.down:
         yield from level.blocks
     yield from (model.mid.block1, model.mid.block2)
-    for level in model.up:
-        yield from level.blocks
+    for level_up in model.up:
+        yield from level_up.blocks

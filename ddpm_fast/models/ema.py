@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class EMA:
             with torch.no_grad():
                 _copy(kept)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """{"num_updates": int, "parameters": {name: tensor}, "buffers": {name: tensor}}.
 
         The tensors are the live ones, as with `nn.Module.state_dict`: clone them to keep a moment.
@@ -107,7 +108,7 @@ class EMA:
         return {"num_updates": self.num_updates, "parameters": dict(self._parameters), "buffers": dict(self._buffers)}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, exactly. Nothing is changed when it does not fit.
 
         Raises:
@@ -131,7 +132,8 @@ class EMA:
 
     def _matched(self, model: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
         """Each shadow with the tensor of `model` that it follows, those that are averaged and those that are copied, or ValueError."""
-        averaged, copied = [], []
+        averaged: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
         for kind, own, theirs in zip(("parameter", "buffer"), (self._parameters, self._buffers), _tensors(model), strict=True):
             _check(kind, own, theirs, "model")
             for name, tensor in own.items():
@@ -151,15 +153,15 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules:  # of torch.compile
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         else:
             break
-    return tuple({name: x.detach() for name, x in named} for named in (model.named_parameters(), model.named_buffers()))
+    return {name: p.detach() for name, p in model.named_parameters()}, {name: b.detach() for name, b in model.named_buffers()}
 
 
 def _reshard(model: nn.Module) -> None:
     """Where a model is sharded, drop what a pass has gathered: its parameters are the shards then, and later passes gather anew."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in () if fsdp is None else model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
@@ -167,13 +169,14 @@ def _reshard(model: nn.Module) -> None:
 
 def _local(x: Tensor) -> Tensor:
     """This process's part of a DTensor: elementwise work needs no more."""
-    return x.to_local() if _sharding(x) else x
+    return cast(Any, x).to_local() if _sharding(x) else x
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """From the second of each pair to the first."""
     if pairs:
-        torch._foreach_copy_(*zip(*pairs, strict=True))
+        targets, sources = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, sources)
 
 
 def _is_float(x: Tensor) -> bool:
@@ -184,8 +187,8 @@ def _shadow_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float32 if parameter.is_floating_point() and parameter.element_size() < 4 else parameter.dtype
 
 
-def _sharding(x: Tensor) -> tuple | None:
-    """Of a DTensor."""
+def _sharding(x: Any) -> tuple[Any, Any] | None:
+    """Mesh and placements of a DTensor; None for a plain tensor."""
     return (x.device_mesh, x.placements) if type(x) is not Tensor and hasattr(x, "placements") else None
 
 

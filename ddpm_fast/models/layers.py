@@ -7,6 +7,7 @@ ddpm_fast.ops. All layers take NCHW tensors in channels_last memory format and k
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int =
     """A Conv2d with the initial weights of Ho et al.: fan-average uniform, zero bias."""
     layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride)
     init_fan_avg_uniform_(layer.weight, init_scale)
-    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(cast(Tensor, layer.bias))
     return layer
 
 
@@ -50,6 +51,8 @@ class Conv3x3(nn.Conv2d):
 
     Called with a residual it adds it. Where no gradient is needed it may be ddpm_fast.ops.conv3x3's kernel.
     """
+
+    bias: Tensor  # always there
 
     def __init__(self, in_channels: int, out_channels: int, *, init_scale: float = 1.0) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -64,7 +67,7 @@ def linear(in_features: int, out_features: int) -> nn.Linear:
     """A Linear with the initial weights of Ho et al.: fan-average uniform, zero bias."""
     layer = nn.Linear(in_features, out_features)
     init_fan_avg_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(cast(Tensor, layer.bias))
     return layer
 
 

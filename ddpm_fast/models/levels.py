@@ -1,9 +1,13 @@
 """The levels of the UNet: what stands at one resolution, and the dropouts' noise."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from ddpm_fast.models.layers import Downsample, ResidualBlock, SelfAttention, Upsample
 from ddpm_fast.noise import Noise
 
 SAMPLES_A_BLOCK = 2**48  # how far apart the dropouts of two blocks take their masks from
@@ -26,12 +30,11 @@ class Masks:
 class Level(nn.Module):
     """The blocks of one resolution on the way down or up, then the change of resolution, if there is one."""
 
-    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], resample: dict[str, nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[ResidualBlock], attentions: Sequence[SelfAttention]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.attentions = nn.ModuleList(attentions)
-        for name, module in resample.items():
-            self.add_module(name, module)
+        # For a type checker a ModuleList has lost what it is a list of.
+        self.blocks = cast("Sequence[ResidualBlock]", nn.ModuleList(blocks))
+        self.attentions = cast("Sequence[SelfAttention]", nn.ModuleList(attentions))
 
     def step(self, index: int, x: Tensor, embedding: Tensor, masks: Masks) -> Tensor:
         """One residual block and, where this level has attention, the attention after it."""
@@ -40,27 +43,35 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
+    def __init__(self, blocks: Sequence[ResidualBlock], attentions: Sequence[SelfAttention], downsample: Downsample | None) -> None:
+        super().__init__(blocks, attentions)
+        self.downsample = downsample
+
     def forward(self, x: Tensor, embedding: Tensor, masks: Masks, skips: list[Tensor]) -> Tensor:
         """Appends each output, the downsampled one too, to `skips`."""
         for index in range(len(self.blocks)):
             x = self.step(index, x, embedding, masks)
             skips.append(x)
-        if hasattr(self, "downsample"):
+        if self.downsample is not None:
             x = self.downsample(x)
             skips.append(x)
         return x
 
 
 class UpLevel(Level):
+    def __init__(self, blocks: Sequence[ResidualBlock], attentions: Sequence[SelfAttention], upsample: Upsample | None) -> None:
+        super().__init__(blocks, attentions)
+        self.upsample = upsample
+
     def forward(self, x: Tensor, embedding: Tensor, masks: Masks, skips: list[Tensor]) -> Tensor:
         """Takes one entry from the end of `skips` for each block."""
         for index in range(len(self.blocks)):
             x = self.step(index, torch.cat([x, skips.pop()], dim=1), embedding, masks)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        return x if self.upsample is None else self.upsample(x)
 
 
 class Middle(nn.Module):
-    def __init__(self, block1: nn.Module, attention: nn.Module, block2: nn.Module) -> None:
+    def __init__(self, block1: ResidualBlock, attention: SelfAttention, block2: ResidualBlock) -> None:
         super().__init__()
         self.block1 = block1
         self.attention = attention

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-PRESETS: dict[str, dict] = {
+from typing import Any
+
+from ddpm_fast.types import Preset
+
+PRESETS: dict[Preset, dict[str, Any]] = {
     # The network of Ho et al. (2020) for CIFAR-10, argument by argument: 35,746,307 parameters.
     "cifar10": dict(
         in_channels=3, base_channels=128, channel_mult=(1, 2, 2, 2), num_blocks=2, attention_resolutions=(16,),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import operator
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from ddpm_fast.models.layers import Conv3x3, Downsample, GroupNormAct, ResidualB
 from ddpm_fast.models.levels import SAMPLES_A_BLOCK, DownLevel, Masks, Middle, UpLevel
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.noise import Noise
+from ddpm_fast.types import Preset
 
 
 class UNet(nn.Module):
@@ -64,9 +67,9 @@ class UNet(nn.Module):
         in_channels: int = 3,
         out_channels: int | None = None,
         base_channels: int = 128,
-        channel_mult: tuple[int, ...] = (1, 2, 2, 2),
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
         num_blocks: int = 2,
-        attention_resolutions: tuple[int, ...] = (16,),
+        attention_resolutions: Sequence[int] = (16,),
         image_size: int = 32,
         num_heads: int = 1,
         head_channels: int | None = None,
@@ -78,7 +81,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        self._config = dict(
+        self._config: dict[str, Any] = dict(
             in_channels=in_channels, out_channels=out_channels, base_channels=base_channels,
             channel_mult=channel_mult, num_blocks=num_blocks,
             attention_resolutions=attention_resolutions, image_size=image_size, num_heads=num_heads,
@@ -105,40 +108,40 @@ class UNet(nn.Module):
             return SelfAttention(channels, heads, norm_groups, norm_eps)
 
         self.time_embedding = TimeEmbedding(base_channels)
-        # Row K is the null class: what `y=None` means, and what label dropout trains.
+        # Row K is the null class: what `labels=None` means, and what label dropout trains.
         self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_channels)
         self.conv_in = Conv3x3(in_channels, base_channels)
 
         channels = base_channels
         skip_channels = [channels]
-        self.down = nn.ModuleList()
+        down = []
         for level, width in enumerate(widths):
-            blocks, attentions, resample = [], [], {}
+            blocks, attentions = [], []
             for _ in range(num_blocks):
                 blocks.append(block(channels, width))
                 channels = width
                 if resolutions[level] in attention_resolutions:
                     attentions.append(attention(channels))
                 skip_channels.append(channels)
-            if level < len(widths) - 1:
-                resample["downsample"] = Downsample(channels)
+            last = level == len(widths) - 1
+            if not last:
                 skip_channels.append(channels)
-            self.down.append(DownLevel(blocks, attentions, resample))
+            down.append(DownLevel(blocks, attentions, None if last else Downsample(channels)))
+        self.down = cast("Sequence[DownLevel]", nn.ModuleList(down))
 
         self.mid = Middle(block(channels, channels), attention(channels), block(channels, channels))
 
         # In order of execution: up[0] has the lowest resolution.
-        self.up = nn.ModuleList()
+        up = []
         for level, width in reversed(list(enumerate(widths))):
-            blocks, attentions, resample = [], [], {}
+            blocks, attentions = [], []
             for _ in range(num_blocks + 1):
                 blocks.append(block(channels + skip_channels.pop(), width))
                 channels = width
                 if resolutions[level] in attention_resolutions:
                     attentions.append(attention(channels))
-            if level > 0:
-                resample["upsample"] = Upsample(channels)
-            self.up.append(UpLevel(blocks, attentions, resample))
+            up.append(UpLevel(blocks, attentions, Upsample(channels) if level > 0 else None))
+        self.up = cast("Sequence[UpLevel]", nn.ModuleList(up))
 
         self.norm_out = GroupNormAct(norm_groups, channels, norm_eps)
         self.conv_out = Conv3x3(channels, out_channels * (2 if learned_variance else 1), init_scale=0.0)
@@ -146,7 +149,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> UNet:
+    def from_preset(cls, name: Preset, **overrides: Any) -> UNet:
         """Build a network of the table in presets.py.
 
         Args:
@@ -159,18 +162,18 @@ class UNet(nn.Module):
         return cls(**{**PRESETS[checks.choice("preset", name, sorted(PRESETS))], **overrides})
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """The arguments of this network, JSON-able: `UNet(**model.config)` has the same architecture."""
         return copy.deepcopy(self._config)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, *, dropout: Noise | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, *, dropout: Noise | None = None) -> Tensor:
         """Predict from x_t and t (the noise, or whatever the network was trained for).
 
         Args:
             x_t: (N, in_channels, H, W) of any floating dtype; all is computed in that of the weights, or as autocast has it. H and W
                 divisible by 2**(levels - 1). NCHW and channels_last are both taken; inside it is channels_last.
             t: (N,), int64 in {0, ..., T-1} or floating point, on the device of x_t.
-            y: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
+            labels: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
                 The values are not checked here: that would synchronise the device. (On CPU the lookup raises.)
             dropout: what the masks are made from while training: the same ones on any device and for any batch size, its
                 first_sample telling where the batch begins; below 2^48 for all samples. Replicas of the model that have a part
@@ -182,19 +185,19 @@ class UNet(nn.Module):
 
         Raises:
             TypeError: for what is no tensor, or of a wrong dtype.
-            ValueError: for a wrong shape, or y given to an unconditional model.
+            ValueError: for a wrong shape, or labels given to a model without classes.
         """
-        self._check_inputs(x_t, t, y)
+        self._check_inputs(x_t, t, labels)
         dtype = self.conv_in.weight.dtype
         if x_t.dtype != dtype and not _autocast_unites(x_t, dtype):
-            return self.forward(x_t.to(dtype), t, y, dropout=dropout).to(x_t.dtype)
+            return self.forward(x_t.to(dtype), t, labels, dropout=dropout).to(x_t.dtype)
         if dropout is not None and checks.instance("dropout", dropout, Noise).first_sample + x_t.shape[0] > SAMPLES_A_BLOCK:
             raise ValueError(f"dropout must be a Noise whose samples are below 2^48, got {dropout} for {x_t.shape[0]} samples")
         masks = Masks(dropout)
         embedding = self.time_embedding(t)
         if self.label_embedding is not None:
-            labels = self.label_embedding.weight[self.num_classes] if y is None else self.label_embedding(y)
-            embedding = embedding + labels
+            classes = self.label_embedding.weight[self.num_classes] if labels is None else self.label_embedding(labels)
+            embedding = embedding + classes
         embedding = F.silu(embedding)
 
         # A one-channel image is in both layouts at once and the convolution would choose NCHW: hence after conv_in too.
@@ -204,8 +207,8 @@ class UNet(nn.Module):
         for level in self.down:
             x = level(x, embedding, masks, skips)
         x = self.mid(x, embedding, masks)
-        for level in self.up:
-            x = level(x, embedding, masks, skips)
+        for level_up in self.up:
+            x = level_up(x, embedding, masks, skips)
         return self.conv_out(self.norm_out(x)).contiguous()
 
     def cpu_plan(self, like: Tensor, samples: int, timesteps: Tensor, labels: Tensor | None) -> UNetPlan | None:
@@ -221,7 +224,7 @@ class UNet(nn.Module):
             return None
         return UNetPlan(self, torch.Size((samples, *like.shape[1:])), timesteps, labels)
 
-    def _check_inputs(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> None:
+    def _check_inputs(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> None:
         if checks.tensor("x_t", x_t).dim() != 4 or x_t.shape[1] != self.in_channels:
             raise ValueError(f"x_t must have shape (N, {self.in_channels}, H, W), got {tuple(x_t.shape)}")
         if not x_t.is_floating_point():
@@ -233,14 +236,14 @@ class UNet(nn.Module):
             raise TypeError(f"t must have dtype torch.int64 or a floating-point dtype, got {t.dtype}")
         if t.dim() != 1 or t.shape[0] != n:
             raise ValueError(f"t must have shape ({n},), got {tuple(t.shape)}")
-        if y is None:
+        if labels is None:
             return
         if self.label_embedding is None:
-            raise ValueError("y must be None: this model is unconditional (num_classes=None)")
-        if checks.tensor("y", y).dtype != torch.int64:
-            raise TypeError(f"y must have dtype torch.int64, got {y.dtype}")
-        if y.dim() != 1 or y.shape[0] != n:
-            raise ValueError(f"y must have shape ({n},), got {tuple(y.shape)}")
+            raise ValueError("labels must be None for a model without classes (num_classes=None)")
+        if checks.tensor("labels", labels).dtype != torch.int64:
+            raise TypeError(f"labels must have dtype torch.int64, got {labels.dtype}")
+        if labels.dim() != 1 or labels.shape[0] != n:
+            raise ValueError(f"labels must have shape ({n},), got {tuple(labels.shape)}")
 
 
 def _autocast_unites(x: Tensor, dtype: torch.dtype) -> bool:
@@ -253,7 +256,7 @@ _OPTIONAL = "head_channels", "num_classes"
 _INTEGERS = "in_channels", "out_channels", "base_channels", "num_blocks", "image_size", "num_heads", "norm_groups", *_OPTIONAL
 
 
-def _check_config(config: dict) -> None:
+def _check_config(config: dict[str, Any]) -> None:
     """Raise TypeError or ValueError unless the arguments describe a network. What they hold becomes JSON-able: Python's own numbers."""
     for name in _INTEGERS:
         if config[name] is not None or name not in _OPTIONAL:
@@ -304,9 +307,9 @@ def _check_config(config: dict) -> None:
 def _positive_int(name: str, value: object) -> int:
     """NumPy's integers are integers too."""
     try:
-        value = operator.index(None if isinstance(value, bool) else value)
+        found = operator.index(cast(SupportsIndex, None if isinstance(value, bool) else value))  # which says if it is none
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, got {found}")
+    return found

@@ -38,7 +38,7 @@ FOLD_SAMPLE_KNOWN = 10
 class Noise:
     """ε ~ N(0, I) of any shape, given by three integers instead of a tensor. Immutable.
 
-    Stands wherever a noise tensor may be given. The values depend on (seed, stream, sample index, element index)
+    Every function that takes a noise tensor takes a Noise. The values depend on (seed, stream, sample index, element index)
     alone: not on the device, the batch size, the memory layout, the number of threads or of ranks. Under torch.func.vmap its
     ``randomness`` decides: "different" draws by the batch index, as a batch would, "error" (the default) refuses.
 
@@ -55,6 +55,9 @@ class Noise:
     """
 
     __slots__ = ("first_sample", "seed", "stream")
+    seed: int
+    stream: int
+    first_sample: int
 
     def __init__(self, seed: int, stream: int = 0, first_sample: int = 0) -> None:
         object.__setattr__(self, "seed", _check_integer("seed", seed, 64))
@@ -73,7 +76,7 @@ class Noise:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[Noise], tuple[int, int, int]]:
         return Noise, self._key()
 
     def _key(self) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def dropout_mask_reference(
     return kept.view(count, pixels, channels).transpose(1, 2).reshape(shape)
 
 
-def philox4x32_10(c0, c1, c2, c3, k0, k1):
+def philox4x32_10(c0: Any, c1: Any, c2: Any, c3: Any, k0: int, k1: int) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10 on words of 32 bits, held in ints or int64 tensors. Returns four words."""
     for _ in range(10):
         high0, low0 = _multiply_wide(0xD2511F53, c0)
@@ -47,7 +48,7 @@ def philox4x32_10(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-def _multiply_wide(a, b):
+def _multiply_wide(a: int, b: Any) -> tuple[Any, Any]:
     """High and low word of a 32 × 32 bit product, in two 48-bit halves: a 64-bit product would overflow int64."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     middle = (low >> 16) + high

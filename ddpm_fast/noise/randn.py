@@ -51,7 +51,7 @@ def normals(
 ) -> Tensor:
     """The standard normals of a key as a tensor; arguments and errors as of :func:`ddpm_fast.ops.randn`."""
     if not isinstance(shape, Iterable):
-        raise TypeError(f"shape must be sizes (N, ...), got {shape!r}")
+        raise TypeError(f"shape must be sizes (N, ...), got {checks.shown(shape)}")
     shape = torch.Size([checks.index("a size", size) for size in shape])
     if dtype not in FLOATING:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ddpm_fast._memory import overlap
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops.randn import randn
+from ddpm_fast.ops._randn import randn
 from ddpm_fast.sampling.step import ReverseStep
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -81,11 +82,11 @@ class StepGraph:
     def set_labels(self, labels: Tensor | None) -> StepGraph:
         """For the next batch; whether there are any, and how many, is fixed."""
         if labels is not None:
-            self.step.labels[: len(labels)].copy_(labels)
+            cast(Tensor, self.step.labels)[: len(labels)].copy_(labels)
         return self
 
     def __call__(
-        self, row: int, x_t: Tensor, noise: Noise | Tensor, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
+        self, row: int, x_t: Tensor, noise: Noise, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """As :class:`ReverseStep`; without ``keep`` it gives its own memory, which the next step writes over."""
         if x_t is not self.x:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,11 @@ from ddpm_fast.noise import FOLD_SAMPLE_KNOWN, FOLD_SAMPLE_START, FOLD_SAMPLE_ST
 from ddpm_fast.ops._common import check_data, check_unit_range
 from ddpm_fast.sampling.cuda_graph import Capture, StepGraph, cuda_capture
 from ddpm_fast.sampling.step import Guidance, ReverseStep
+from ddpm_fast.types import SamplerName, Spacing
 
 Model = Callable[..., Tensor]
-Callback = Callable[[int, Tensor, Tensor], None]
+Callback = Callable[[int, Tensor, Tensor], object]
+Constrain = Callable[[int | None, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def sample_loop(
     x_t: Tensor,
     noise: Noise,
     *,
-    constrain: Callable[[int | None, Tensor], Tensor] | None = None,
+    constrain: Constrain | None = None,
     keep: bool = True,
     with_x_start: bool = True,
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -93,10 +94,10 @@ class Sampler:
         self,
         model: Model,
         diffusion: GaussianDiffusion,
-        sampler: str = "ddpm",
+        sampler: SamplerName = "ddpm",
         *,
-        steps: int | Sequence[int] | None = None,
-        spacing: str = "even",
+        steps: int | Sequence[int] | Tensor | None = None,
+        spacing: Spacing = "even",
         eta: float = 0.0,
         clip: bool = True,
         threshold: float | None = None,
@@ -108,9 +109,10 @@ class Sampler:
         self.clip, self.graph = checks.flag("clip", clip), None if graph is None else checks.flag("graph", graph)
         self._make_table = partial(make_table, diffusion, sampler, eta=eta)
         self.table = self._make_table(steps, spacing=spacing)
-        self.threshold = None if threshold is None else checks.number("threshold", threshold, "lie in (0, 1]")
-        if threshold is not None and not 0.0 < self.threshold <= 1.0:
+        share = None if threshold is None else checks.number("threshold", threshold, "lie in (0, 1]")
+        if share is not None and not 0.0 < share <= 1.0:
             raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+        self.threshold = share
         guidance = checks.number("guidance", guidance)
         if threshold is not None and self.table.output_is_mean:
             raise ValueError("threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take sampler 'ddim'")
@@ -118,7 +120,7 @@ class Sampler:
         if guidance != 1.0 and null_label is None:
             raise ValueError(f"guidance {guidance} needs to know what the model takes for no class; give null_label")
         self.guidance = Guidance(guidance, null_label)
-        self._graphs: dict[tuple, StepGraph] = {}
+        self._graphs: dict[tuple[object, ...], StepGraph] = {}
         self._capture: Capture = cuda_capture  # a test puts another in its place
 
     def __call__(
@@ -133,11 +135,11 @@ class Sampler:
         callback: Callback | None = None,
         keep: bool = True,
     ) -> Tensor:
-        """Draws a batch.
+        """Draws a batch, the same one on each call with the same ``seed``, which is 0 unless given.
 
         Args:
             shape: (N, C, ...).
-            seed: 0..2^64-1.
+            seed: 0..2^64-1; another one, or another ``first_sample``, gives other images.
             labels: (N,) int64, classes for a class-conditional model: in 0..K-1 where it has a ``num_classes`` of K, or the null label.
             known: (x_start, mask) for inpainting: where mask is True, images keep x_start, which is noised to each step's level so
                 that the rest is drawn to fit (Lugmayr et al. 2022, algorithm 1 without resampling; Song et al. 2021, appendix I.2).
@@ -213,29 +215,38 @@ class Sampler:
 
     @torch.no_grad()
     def _run(
-        self, x: Tensor, key: Noise, labels: Tensor | None, table: StepTable | None = None, *, callback: Callback | None = None, keep: bool = False,
-        **options: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        key: Noise,
+        labels: Tensor | None,
+        table: StepTable | None = None,
+        *,
+        constrain: Constrain | None = None,
+        callback: Callback | None = None,
+        keep: bool = False,
+    ) -> Tensor:
         watched = callback is not None
         step = self._step(x, labels, table or self.table)
-        steps = sample_loop(step, x, key.fold_in(FOLD_SAMPLE_STEPS), keep=watched and keep, with_x_start=watched, **options)
+        steps = sample_loop(step, x, key.fold_in(FOLD_SAMPLE_STEPS), constrain=constrain, keep=watched and keep, with_x_start=watched)
         for t, x, x_start in steps:
-            if callback is not None:
+            if callback is not None and x_start is not None:
                 callback(t, x, x_start)
         return x.clone() if isinstance(step, StepGraph) else x  # a graph's own memory serves its next batch
 
     def _step(self, x: Tensor, labels: Tensor | None, table: StepTable) -> ReverseStep | StepGraph:
         captures = x.is_cuda and isinstance(self.model, torch.nn.Module) if self.graph is None else self.graph
-        options = dict(clip=self.clip, threshold=self.threshold, labels=labels, guidance=self.guidance, planned=not captures)
+        make = partial(
+            ReverseStep, self.model, table, x, clip=self.clip, threshold=self.threshold, labels=labels, guidance=self.guidance, planned=not captures
+        )
         if not captures:
-            return ReverseStep(self.model, table, x, **options)
+            return make()
         place = x.shape, x.device, labels is None, len(table), self._state_of_model()
         if place not in self._graphs:
             self._graphs.clear()  # one at a time: a graph holds the memory of a whole pass
-            self._graphs[place] = StepGraph(ReverseStep(self.model, table, x, **options), x, self._capture)
+            self._graphs[place] = StepGraph(make(), x, self._capture)
         return self._graphs[place].set_labels(labels)
 
-    def _state_of_model(self) -> tuple:
+    def _state_of_model(self) -> tuple[object, ...]:
         """What a recorded pass depends on: which modules, their modes and hooks, and where the weights are and how they lie, not what they are."""
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         if not isinstance(self.model, torch.nn.Module):
@@ -267,7 +278,7 @@ class Sampler:
                 raise ValueError(f"labels must lie in 0..{classes - 1}, or be the null label, got labels[{i}] = {int(labels[i])}")
         return labels.to(device)
 
-    def _constrain(self, known: tuple[Tensor, Tensor], shape: torch.Size, device: torch.device, key: Noise) -> Callable[[int | None, Tensor], Tensor]:
+    def _constrain(self, known: tuple[Tensor, Tensor], shape: torch.Size, device: torch.device, key: Noise) -> Constrain:
         """Puts the known part, noised to time t (None: as it is), where the mask says."""
         if not isinstance(known, (tuple, list)) or len(known) != 2 or not all(isinstance(part, Tensor) for part in known):
             raise TypeError(f"known must be two tensors, (x_start, mask), got {type(known).__name__}")
@@ -296,7 +307,7 @@ def _shape(shape: Sequence[int]) -> torch.Size:
         sizes = []
     if len(sizes) < 2:
         got = tuple(shape) if isinstance(shape, (list, tuple)) else shape
-        raise ValueError(f"shape must be (N, C, ...) with sizes of at least 1, got {got!r}")
+        raise ValueError(f"shape must be (N, C, ...) with sizes of at least 1, got {checks.shown(got)}")
     return torch.Size(sizes)
 
 
@@ -306,7 +317,7 @@ def _weights(weights: Sequence[float]) -> list[float]:
     except (TypeError, ValueError):
         found = []
     if not found or not all(0.0 <= weight <= 1.0 for weight in found):
-        raise ValueError(f"weights must be one or more numbers in [0, 1], got {weights!r}")
+        raise ValueError(f"weights must be one or more numbers in [0, 1], got {checks.shown(weights)}")
     return found
 
 
@@ -316,21 +327,32 @@ def sample(
     shape: Sequence[int],
     seed: int = 0,
     *,
-    sampler: str = "ddpm",
+    sampler: SamplerName = "ddpm",
+    steps: int | Sequence[int] | Tensor | None = None,
+    spacing: Spacing = "even",
+    eta: float = 0.0,
+    clip: bool = True,
+    threshold: float | None = None,
+    guidance: float = 1.0,
+    null_label: int | None = None,
+    graph: bool | None = None,
     labels: Tensor | None = None,
     known: tuple[Tensor, Tensor] | None = None,
     first_sample: int = 0,
     device: torch.device | str | None = None,
     callback: Callback | None = None,
     keep: bool = True,
-    **options: Any,
 ) -> Tensor:
-    """Draws one batch of samples: ``Sampler(model, diffusion, sampler, **options)(shape, seed, ...)``.
+    """Draws one batch of samples, the same one on each call with the same ``seed``, which is 0 unless given.
 
-    Args, Raises: as :class:`Sampler` and its call.
+    Args, Raises: as :class:`Sampler` has them, up to ``graph``, and as its call has them. Two batches that are to differ need
+        two seeds, or one seed and another ``first_sample``.
 
     Returns:
         (N, C, ...) float32.
     """
-    draw = Sampler(model, diffusion, sampler, **options)
+    draw = Sampler(
+        model, diffusion, sampler, steps=steps, spacing=spacing, eta=eta, clip=clip, threshold=threshold, guidance=guidance,
+        null_label=null_label, graph=graph,
+    )  # fmt: skip
     return draw(shape, seed, labels=labels, known=known, first_sample=first_sample, device=device, callback=callback, keep=keep)

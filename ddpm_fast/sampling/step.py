@@ -13,7 +13,7 @@ from ddpm_fast.diffusion.samplers import StepTable
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import gather
 from ddpm_fast.ops._output import check_output, split_output
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
 
 
 class Guidance(NamedTuple):
@@ -59,10 +59,10 @@ class ReverseStep:
         count = len(like)
         self.row_index = torch.arange(len(self.timesteps), device=like.device)[:, None].expand(-1, count).contiguous()
         self.guidance = guidance
-        guided = labels is not None and guidance.scale != 1.0
-        self.model_t = table.timesteps.to(like.device)[:, None].expand(-1, 2 * count if guided else count).contiguous()
-        self.labels = torch.cat([labels, torch.full_like(labels, guidance.null_label)]) if guided else labels
-        self.guided = guided
+        self.guided, self.labels = False, labels
+        if labels is not None and guidance.null_label is not None and guidance.scale != 1.0:
+            self.guided, self.labels = True, torch.cat([labels, torch.full_like(labels, guidance.null_label)])
+        self.model_t = table.timesteps.to(like.device)[:, None].expand(-1, 2 * count if self.guided else count).contiguous()
         make_plan = getattr(type(model), "cpu_plan", None) if planned else None
         self.plan = None if make_plan is None else make_plan(model, like, self.model_t.shape[1], table.timesteps, self.labels)
         if threshold is not None:
@@ -92,7 +92,7 @@ class ReverseStep:
         return torch.cat([x_t, x_t]) if self.guided else x_t
 
     def apply(
-        self, x_t: Tensor, out: Tensor, row: Tensor, noise: Noise | Tensor, x_start_previous: Tensor | None, x_next: Tensor | None, x_start: Tensor | bool
+        self, x_t: Tensor, out: Tensor, row: Tensor, noise: Noise | Tensor | None, x_start_previous: Tensor | None, x_next: Tensor | None, x_start: Tensor | bool
     ) -> tuple[Tensor, Tensor | None]:
         """p_step, after what the model gave is guided and thresholded; arguments as there."""
         rows, clip, guidance = self.rows, self.clip, None
@@ -100,23 +100,23 @@ class ReverseStep:
             out, without = out.chunk(2)
             guidance = without, self.guidance.scale
         if self.threshold is not None:
-            out, guidance, rows, clip = self._thresholded(x_t, out, row, guidance), None, self.given_x_start, False
-        x_next, x_start = ops.p_step(
+            out, guidance, rows, clip = self._thresholded(x_t, out, row, guidance, self.threshold), None, self.given_x_start, False
+        x_next, guess = ops.p_step(
             x_t, out, row, rows, noise, variance=self.table.variance, clip=clip and not self.table.output_is_mean,
             x_start_previous=x_start_previous, guidance=guidance, x_next=x_next, x_start=x_start,
         )  # fmt: skip
-        if clip and self.table.output_is_mean and x_start is not None:
-            x_start.clamp_(-1.0, 1.0)
-        return x_next, x_start
+        if clip and self.table.output_is_mean and guess is not None:
+            guess.clamp_(-1.0, 1.0)
+        return x_next, guess
 
-    def _thresholded(self, x_t: Tensor, out: Tensor, row: Tensor, guidance: tuple[Tensor, float] | None) -> Tensor:
+    def _thresholded(self, x_t: Tensor, out: Tensor, row: Tensor, guidance: tuple[Tensor, float] | None, share: float) -> Tensor:
         """The output with x̂0, thresholded, in place of its prediction."""
         prediction, raw = split_output(out, x_t)
         if guidance is not None:
             without, scale = guidance
             prediction = torch.lerp(split_output(without, x_t)[0], prediction, scale)
         from_x_t, from_out = (gather(self.rows[:, COLUMNS.index(name)], row, x_t) for name in ("from_x_t", "from_out"))
-        x_start = dynamic_threshold(from_x_t * x_t + from_out * prediction, self.threshold)
+        x_start = dynamic_threshold(from_x_t * x_t + from_out * prediction, share)
         return x_start if raw is None else torch.cat([x_start, raw], 1)
 
 

@@ -162,8 +162,7 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | 
 
     Raises:
         CheckpointError: nothing there; not a checkpoint of this library, or a pickle; damaged, in a
-            single bit too (but for files of versions that kept no checksum); written by a newer
-            format; or the JSON beside it belongs to another save.
+            single bit too; written by a newer format; or the JSON beside it belongs to another save.
     """
     tensor_path = _resolve(Path(path))
     try:
@@ -173,7 +172,7 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device | 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise CheckpointError(_damaged(tensor_path, error)) from error
-    if header.get("crc32") not in (None, found := _checksum(header, tensors)):
+    if header["crc32"] != (found := _checksum(header, tensors)):
         raise CheckpointError(f"{tensor_path} is damaged: its checksum must be {header['crc32']}, got {found}; use a copy, or an earlier checkpoint")
     try:
         document = _document(header)
@@ -256,7 +255,7 @@ def _document(header: Mapping[str, str]) -> dict[str, Any]:
         "format": header["format"],
         "format_version": int(header["format_version"]),
         "id": header["id"],
-        **({"crc32": header["crc32"]} if "crc32" in header else {}),
+        "crc32": header["crc32"],
         "meta": json.loads(header["meta"]),
     }
 
@@ -292,12 +291,12 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
             f"expected {FORMAT!r}"
         )
     version = header.get("format_version", "")
-    if not version.isdecimal() or len(version) > 9 or not {"id", "meta"} <= header.keys():
-        raise CheckpointError(f"{path} is damaged: its header lacks format_version, id or meta")
-    if int(version) > FORMAT_VERSION:
+    if version.isdecimal() and len(version) < 10 and int(version) > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} was written by a newer ddpm_fast: format_version {version}, this one reads up to {FORMAT_VERSION}"
         )
+    if version != str(FORMAT_VERSION) or not {"id", "meta", "crc32"} <= header.keys():
+        raise CheckpointError(f"{path} is damaged: its header lacks format_version, id, meta or crc32")
 
 
 def _check_json(tensor_path: Path, document: Mapping[str, Any]) -> None:
@@ -316,9 +315,15 @@ def _check_json(tensor_path: Path, document: Mapping[str, Any]) -> None:
             f"{path} and {tensor_path.name} come from two different saves: id {found}, expected "
             f"{document['id']}. {remedy}"
         )
-    # As texts, because a diverged run's history may hold NaN, which equals nothing.
-    if json.dumps(beside, sort_keys=True) != json.dumps(document, sort_keys=True):
+    if not _holds(beside, document):
         raise CheckpointError(f"{path} was changed after it was saved, which would have no effect. {remedy}")
+
+
+def _holds(beside: Any, document: Any) -> bool:
+    """Whether all that the document says stands beside it, too. What was added there, a note or a later version's entry, does no harm."""
+    if isinstance(document, dict):
+        return isinstance(beside, dict) and all(key in beside and _holds(beside[key], value) for key, value in document.items())
+    return json.dumps(beside, sort_keys=True) == json.dumps(document, sort_keys=True)  # as texts: a diverged run's meta may hold NaN, which equals nothing
 
 
 def _damaged(path: Path, error: Exception) -> str:

@@ -6,7 +6,7 @@ import json
 import numbers
 import operator
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ddpm_fast.data.images import ImageData
 from ddpm_fast.diffusion.gaussian import LOSSES, GaussianDiffusion
@@ -14,9 +14,10 @@ from ddpm_fast.diffusion.parameterisation import WEIGHTS
 from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.models import PRESETS, UNet
 from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
+from ddpm_fast.types import Decay, Loss, Precision, Prediction, Preset, ScheduleName, TimestepSampler, Variance, Weight
 
-PRECISIONS = ("fp32", "bf16")
-DECAYS = ("constant", "cosine")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DECAYS: tuple[Decay, ...] = get_args(Decay)
 WARMUP_SHARE = 8  # a recipe's warm-up takes at most one part in so many of a run
 # Far beyond any use (but for the seed, which has 64 bits): more is a slip or a damaged file, and would fill the memory with tables or take hours to count out.
 _MOST = {"timesteps": 1_000_000, "batch": 1_000_000, "seed": 2**64 - 1}
@@ -52,29 +53,29 @@ class TrainConfig:
     image_size: int | tuple | None = None
     levels: int | None = None
     value_range: tuple | None = None
-    preset: str = "cifar10"
+    preset: Preset = "cifar10"
     network: dict[str, Any] = field(default_factory=dict)
-    schedule: str = "linear"
+    schedule: ScheduleName = "linear"
     timesteps: int = 1000
     schedule_options: dict[str, float] = field(default_factory=dict)
-    prediction: str = "epsilon"
-    variance: str = "fixed_large"
-    loss: str = "simple"
-    weight: str = "uniform"
+    prediction: Prediction = "epsilon"
+    variance: Variance = "fixed_large"
+    loss: Loss = "simple"
+    weight: Weight = "uniform"
     steps: int = 800_000
     batch: int = 128
     learning_rate: float = 2e-4
     adam_beta2: float = 0.999
     warmup: int = 5000
-    decay: str = "constant"
+    decay: Decay = "constant"
     clip_norm: float = 1.0
     ema: float = 0.9999
     flip: bool = True
     class_conditional: bool = False
     label_dropout: float = 0.1
-    timestep_sampler: str = "uniform"
+    timestep_sampler: TimestepSampler = "uniform"
     seed: int = 0
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -117,10 +118,13 @@ class TrainConfig:
         ``steps``, or the learning rate would never be reached. The average of the weights needs no such rule: `EMA` begins with a
         short memory, of a ninth of the steps so far, whatever ``ema`` is.
 
-        Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss.
+        Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss. A variance
+        given without a loss brings the one that can train it: "hybrid" if it is learned, else "simple".
         """
         recipe = RECIPES.get(data, {})
         given = {name: value for name, value in overrides.items() if value is not None}
+        if "variance" in given and "loss" not in given:
+            recipe = {**recipe, "loss": "hybrid" if str(given["variance"]).startswith("learned") else "simple"}
         if "schedule" in given:
             recipe = {**recipe, "schedule_options": {}}
         if given.get("loss") == "vlb":
@@ -140,13 +144,11 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of ``dataclasses.asdict``; entries of a later version are refused."""
-        if "stratified" in values and "timestep_sampler" not in values:  # versions that knew two ways had a bool
-            values = dict(values)
-            values["timestep_sampler"] = "stratified" if values.pop("stratified") else "uniform"
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"the training configuration has entries that this version does not know: {', '.join(unknown)}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # JSON has no tuples
+        arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**arguments)  # JSON has no tuples
 
     def continued(self, **changes: Any) -> TrainConfig:
         """The configuration with which a run goes on. ``steps`` and ``device`` may change; the rest may only be what it was.
@@ -208,7 +210,7 @@ class TrainConfig:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """The value as its annotation says; numbers of NumPy's become Python's, which JSON can hold."""
-    kinds = get_args(hint) if get_origin(hint) is not dict else (dict,)
+    kinds = (dict,) if get_origin(hint) is dict else (str,) if get_origin(hint) is Literal else get_args(hint)
     kinds = kinds or (hint,)
     if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
         return value

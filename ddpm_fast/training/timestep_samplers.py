@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast.noise import Noise
+from ddpm_fast.types import TimestepSampler
 
 HISTORY = 10  # losses of each t that E[L_t²] is the mean of, as published
 UNIFORM_SHARE = 0.001  # of p, so that no weight exceeds 1000 (improved-diffusion, resample.py)
@@ -80,6 +81,9 @@ class LossAwareTimesteps(UniformTimesteps):
         seen: (T,) int64, how many of them there are.
     """
 
+    losses: Tensor
+    seen: Tensor
+
     def __init__(self, timesteps: int, batch: int, noise: Noise, device: torch.device | str = "cpu") -> None:
         super().__init__(timesteps, batch, noise, device)
         self.register_buffer("losses", torch.zeros(timesteps, HISTORY, device=device))
@@ -129,7 +133,7 @@ class LossAwareTimesteps(UniformTimesteps):
         self.seen.add_(new).clamp_max_(HISTORY)
 
 
-TIMESTEP_SAMPLERS: dict[str, type[UniformTimesteps]] = {
+TIMESTEP_SAMPLERS: dict[TimestepSampler, type[UniformTimesteps]] = {
     "uniform": UniformTimesteps,
     "stratified": StratifiedTimesteps,
     "loss_aware": LossAwareTimesteps,

@@ -15,7 +15,7 @@ from ddpm_fast.models import UNet
 from ddpm_fast.training.checkpoint import Checkpoint, CheckpointError, check_fits, load_checkpoint, load_into, strip_prefix
 from ddpm_fast.training.config import TrainConfig
 
-_META = ("step", "network", "levels", "image_shape", "train")
+_META = ("step", "network", "levels", "image_shape", "train", "images", "fingerprints")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,17 @@ class TrainedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights."""
+        """Hash of the model's weights."""
         return fingerprint(*self.model.state_dict().values())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of the model and its chain that results depend on, as JSON values: what must be the same where an unfinished computation goes on."""
+        diffusion = self.diffusion
+        return dict(
+            checkpoint=self.fingerprint, network=self.model.config, betas=fingerprint(diffusion.schedule.betas),
+            prediction=diffusion.prediction, variance=diffusion.variance, levels=diffusion.levels, cdf=diffusion.cdf,
+        )  # fmt: skip
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -113,13 +122,15 @@ def _weights(part: str, checkpoint: Checkpoint) -> str:
 
 
 def _check_meta(meta: dict[str, Any]) -> None:
-    step, levels, shape = meta["step"], meta["levels"], meta["image_shape"]
+    step, levels, shape, images, prints = (meta[name] for name in ("step", "levels", "image_shape", "images", "fingerprints"))
     if type(step) is not int or step < 0:
         raise ValueError(f"step must be an integer from 0, got {step!r}")
     if type(levels) is not int or not 2 <= levels <= 256:
         raise ValueError(f"levels must be in 2..256, got {levels!r}")
     if type(shape) is not list or len(shape) != 3 or not all(type(size) is int and 1 <= size < 2**16 for size in shape):
         raise ValueError(f"image_shape must be three sizes, got {shape!r}")
+    if type(images) is not int or type(prints) is not dict or prints.keys() != {"train", "test"}:
+        raise ValueError(f"images and fingerprints must be a number and two hashes, got {images!r} and {prints!r}")
 
 
 def cannot_rebuild(checkpoint: Checkpoint, error: Exception) -> CheckpointError:

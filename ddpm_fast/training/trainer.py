@@ -99,8 +99,8 @@ class Trainer:
             ValueError: for a change that is not allowed, fewer steps than are done, or data that are not the run's.
         """
         checkpoint, config = load_run(path)
-        if "fingerprints" in checkpoint.meta:  # which say whether they are the same images, wherever they lie
-            config = dataclasses.replace(config, data=changes.pop("data", None) or config.data)
+        # Fingerprints say whether they are the same images, wherever they lie.
+        config = dataclasses.replace(config, data=changes.pop("data", None) or config.data)
         config, step = config.continued(**changes), checkpoint.meta["step"]
         if config.steps < step:
             raise ValueError(f"steps must be at least the {step} that are done, got {config.steps}")
@@ -357,19 +357,18 @@ def image_fingerprints(images: ImageData, config: TrainConfig) -> dict[str, str]
 def _check_images(images: ImageData, checkpoint: Checkpoint, config: TrainConfig) -> None:
     """What a checkpoint tells of the images that it was trained on. Their order in training depends on their number."""
     meta, found = checkpoint.meta, (len(images.train), images.image_shape, images.levels)
-    expected = (meta.get("images", found[0]), tuple(meta["image_shape"]), meta["levels"])  # the first version kept no number
+    expected = (meta["images"], tuple(meta["image_shape"]), meta["levels"])
     if found != expected:
         described = ["{} images of {} with {} levels".format(*values) for values in (expected, found)]
         raise ValueError(f"{images.name} must be the {described[0]} that {checkpoint.path} was trained on, got {described[1]}")
     if config.class_conditional and images.train_labels is None:
         raise ValueError(f"class_conditional needs labels, and {images.name} has none")
-    if "fingerprints" in meta and meta["fingerprints"] != image_fingerprints(images, config):
+    if meta["fingerprints"] != image_fingerprints(images, config):
         raise ValueError(f"{images.name} must be the images that {checkpoint.path} was trained on, got as many, but others; train afresh on them")
 
 
 def _check_network(network: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Compares the file's network with the one that would be built, before it is. Today's defaults stand for what an earlier version did
-    not have. (A dropout, say, leaves no trace in the weights.)"""
+    """Compares the file's network with the one that would be built, before it is. (A dropout, say, leaves no trace in the weights.)"""
     own = {name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()} | arguments
     own["out_channels"] = own["in_channels"] if own["out_channels"] is None else own["out_channels"]
     own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import ddpm_fast
 from ddpm_fast.cli import app
+from ddpm_fast.training import TrainConfig
+from ddpm_fast.training.trained import load_run
 
 TRAIN = ["train", "--data", "digits", "--steps", "3", "--batch", "8", "--log-every", "1"]
 
@@ -127,6 +129,9 @@ def test_info():
     assert facts["ddpm_fast"] == ddpm_fast.__version__
     assert facts["ops"]["q_sample"]["backends"]["reference"] == "available"
     assert "q_sample" in invoke("info").output
+    assert facts["autotuning"] == "on"
+    with ddpm_fast.autotune.disabled():
+        assert "autotuning      off: switched off" in invoke("info").output
 
 
 def test_version():
@@ -180,6 +185,15 @@ def test_learned_variance_trains_on_any_data(data, loss, tmp_path, command):
     config = json.loads((tmp_path / "run" / "checkpoint.json").read_text())["meta"]["train"]
     usual = "stratified" if data == "digits" else "uniform"
     assert config["loss"] == loss and config["timestep_sampler"] == ("loss_aware" if loss == "vlb" else usual)
+
+
+@pytest.mark.parametrize("data", ["digits", "photos"])
+def test_the_library_s_recipe_is_the_command_s(data, tmp_path, command):
+    options = ["--variance", "fixed_large", "--steps", 1, "--batch", 2, "--preset", "digits", "--device", "cpu"]
+    code, _, error = command("train", "--data", data, *options, "--out", tmp_path)
+    assert code == 0, error
+    same = TrainConfig.for_data(data, variance="fixed_large", steps=1, batch=2, preset="digits", device="cpu")
+    assert load_run(tmp_path)[1] == same and same.loss == "simple"
 
 
 @pytest.fixture

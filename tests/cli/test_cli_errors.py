@@ -112,6 +112,12 @@ def test_messages_name_what_was_typed(tmp_path, command, options, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_list_of_steps_is_named_as_typed(run, tmp_path, command):
+    for steps, message in (("0,5,30", "--steps must ascend strictly within 0..29, got [0, 5, 30]"), ("5,3", "--steps must ascend"), ("99", "--steps must")):
+        code, _, error = command("sample", run, "--steps", steps, "--out", tmp_path)
+        assert code == 2 and f"ddpm-fast: {message}" in error and one_line(error), error
+
+
 @pytest.mark.slow
 def test_short_runs_get_a_recipe_of_their_length_and_say_so(tmp_path, command):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8))

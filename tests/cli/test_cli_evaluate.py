@@ -10,7 +10,8 @@ import torch
 from played_ranks import play
 
 from ddpm_fast.models import UNet
-from ddpm_fast.training import load_data
+from ddpm_fast.training import load_data, load_trained
+from ddpm_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 FILES = ["bound.csv", "bound.json", "bound.png", "rate_distortion.csv", "rate_distortion.png"]
 
@@ -37,9 +38,32 @@ def test_bound_as_table_and_picture(run, tmp_path, command):
         assert f"{summary[part]:.{digits}f} ± {summary[part + '_standard_error']:.{digits}f}" in text
     with (tmp_path / "bound.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert sum(int(row["count_t"]) for row in rows) == 30 and summary["estimated"] and summary["images"] == 10
+    assert sum(int(row["count_t"]) for row in rows) == 30 and summary["estimated"] is True and summary["images"] == 10
     total = sum(int(row["count_t"]) * float(row["mean_term"]) for row in rows) + summary["prior"]
     assert total == pytest.approx(summary["bits_per_dim"])
+
+
+def test_as_many_terms_as_there_are_is_no_estimate(run, tmp_path, command):
+    assert command("eval", run, "--out", tmp_path, "--limit", 2, "--terms", 99)[0] == 0
+    assert json.loads((tmp_path / "bound.json").read_text())["estimated"] is False
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [(dict(prediction="v"), "prediction 'epsilon', not 'v'"), (dict(schedule_options=dict(beta_start=0.02, beta_end=0.6)), "betas '")],
+)
+def test_the_same_weights_of_another_chain_are_another_computation(run, tmp_path, monkeypatch, command, change, told):
+    """Half of a bound and of the samples is there; what would go on with it was trained for another diffusion."""
+    checkpoint = load_checkpoint(run)
+    checkpoint.meta["train"].update(change)
+    save_checkpoint(tmp_path / "other", checkpoint.tensors, checkpoint.meta)
+    assert command("sample", run, "-n", 2, "--steps", 2, "--out", tmp_path / "samples")[0] == 0
+    code, _, error = command("sample", tmp_path / "other", "-n", 4, "--steps", 2, "--out", tmp_path / "samples")
+    assert code == 2 and f"other settings ({told}" in error
+    settings = load_trained(run).settings
+    assert json.loads(json.dumps(settings)).keys() == {"checkpoint", "network", "betas", "prediction", "variance", "levels", "cdf"}
+    changed = load_trained(tmp_path / "other").settings
+    assert [name for name in settings if settings[name] != changed[name]] == [told.split()[0]]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 import pytest
 from PIL import Image
 
-from ddpm_fast.demo import run_demo
+from ddpm_fast.cli.demo import run_demo
 
 FILES = {"samples.png", "forward.png", "reverse.gif", "bound.png", "results.json", "metrics.jsonl", "checkpoint.json", "checkpoint.safetensors"}
 

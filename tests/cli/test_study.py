@@ -1,13 +1,20 @@
-"""The study, at a size at which its figures mean nothing: what it measures, that it goes on where it was, what it writes."""
+"""examples/learned_variance.py, at a size at which its figures mean nothing: what it measures, that it goes on where it was, what it writes."""
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import ddpm_fast
 from ddpm_fast import GaussianDiffusion, NoiseSchedule
 from ddpm_fast.evaluation import evaluate_bound
-from ddpm_fast.study import VARIANTS, run_study, shortened, table
 from ddpm_fast.training import Trainer, load_data
+
+SCRIPT = Path(ddpm_fast.__file__).resolve().parents[1] / "examples" / "learned_variance.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from learned_variance import VARIANTS, run_study, shortened, table  # noqa: E402
 
 OPTIONS = dict(train_steps=2, count=8, lengths=(30, 4), terms=4, quiet=True)
 
@@ -59,3 +66,11 @@ def test_the_bound_of_a_shortened_chain_asks_the_model_its_own_times():
     assert told == {0, 25, 50, 74, 99} and bound.terms.shape == (3, 5)
     # The last noise level is the chain's, and so is what it has left of the data.
     assert float(bound.prior.mean()) == pytest.approx(float(diffusion.prior_bpd(x).mean()), rel=1e-5)
+
+
+def test_as_a_user_runs_it(study):
+    """The script itself: what it refuses is one line that names the option."""
+    out, _ = study
+    for options, message in ((["--count", "7"], "--count must be at least 8, got 7"), (["--out", str(out)], "holds a run of other settings; choose another folder with --out")):
+        result = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

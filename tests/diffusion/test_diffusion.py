@@ -1,4 +1,5 @@
 """GaussianDiffusion: variances, losses and the bound's conventions, its tables, compilation, what it refuses."""
+import inspect
 import math
 
 import pytest
@@ -136,9 +137,9 @@ def test_bits_per_dim_is_the_prior_and_the_terms():
     diffusion = GaussianDiffusion(SCHEDULE, levels=17)
     _, x_start, _, _, _ = case(diffusion, shape=(3, 2, 6), dtype=torch.float32)
     noise = Noise(8)
-    bound = diffusion.bits_per_dim(toy_model, x_start, noise=noise)
-    assert bound.total.shape == bound.prior.shape == (3,) and bound.terms.shape == bound.mse.shape == (3, T)
-    assert_close_to_exact(bound.total, bound.prior.double() + bound.terms.double().sum(1), ulps=T)
+    bound, total = diffusion.bound_terms(toy_model, x_start, noise=noise), diffusion.bits_per_dim(toy_model, x_start, noise=noise)
+    assert total.shape == bound.prior.shape == (3,) and bound.terms.shape == bound.mse.shape == (3, T)
+    assert_close_to_exact(total, bound.prior.double() + bound.terms.double().sum(1), ulps=T)
     assert_bits_equal(bound.prior, diffusion.prior_bpd(x_start))
     for step in (0, 1, T - 1):  # step t draws from stream t; evaluation clips x̂0
         t = torch.full((3,), step)
@@ -158,11 +159,33 @@ def test_evaluation_clips_and_the_loss_does_not():
     assert_close_to_exact(diffusion.loss(out, x_start, x_t, t, noise, kind="vlb"), T * free, rtol=2 * EPS)
 
 
+def test_clip_is_on_by_default_where_nothing_is_trained():
+    defaults = {
+        name: parameters["clip"].default
+        for name, method in vars(GaussianDiffusion).items()
+        if callable(method) and "clip" in (parameters := inspect.signature(method).parameters) and not name.startswith("_")
+    }
+    assert len(defaults) == 6 and [name for name, clips in defaults.items() if not clips] == ["vlb_terms"]
+
+
+def test_model_time_is_of_the_chain_that_the_model_knows():
+    part = GaussianDiffusion(SCHEDULE.respace([0, 2, T - 1]))
+    assert part.model_time(torch.tensor([2, 0, 1, 1])).tolist() == [T - 1, 0, 2, 2]
+    for t, error in ((torch.tensor([0, 3]), r"t must lie in 0..2, got t\[1\] = 3"), (torch.tensor([-1]), r"t must lie in 0..2, got t\[0\] = -1")):
+        with pytest.raises(ValueError, match=error):
+            part.model_time(t)
+    for t, error in ((torch.tensor(1), r"t must have shape \(N,\), got \(\)"), (torch.zeros(2, 2, dtype=torch.int64), r"t must have shape \(N,\), got \(2, 2\)")):
+        with pytest.raises(ValueError, match=error):
+            part.model_time(t)
+    with pytest.raises(TypeError, match="t must be int64, got torch.float32"):
+        part.model_time(torch.zeros(2))
+
+
 def test_bound_of_a_sample_does_not_depend_on_its_batch():
     diffusion = GaussianDiffusion(SCHEDULE, levels=17)
     _, x_start, _, _, _ = case(diffusion, shape=(5, 2, 6), dtype=torch.float32)
-    together = diffusion.bits_per_dim(toy_model, x_start, noise=Noise(8))
-    apart = diffusion.bits_per_dim(toy_model, x_start[3:], noise=Noise(8, first_sample=3))
+    together = diffusion.bound_terms(toy_model, x_start, noise=Noise(8))
+    apart = diffusion.bound_terms(toy_model, x_start[3:], noise=Noise(8, first_sample=3))
     assert_close_to_exact(apart.terms, together.terms[3:].double(), ulps=16, atol=1e-6)
 
 

@@ -9,7 +9,7 @@ from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule, sample
 from ddpm_fast.diffusion.samplers import make_table, spaced_timesteps
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
 
 EPS = 2.0**-52
 TINY = torch.finfo(torch.float64).tiny

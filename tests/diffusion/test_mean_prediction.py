@@ -13,7 +13,7 @@ from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exac
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, Sampler, ops, sample
 from ddpm_fast.diffusion.samplers import ddim_table, ddpm_table, make_table
 from ddpm_fast.evaluation import evaluate_bound
-from ddpm_fast.ops.vlb_terms import discretized_gaussian_log_likelihood
+from ddpm_fast.ops._vlb_terms import discretized_gaussian_log_likelihood
 
 T = 12
 SCHEDULE = NoiseSchedule.linear(T, 1e-3, 0.4)
@@ -111,9 +111,9 @@ def model(x, t):
 def test_whole_bound_and_its_distortion():
     diffusion = GaussianDiffusion(SCHEDULE, "mean", "fixed_small")
     x_start = case(diffusion)[1][:3]
-    bound = diffusion.bits_per_dim(model, x_start)
+    bound = diffusion.bound_terms(model, x_start)
     again = evaluate_bound(model, diffusion, x_start)
-    assert_close_to_exact(again.terms, diffusion.bits_per_dim(model, x_start, noise=Noise(0).fold_in(5)).terms, rtol=1e-12)  # 5: its noise's key
+    assert_close_to_exact(again.terms, diffusion.bound_terms(model, x_start, noise=Noise(0).fold_in(5)).terms, rtol=1e-12)  # 5: its noise's key
     for step in range(T):
         t = torch.full((3,), step)
         x_t = diffusion.q_sample(x_start, t, Noise(0, stream=step))

@@ -77,7 +77,7 @@ FORMULAS = {
     "sigmoid": (lambda T: NoiseSchedule.sigmoid(T), lambda T: [1e-4 + 0.0199 / (1 + math.exp(-u)) for u in np.linspace(-6, 6, T)]),
     "cosine": (lambda T: NoiseSchedule.cosine(T), numpy_cosine),
     "cosine, other s": (lambda T: NoiseSchedule.cosine(T, s=0.05), lambda T: numpy_cosine(T, 0.05)),
-    "from_betas": (lambda T: NoiseSchedule.from_betas([0.3] * T), lambda T: [0.3] * T),
+    "betas": (lambda T: NoiseSchedule([0.3] * T), lambda T: [0.3] * T),
 }
 
 
@@ -103,7 +103,7 @@ def test_tables_agree_with_exact_arithmetic_at_full_length():
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.lists(st.floats(1e-9, 0.999), min_size=1, max_size=12))
 def test_tables_of_any_betas(betas):
-    check_tables(NoiseSchedule.from_betas(betas))
+    check_tables(NoiseSchedule(betas))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -164,7 +164,7 @@ def test_one_step_schedule_is_finite():
 
 def test_one_minus_alphas_bar_keeps_tiny_betas():
     # 1 - alphas_bar by subtraction would have no correct digit here: 1 - 1e-17 is 1.
-    schedule = NoiseSchedule.from_betas([1e-17] * 4)
+    schedule = NoiseSchedule([1e-17] * 4)
     assert (1 - schedule.alphas_bar).abs().max() == 0
     assert_close_to_exact(schedule.one_minus_alphas_bar, 1e-17 * torch.arange(1, 5, dtype=torch.float64), rtol=16 * EPS)
     assert_close_to_exact(schedule.posterior_variance[1:], 1e-17 * torch.tensor([1 / 2, 2 / 3, 3 / 4], dtype=torch.float64), rtol=64 * EPS)
@@ -226,13 +226,13 @@ def test_respacing_any_subset(subset, name):
 @pytest.mark.parametrize("beta", [0.0, 1.0, 1.5, -0.1, math.nan, math.inf])
 def test_beta_outside_the_open_interval_is_named(beta):
     with pytest.raises(ValueError, match=r"every beta must lie inside \(0, 1\), got betas\[1\] = "):
-        NoiseSchedule.from_betas([0.1, beta, 0.1])
+        NoiseSchedule([0.1, beta, 0.1])
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 2), ()])
 def test_betas_must_be_a_vector(shape):
     with pytest.raises(ValueError, match=r"betas must have shape \(T,\) with T >= 1, got "):
-        NoiseSchedule.from_betas(torch.full(shape, 0.1))
+        NoiseSchedule(torch.full(shape, 0.1))
 
 
 @pytest.mark.parametrize("T", [0, -3, 10.0, "10", True])
@@ -284,22 +284,22 @@ def test_respace_refuses_a_bad_list(timesteps, message):
 
 def test_the_callers_betas_are_copied():
     betas = torch.full((3,), 0.1, dtype=torch.float64)
-    schedule = NoiseSchedule.from_betas(betas)
+    schedule = NoiseSchedule(betas)
     betas.zero_()
     assert schedule.betas.tolist() == [0.1, 0.1, 0.1]
 
 
 def test_the_callers_graph_stays_with_the_caller():
     betas = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
-    schedule = NoiseSchedule.from_betas(betas)
+    schedule = NoiseSchedule(betas)
     assert not any(table.requires_grad for table in vars(schedule).values() if isinstance(table, torch.Tensor))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])
 def test_betas_of_numpy(dtype):
     betas = np.array([0.125, 0.25], dtype=dtype)
-    assert NoiseSchedule.from_betas(betas).betas.tolist() == NoiseSchedule.from_betas(list(betas)).betas.tolist() == [0.125, 0.25]
-    assert NoiseSchedule.from_betas(torch.tensor([0.125, 0.25], dtype=torch.bfloat16)).betas.tolist() == [0.125, 0.25]
+    assert NoiseSchedule(betas).betas.tolist() == NoiseSchedule(list(betas)).betas.tolist() == [0.125, 0.25]
+    assert NoiseSchedule(torch.tensor([0.125, 0.25], dtype=torch.bfloat16)).betas.tolist() == [0.125, 0.25]
 
 
 @pytest.mark.parametrize("T", [np.int64(12), np.uint8(12), np.array(12), torch.tensor(12)])
@@ -319,4 +319,4 @@ def test_arrays_and_tensors_list_timesteps():
 @pytest.mark.parametrize("betas", [[True, False], [1, 0], torch.ones(3, dtype=torch.bool), torch.tensor([0.1j]), np.array([0.1j]), ["a"], None, [[0.1], [0.1, 0.2]]])
 def test_betas_must_be_floating_point(betas):
     with pytest.raises(ValueError, match="betas must be floating-point numbers"):
-        NoiseSchedule.from_betas(betas)
+        NoiseSchedule(betas)

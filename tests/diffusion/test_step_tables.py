@@ -9,7 +9,7 @@ from numerics import assert_bits_equal, assert_close_to_exact
 
 from ddpm_fast import GaussianDiffusion, NoiseSchedule
 from ddpm_fast.diffusion.samplers import SPACINGS, ddim_table, ddpm_table, dpm_solver_table, make_table, spaced_timesteps, start_row
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
 
 T = 20
 SCHEDULE = NoiseSchedule.linear(T, 1e-3, 0.3)
@@ -138,12 +138,12 @@ def test_list_of_steps_must_ascend(make):
     [
         (dict(spacing="cubic", steps=3), "spacing must be one of even, quadratic, logsnr, got 'cubic'"),
         (dict(eta=0.5), "eta is a part of sampler 'ddim', got 0.5 for 'ddpm'"),
-        (dict(steps=[0, 30]), r"timesteps must ascend strictly within 0\.\.19, got \[0, 30\]"),
-        (dict(steps=list(range(T))[::-1]), "timesteps must ascend strictly"),
-        (dict(steps=[float(t) for t in range(T)]), "timesteps must be integers"),
+        (dict(steps=[0, 30]), r"steps must ascend strictly within 0\.\.19, got \[0, 30\]"),
+        (dict(steps=list(range(T))[::-1]), "steps must ascend strictly"),
+        (dict(steps=[float(t) for t in range(T)]), "steps must be integers"),
         (dict(spacing="quadratic"), "spacing is of a number of steps, got 'quadratic' for all of them"),
         (dict(spacing="logsnr", steps=[0, 5]), "spacing is of a number of steps, got 'logsnr' for a list of them"),
-        (dict(steps=[]), "timesteps must be integers of shape"),
+        (dict(steps=[]), "steps must be integers of shape"),
     ],
 )
 def test_bad_choices_are_named(options, message):

@@ -155,7 +155,7 @@ def test_bound_is_the_unreduced_expectation(variance):
         x = after
     total -= log_normal(x, 0.0, 1.0)
     walked, walked_error = data_mean(total / math.log(2))
-    reduced, reduced_error = data_mean(diffusion.bits_per_dim(toy_model, x0, clip=False, noise=Noise(4)).total)
+    reduced, reduced_error = data_mean(diffusion.bits_per_dim(toy_model, x0, clip=False, noise=Noise(4)))
     assert abs(walked - reduced) <= SIGMAS * math.hypot(walked_error, reduced_error)
 
 
@@ -163,7 +163,7 @@ def test_terms_are_monte_carlo_estimates_of_the_expected_kl():
     # For a linear model the difference of the means is linear in ε, so E[KL] is closed: constant + (bias² + slope²) / 2σ².
     schedule, n, x0 = NoiseSchedule.linear(6, 0.05, 0.5), 2**14, 0.375
     diffusion = GaussianDiffusion(schedule, "epsilon", "fixed_large", 17)
-    bound = diffusion.bits_per_dim(toy_model, torch.full((n, 1), x0), clip=False, noise=Noise(5))
+    bound = diffusion.bound_terms(toy_model, torch.full((n, 1), x0), clip=False, noise=Noise(5))
     assert bound.terms.shape == bound.mse.shape == (n, 6)
     for step in range(1, 6):
         a, s = schedule.sqrt_alphas_bar[step].item(), schedule.sqrt_one_minus_alphas_bar[step].item()

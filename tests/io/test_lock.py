@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     assert caught.value.filename == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["train", "demo", "study"])
+@pytest.mark.parametrize("name", ["train", "demo"])
 def test_torchrun_of_what_runs_in_one_process(tmp_path, monkeypatch, command, name):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, lines in (("0", 1), ("1", 0)):

@@ -161,9 +161,9 @@ def test_the_installed_command_is_the_quiet_one():
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_ends_with_the_signal_s_status(command, monkeypatch, number, status):
-    import ddpm_fast.info
+    from ddpm_fast.cli import info
 
-    monkeypatch.setattr(ddpm_fast.info, "print_report", lambda: signal.raise_signal(number))
+    monkeypatch.setattr(info, "print_report", lambda: signal.raise_signal(number))
     with contextlib.suppress(SystemExit):
         code, _, error = command("info")
     assert code == status and "Traceback" not in error

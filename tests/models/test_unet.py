@@ -310,7 +310,7 @@ def test_compiles_to_one_graph(backend, num_classes):
 # Errors
 
 
-@pytest.mark.parametrize(("x_shape", "t", "y", "error", "message"), [
+@pytest.mark.parametrize(("x_shape", "t", "labels", "error", "message"), [
     ((3, 2, 8), torch.zeros(3).long(), None, ValueError, r"x_t must have shape \(N, 2, H, W\), got \(3, 2, 8\)"),
     ((3, 4, 8, 8), torch.zeros(3).long(), None, ValueError, r"x_t must have shape \(N, 2, H, W\), got \(3, 4, 8, 8\)"),
     ((3, 2, 8, 7), torch.zeros(3).long(), None, ValueError, "divisible by 2, got 8 x 7"),
@@ -318,19 +318,19 @@ def test_compiles_to_one_graph(backend, num_classes):
     ((3, 2, 8, 8), torch.zeros(3, 1).long(), None, ValueError, r"t must have shape \(3,\), got \(3, 1\)"),
     ((3, 2, 8, 8), torch.tensor(0), None, ValueError, r"t must have shape \(3,\), got \(\)"),
     ((3, 2, 8, 8), torch.zeros(3).int(), None, TypeError, "t must have dtype torch.int64 .* got torch.int32"),
-    ((3, 2, 8, 8), torch.zeros(3).long(), torch.zeros(2).long(), ValueError, r"y must have shape \(3,\), got \(2,\)"),
-    ((3, 2, 8, 8), torch.zeros(3).long(), torch.zeros(3), TypeError, "y must have dtype torch.int64, got torch.float32"),
+    ((3, 2, 8, 8), torch.zeros(3).long(), torch.zeros(2).long(), ValueError, r"labels must have shape \(3,\), got \(2,\)"),
+    ((3, 2, 8, 8), torch.zeros(3).long(), torch.zeros(3), TypeError, "labels must have dtype torch.int64, got torch.float32"),
 ])
-def test_forward_errors(x_shape, t, y, error, message):
+def test_forward_errors(x_shape, t, labels, error, message):
     with pytest.raises(error, match=message):
-        UNet(**TINY, num_classes=3)(torch.zeros(x_shape), t, y)
+        UNet(**TINY, num_classes=3)(torch.zeros(x_shape), t, labels=labels)
 
 
 def test_forward_errors_of_dtype_and_of_labels_without_classes():
     model, t = UNet(**TINY), torch.zeros(3).long()
     with pytest.raises(TypeError, match=r"x_t must have a floating-point dtype, got torch\.uint8"):
         model(torch.zeros(3, 2, 8, 8, dtype=torch.uint8), t)
-    with pytest.raises(ValueError, match="y must be None: this model is unconditional"):
+    with pytest.raises(ValueError, match="labels must be None for a model without classes"):
         model(torch.zeros(3, 2, 8, 8), t, t)
 
 

@@ -74,7 +74,7 @@ def test_what_is_no_list(name, value):
 @pytest.mark.parametrize("value", [3, [0.5], np.zeros((2, 2, 8, 8), np.float32), "x"], ids=str)
 def test_what_is_no_tensor(value):
     model, x, t = tiny(num_classes=3), torch.zeros(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64)
-    for name, call in dict(x_t=(value, t), t=(x, value), y=(x, t, value)).items():
+    for name, call in dict(x_t=(value, t), t=(x, value), labels=(x, t, value)).items():
         with pytest.raises(TypeError, match=f"{name} must be a tensor, got {type(value).__name__}"):
             model(*call)
     with pytest.raises(TypeError, match=f"dropout must be a Noise, got {type(value).__name__}"):

@@ -9,7 +9,7 @@ from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exac
 from op_inputs import gaussian_kl_inputs as case
 
 from ddpm_fast import gaussian_kl
-from ddpm_fast.ops.gaussian_kl import exp_minus_one_minus, gaussian_kl_reference
+from ddpm_fast.ops._gaussian_kl import exp_minus_one_minus, gaussian_kl_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element; one short of a block; a prime number; a batch of small images.

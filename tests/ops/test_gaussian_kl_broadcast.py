@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddpm_fast import gaussian_kl
-from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
+from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
 
 # Sizes that equal each other are meant: what has N values must not be taken for one value a sample.
 SHAPES = [(3,), (1, 1), (3, 3), (3, 1), (1, 3, 1, 1), (2, 3, 2), (3, 3, 3)]

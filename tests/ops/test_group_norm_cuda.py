@@ -109,6 +109,18 @@ def test_a_mean_of_ten_thousand_deviations(channels_last, pixels, module):
     check(module, Case(1, 16, pixels, 4, channels_last, given=("pre_bias",)), mean=-1e4, std=1.0)
 
 
+@pytest.mark.parametrize("pixels", [1024, 9000], ids=["one launch", "cut"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+def test_the_mean_of_equal_values_is_their_value(channels_last, pixels, module):
+    """Sums of them are rounded, and rounded the same way in all tiles; the second pass takes just that out again."""
+    case = Case(1, 16, pixels, 8, channels_last, given=(), silu=False)
+    values = torch.tensor([1 / 3, 0.7, 1e4 / 3, -2 / 3, 5 / 7, -1e-3 / 3, 11 / 9, -13.7])
+    x = values.repeat_interleave(2)[None, :, None].expand(case.shape).contiguous()
+    _, results, _ = run(module, case, {"x": x})
+    assert_bits_equal(results["mean"], values[None])
+    assert (results["y"] == 0).all()
+
+
 @pytest.mark.parametrize("pixels", [64, 9000], ids=["one launch", "cut"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -5,7 +5,6 @@ see the results.
 """
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,6 +13,7 @@ import torch
 
 from ddpm_fast import Noise, attention, group_norm
 from ddpm_fast.backends import missing, native, native_missing
+from ddpm_fast.ops import _attention, _group_norm
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,8 @@ def on_cuda():
         mock.patch("ddpm_fast.backends.missing", lambda _: ""),
         mock.patch.dict("ddpm_fast.backends.TAKES", cuda=("cpu",)),
         mock.patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(multi_processor_count=108)),
-        mock.patch.object(sys.modules["ddpm_fast.ops.group_norm"], "stream_of", lambda _: (0, 0)),
-        mock.patch.object(sys.modules["ddpm_fast.ops.attention"], "stream_of", lambda _: (0, 0)),
+        mock.patch.object(_group_norm, "stream_of", lambda _: (0, 0)),
+        mock.patch.object(_attention, "stream_of", lambda _: (0, 0)),
     ):
         yield
 
@@ -45,7 +45,7 @@ def test_group_norm(everything, layout):
     options = dict(activation="silu", dropout=(0.1, Noise(2**64 - 1, 2**32 - 1, 2**64 - 1))) if everything else {}
     with pytest.raises(RuntimeError, match=f"group_norm: CUDA launch failed for {SIZES}."):
         group_norm(x, 4, *parameters, **rows, **options, backend="cuda")
-    module = sys.modules["ddpm_fast.ops.group_norm"]
+    module = _group_norm
     with mock.patch.dict(module.backends.implementations, cuda=module._forward_cpu), mock.patch.dict(
         module._op.backward, {module._forward_cpu: module._backward_cuda}
     ):
@@ -59,7 +59,7 @@ def test_attention(dtype):
     qkv = torch.randn(2, 5, 3, 2, 8).to(dtype).requires_grad_()
     with pytest.raises(RuntimeError, match="attention: CUDA launch failed for 2 samples of 5 tokens, 2 heads of 8 channels: ."):
         attention(qkv, backend="cuda")
-    module = sys.modules["ddpm_fast.ops.attention"]
+    module = _attention
     with mock.patch.dict(module.backends.implementations, cuda=module._forward_cpu), mock.patch.dict(
         module._op.backward, {module._forward_cpu: module._backward_cuda}
     ):

@@ -10,7 +10,7 @@ from op_cases import KEY, NAMES, every_case, everything, make, step_arguments
 
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.ops import attention, conv3x3, gaussian_kl, group_norm, p_step, q_sample, randn, vlb_terms
-from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
+from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
 
 SHAPE = (3, 2, 5)
 DIFFUSION = GaussianDiffusion(NoiseSchedule.linear(10, 1e-3, 0.3))

@@ -17,10 +17,10 @@ from op_cases import TABLES, every_case, everything, make
 from ddpm_fast import Noise
 from ddpm_fast.backends import native_missing
 from ddpm_fast.ops import gaussian_kl, p_step, simple_loss, vlb_terms
-from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
-from ddpm_fast.ops.p_step import COLUMNS, p_step_reference
-from ddpm_fast.ops.simple_loss import simple_loss_reference
-from ddpm_fast.ops.vlb_terms import CDFS, vlb_terms_reference
+from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
+from ddpm_fast.ops._p_step import COLUMNS, p_step_reference
+from ddpm_fast.ops._simple_loss import simple_loss_reference
+from ddpm_fast.ops._vlb_terms import CDFS, vlb_terms_reference
 
 pytestmark = pytest.mark.skipif(bool(native_missing), reason=native_missing)
 

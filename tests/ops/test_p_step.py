@@ -10,7 +10,7 @@ from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.diffusion.parameterisation import PREDICTIONS, VARIANCES
 from ddpm_fast.diffusion.samplers import ddim_table, ddpm_table
 from ddpm_fast.ops import p_step
-from ddpm_fast.ops.p_step import COLUMNS, p_step_reference
+from ddpm_fast.ops._p_step import COLUMNS, p_step_reference
 
 EPS = 2.0**-52
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -17,7 +17,7 @@ from op_inputs import q_sample_inputs as case
 
 from ddpm_fast import Noise
 from ddpm_fast.ops import q_sample, randn
-from ddpm_fast.ops.q_sample import q_sample_reference
+from ddpm_fast.ops._q_sample import q_sample_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ from op_inputs import exact_q_sample as exact
 from op_inputs import q_sample_inputs as case
 
 from ddpm_fast.ops import q_sample
-from ddpm_fast.ops.q_sample import q_sample_reference, scale_rows, scale_rows_reference
+from ddpm_fast.ops._q_sample import q_sample_reference, scale_rows, scale_rows_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,7 @@ from op_inputs import simple_loss_inputs as case
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.diffusion.parameterisation import PREDICTIONS
 from ddpm_fast.ops import simple_loss
-from ddpm_fast.ops.simple_loss import simple_loss_reference
+from ddpm_fast.ops._simple_loss import simple_loss_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One element; one short of a block; a prime number of them; small colour images.

@@ -5,7 +5,7 @@ written. How much is moved, and by how many instructions, is in test_triton_traf
 sweep over shapes and options.
 """
 import contextlib
-import sys
+import importlib
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def native_bits(name, case, grads):
     """
     if not is_summed(name):
         return everything(case, grads, backend="cpu")
-    op = sys.modules[f"ddpm_fast.ops.{case.op}"]._op
+    op = importlib.import_module(f"ddpm_fast.ops._{case.op}")._op
     arguments, places = list(case.arguments.values()), {leaf: list(case.arguments).index(leaf) for leaf in case.leaves}
     found = op.backward[op.backends.implementations["cpu"]](arguments, [i in places.values() for i in range(len(arguments))], grads)
     elementwise = [leaf for leaf in case.leaves if case.arguments[leaf].numel() >= case.arguments[case.leaves[0]].numel()]

@@ -12,7 +12,7 @@ from op_inputs import vlb_terms_inputs as case
 from ddpm_fast import GaussianDiffusion, NoiseSchedule
 from ddpm_fast.diffusion.parameterisation import PREDICTIONS, VARIANCES, bound_table
 from ddpm_fast.ops import discretized_gaussian_log_likelihood, vlb_terms
-from ddpm_fast.ops.vlb_terms import vlb_terms_reference
+from ddpm_fast.ops._vlb_terms import vlb_terms_reference
 
 LN2 = math.log(2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -27,7 +27,7 @@ def schedules():
     for name in SCHEDULES:
         schedule = df.NoiseSchedule.from_name(name, 30)
         yield from (schedule.snr, schedule.respace([0, 4, 29]).betas, schedule.respace(np.array([2, 3])).posterior_log_variance)
-    yield df.NoiseSchedule.from_betas([0.1, 0.2]).alphas_bar
+    yield df.NoiseSchedule([0.1, 0.2]).alphas_bar
 
 
 torch.manual_seed(0)
@@ -72,7 +72,8 @@ def samples():
 
 def bounds():
     chain, network = diffusion(), copy.deepcopy(NETWORK).eval()
-    yield from chain.bits_per_dim(network, X)
+    yield from vars(chain.bound_terms(network, X)).values()
+    yield chain.bits_per_dim(network, X)
     for terms in (None, 3):
         bound = evaluate_bound(network, chain, X, terms_per_image=terms)
         yield from (bound.terms, bound.prior, bound.counts, *vars(rate_distortion(bound)).values())

@@ -6,7 +6,7 @@ from numerics import assert_bits_equal, assert_close_to_exact
 from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule, sample
 from ddpm_fast.diffusion.samplers import ddim_table, ddpm_table, spaced_timesteps
 from ddpm_fast.noise import FOLD_SAMPLE_START, FOLD_SAMPLE_STEPS
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
 from ddpm_fast.sampling.sampler import sample_loop
 from ddpm_fast.sampling.step import ReverseStep
 

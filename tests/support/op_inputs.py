@@ -1,7 +1,7 @@
 """Inputs of the ops, as their own tests and op_cases.py take them: by seed, with both ends of t."""
 import torch
 
-from ddpm_fast.ops.p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS
 
 # Timesteps of the tables that belong to the inputs.
 Q_SAMPLE_STEPS, SIMPLE_LOSS_STEPS, P_STEP_STEPS, VLB_TERMS_STEPS = 1000, 7, 12, 30

@@ -76,15 +76,6 @@ def test_without_the_json_too(run, tmp_path, kind):
             load(tmp_path)
 
 
-def test_checkpoint_without_a_checksum_loads(run, tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
-    found = load_checkpoint(run)
-    header = {"format": "ddpm_fast", "format_version": "1", "id": "0", "meta": json.dumps(found.meta)}
-    save_file(found.tensors, tmp_path / "checkpoint.safetensors", metadata=header)
-    assert load_trained(tmp_path).step == 2 and Trainer.restore(tmp_path, images()).step == 2
-
-
 HUGE = 10**9
 
 
@@ -112,6 +103,9 @@ HUGE = 10**9
         (lambda meta: meta["train"].update(data=None), "data must be str, got None"),
         (lambda meta: meta["train"].update(schedule_options=[1]), r"schedule_options must be dict, got \(1,\)"),
         (lambda meta: meta.update(train=None), "cannot rebuild"),
+        (lambda meta: meta.update(fingerprints=7), "images and fingerprints must be a number and two hashes, got 24 and 7"),
+        (lambda meta: meta.update(images=None), "images and fingerprints must be a number and two hashes, got None"),
+        (lambda meta: meta.pop("fingerprints"), "is a ddpm_fast checkpoint but not of a training run: it has no fingerprints"),
     ],
 )
 def test_sizes_and_types_are_compared_before_anything_is_built(run, tmp_path, monkeypatch, change, message):
@@ -140,7 +134,7 @@ def test_sizes_and_types_are_compared_before_anything_is_built(run, tmp_path, mo
         (lambda tensors, meta: tensors.update({"optimizer.x.exp_avg": torch.zeros(1)}), "got other tensors"),
         (lambda tensors, meta: tensors.update({"optimizer.0.max_exp_avg_sq": tensors["optimizer.0.exp_avg"]}), "got other tensors"),
         (lambda tensors, meta: meta.update(ema_updates="few"), "cannot rebuild"),
-        (lambda tensors, meta: meta.update(fingerprints=7), "must be the images that"),
+        (lambda tensors, meta: meta["fingerprints"].update(test="0"), "must be the images that"),
     ],
 )
 def test_a_state_of_another_kind_cannot_be_resumed(run, tmp_path, change, message):

@@ -241,9 +241,6 @@ def test_moved_data_are_recognised_by_the_images(tmp_path):
     a, b = (load_checkpoint(tmp_path / name) for name in ("straight", "run"))
     for name, tensor in a.tensors.items():
         assert_bits_equal(b.tensors[name], tensor, name)
-    rewrite(tmp_path / "run", tmp_path / "first version", lambda tensors, meta: meta.pop("fingerprints"))
-    with pytest.raises(ValueError, match="a run goes on as it began: data must be"):
-        Trainer.restore(tmp_path / "first version", data=str(tmp_path / "others.npy"))
 
 
 def test_labels_are_of_the_images_where_the_network_is_given_them(tmp_path):
@@ -281,21 +278,6 @@ def kept(tmp_path_factory):
     out = tmp_path_factory.mktemp("kept")
     trainer.save(out)
     return out
-
-
-def test_checkpoint_of_the_first_version_goes_on(stopped, tmp_path):
-    changes = dict(timestep_sampler="stratified")
-    out = stopped(**changes)
-
-    def as_it_was(tensors, meta):
-        del meta["train"]["timestep_sampler"], meta["images"]
-        meta["train"]["stratified"] = True
-
-    rewrite(out, out, as_it_was)
-    assert load_trained(out).config.timestep_sampler == "stratified"
-    Trainer.restore(out, images()).run(out)
-    Trainer(config(steps=6, **changes), images()).run(tmp_path / "straight")
-    assert_same_checkpoint(tmp_path / "straight", out)
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict:
     def timed(call):
         def run():
             if not needs_grad:
-                return call(qkv)
+                return (call(qkv),)
             with torch.enable_grad():
                 leaf = qkv.detach().requires_grad_()
                 out = call(leaf)

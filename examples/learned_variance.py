@@ -1,13 +1,17 @@
-"""``ddpm-fast study``: what a learned variance and the samplers are worth, measured on the digits from training to table.
+"""What a learned variance and the samplers are worth, measured on the digits from training to table: about ten minutes on two cores.
 
-Quality is told by FID on the digits extractor's features, of equally many samples each; KID, precision, recall and the neighbours' ratio are
-in quality.csv. Of a few hundred samples KID's own spread hides all differences.
+    python examples/learned_variance.py [--out study] [--train-steps 1500] [--count 300] [--device auto] [--threads N] [--seed 0]
 
 Two models that differ in nothing but the variance and the loss that trains it; the bound on held-out digits of the whole chain and of
-shorter ones, and the quality of samples of three samplers, at the same numbers of steps.
+shorter ones, and the quality of samples of three samplers, at the same numbers of steps. Stopped, the same command goes on.
+
+Quality is told by FID on the digits extractor's features, of equally many samples each; KID, precision, recall and the neighbours' ratio
+are in quality.csv. Of a few hundred samples KID's own spread hides all differences.
 """
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddpm_fast.diffusion import GaussianDiffusion
@@ -23,9 +29,11 @@ from ddpm_fast.evaluation import Bound, evaluate_bound, load_features, neighbour
 from ddpm_fast.evaluation.features import DIGITS, Features
 from ddpm_fast.evaluation.quality import load_samples
 from ddpm_fast.io.files import atomic_write, write_csv, write_json
-from ddpm_fast.io.plots import write_grid, write_study_plot
+from ddpm_fast.io.lock import exclusive
+from ddpm_fast.io.plots import write_grid
 from ddpm_fast.io.progress import Bar
 from ddpm_fast.io.sample_writer import write_samples
+from ddpm_fast.io.signals import exit_status, terminable
 from ddpm_fast.sampling import Sampler
 from ddpm_fast.training import ImageData, TrainConfig, TrainedModel, Trainer, load_data, load_trained
 
@@ -60,7 +68,7 @@ class Study:
 
 
 def run_study(
-    out: Path | str = "study",
+    out: Path,
     *,
     train_steps: int = 1500,
     count: int = 300,
@@ -83,7 +91,6 @@ def run_study(
     Returns:
         :class:`Study`.
     """
-    out = Path(out)
     data, features, seconds = load_data("digits"), load_features(DIGITS), {"training": 0.0, "bound": 0.0, "sampling": 0.0}
     bounds, quality, pictures, known = [], [], {}, features(data.batch("train", slice(None))[0])
     x_test = data.batch("test", slice(None))[0]
@@ -130,7 +137,7 @@ def shortened(diffusion: GaussianDiffusion, length: int) -> GaussianDiffusion:
 def draw(folder: Path, trained: TrainedModel, data: ImageData, sampler: str, length: int, count: int, seed: int, title: str, quiet: bool) -> Tensor:
     """(count, C, H, W) samples in [-1, 1], from files where they are there already."""
     chosen = Sampler(trained.model, trained.diffusion, sampler, steps=length, spacing=SPACING[sampler])
-    shape, settings = trained.image_shape, dict(checkpoint=trained.fingerprint, sampler=sampler, steps=length, spacing=SPACING[sampler], seed=seed)
+    shape, settings = trained.image_shape, dict(**trained.settings, sampler=sampler, steps=length, spacing=SPACING[sampler], seed=seed)
     with Bar(f"{title}, {length} steps", quiet=quiet) as bar:
         write_samples(
             lambda first, size: chosen((size, *shape), seed, first_sample=first, device=trained.device).cpu(), folder,
@@ -171,11 +178,34 @@ def write_study(out: Path, bounds: list[dict], quality: list[dict], seconds: dic
     lines = [f"| {' | '.join(row)} |" for row in table(bounds, quality)]
     with atomic_write(paths["study.md"]) as temporary:
         temporary.write_text("\n".join([lines[0], "|---" * len(table(bounds, quality)[0]) + "|", *lines[1:]]) + "\n", "utf-8")
-    write_study_plot(paths["study.png"], bounds, quality)
+    write_plot(paths["study.png"], bounds, quality)
     for name, x in pictures.items():
         paths[name] = out / name
         write_grid(paths[name], x, columns=10)
     return paths
+
+
+def write_plot(path: Path, bounds: list[dict[str, Any]], quality: list[dict[str, Any]]) -> None:
+    """The bound and FID against the number of steps, side by side."""
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for variant, style in zip(VARIANTS, ("-", "--"), strict=True):
+        rows = [row for row in bounds if row["variant"] == variant]
+        left.errorbar(
+            [row["steps"] for row in rows], [row["bits_per_dim"] for row in rows], [2 * row["standard_error"] for row in rows],
+            color="C0", ls=style, marker="o", ms=3, label=f"{variant} variance",
+        )  # fmt: skip
+        for colour, sampler in enumerate(SAMPLERS):
+            rows = [row for row in quality if (row["variant"], row["sampler"]) == (variant, sampler)]
+            x, y = [row["steps"] for row in rows], [row["fid"] for row in rows]
+            right.plot(x, y, color=f"C{colour}", ls=style, marker="o", ms=3, label=f"{sampler}, {variant}")
+    right.axhline(quality[0]["fid"], color="k", lw=0.8, ls=":", label="real held-out images")
+    for axes, name in ((left, "bound (bits/dim)"), (right, "FID to the training images")):
+        axes.set(xlabel="steps", ylabel=name, xscale="log", yscale="log")
+        axes.grid(axis="y", color="#e5e5e5", lw=0.8)
+        axes.legend(edgecolor="none", fontsize=8)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 @contextmanager
@@ -183,3 +213,36 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", "-o", type=Path, default=Path("study"), help="folder for what is written")
+    parser.add_argument("--train-steps", type=int, default=1500, help="training steps of each of the two models")
+    parser.add_argument("--count", "-n", type=int, default=300, help="samples of each sampler at each number of steps, at least 8")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:i]")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    options = parser.parse_args()
+    for name, least in (("train_steps", 1), ("count", 8), ("threads", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        with terminable(), exclusive(options.out, "study"):
+            result = run_study(options.out, train_steps=options.train_steps, count=options.count, device=options.device, seed=options.seed)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt as stop:
+        print(f"stopped; what is complete is in {options.out}, and the same command goes on from there")
+        sys.exit(exit_status(stop))
+    print((options.out / "study.md").read_text("utf-8"))
+    real, drawn = result.quality[0], result.quality[-1]
+    print(f"FID of {drawn['images']} samples to the training digits; {real['fid']:.2f} for {real['images']} held-out digits")
+    print("time:", ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items()))
+    print("\n".join(map(str, result.paths.values())))
+
+
+if __name__ == "__main__":
+    main()

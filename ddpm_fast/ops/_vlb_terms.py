@@ -15,6 +15,7 @@ from ddpm_fast import checks
 from ddpm_fast._memory import address
 from ddpm_fast.backends import native, triton_function
 from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
+from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
 from ddpm_fast.ops._native import dtype_tag, native_sizes, new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._output import (
@@ -29,7 +30,6 @@ from ddpm_fast.ops._output import (
     sample_stride,
     split_output,
 )
-from ddpm_fast.ops.gaussian_kl import gaussian_kl_reference
 
 # The table's columns. mean1 and mean2 weigh x̂0 (or x_0) and x_t in the posterior's mean.
 COLUMNS = ("from_x_t", "from_out", "mean1", "mean2", "posterior_log_variance", "log_variance_low", "log_variance_high", "unused")

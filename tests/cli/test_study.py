@@ -68,6 +68,7 @@ def test_the_bound_of_a_shortened_chain_asks_the_model_its_own_times():
     assert float(bound.prior.mean()) == pytest.approx(float(diffusion.prior_bpd(x).mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_as_a_user_runs_it(study):
     """The script itself: what it refuses is one line that names the option."""
     out, _ = study

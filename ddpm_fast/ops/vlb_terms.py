@@ -104,20 +104,24 @@ def _vlb_terms_cpu(*arguments) -> Tensor:
 
 
 def _ahead_cpu(arguments, needs):
-    model_output, x_t, variance, detach_mean = arguments[0], arguments[2], arguments[5], arguments[9]
+    model_output, x_t = arguments.model_output, arguments.x_t
     if model_output.dtype != torch.float32 or any(needs[1:]):
         return None
     terms, grad_model_output = per_sample(x_t), new_like(model_output)
     _launch(arguments, terms, None, grad_model_output)
     # A half that gets no gradient stays zero whatever the upstream is.
-    part = prediction_half(grad_model_output, x_t) if variance == FIXED else grad_model_output[:, x_t.shape[1] :] if detach_mean else grad_model_output
-    return terms, (grad_model_output, *[None] * 9), [part]
+    part = grad_model_output
+    if arguments.variance == FIXED:
+        part = prediction_half(grad_model_output, x_t)
+    elif arguments.detach_mean:
+        part = grad_model_output[:, x_t.shape[1] :]
+    return terms, {"model_output": grad_model_output}, [part]
 
 
 def _backward_cpu(arguments, needs, grads):
-    grad_model_output = new_like(arguments[0])
+    grad_model_output = new_like(arguments.model_output)
     _launch(arguments, None, grads[0].contiguous(), grad_model_output)
-    return grad_model_output, *[None] * 9
+    return {"model_output": grad_model_output}
 
 
 def _check(model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean) -> None:
@@ -141,7 +145,7 @@ _op = Op(
     check=_check,
     fake=lambda model_output, x_start, x_t, *_: per_sample(x_t),
     reference=vlb_terms_reference,
-    differentiable=(0,),
+    differentiable=("model_output",),
     cpu=_vlb_terms_cpu,
     triton=triton_function("vlb_terms", "forward"),
     backward=dict(cpu=_backward_cpu, triton=triton_function("vlb_terms", "backward")),

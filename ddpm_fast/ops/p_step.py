@@ -20,7 +20,6 @@ from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import (
     check_data,
     check_destination,
-    check_flag,
     check_like,
     check_noise,
     check_t,
@@ -100,7 +99,6 @@ def _backward_cpu(arguments, needs, grads):
 def _check(x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start) -> None:
     check_data("x_t", x_t)
     check_variance(variance)
-    check_flag("clip", clip)
     check_output(model_output, "x_t", x_t, variance)
     check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
@@ -171,7 +169,7 @@ def p_step(
         RuntimeError: for a forced backend that is not available here, or a tensor to write into where a gradient is needed.
     """
     without, scale = (None, 1.0) if guidance is None else checks.pair("guidance", guidance, "(output, scale)")
-    with_x_start = x_start is not False
+    with_x_start, clip = x_start is not False, checks.flag("clip", clip)
     arguments = (x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
     _check(*arguments)
     into = None

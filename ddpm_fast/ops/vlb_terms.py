@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_fast import checks
 from ddpm_fast.backends import native, triton_function
-from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
+from ddpm_fast.ops._common import check_data, check_like, check_t, check_table, gather_columns, table_dtype
 from ddpm_fast.ops._native import new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._output import (
@@ -131,7 +131,6 @@ def _check(model_output, x_start, x_t, t, table, variance, clip, levels, cdf, de
     check_output(model_output, "x_t", x_t, variance)
     check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
-    check_flag("clip", clip)
     if not 2 <= levels <= MAX_LEVELS:
         raise ValueError(f"levels must lie in 2..{MAX_LEVELS}, got {levels}")
     if cdf not in CDFS:
@@ -190,7 +189,7 @@ def vlb_terms(
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here.
     """
-    levels = checks.index("levels", levels)
+    levels, clip, detach_mean = checks.index("levels", levels), checks.flag("clip", clip), checks.flag("detach_mean", detach_mean)
     arguments = (model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
     _check(*arguments)
     return _op(arguments, x_t, arithmetic_dtype(model_output, x_t), backend)

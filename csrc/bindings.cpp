@@ -70,8 +70,8 @@ void fields(Visit& visit, OnStream<Arguments>& a) {
 }
 
 std::string sizes(const GroupNormArguments& a) {
-  return std::to_string(a.samples) + " samples of " + std::to_string(a.channels) + " channels of " + std::to_string(a.pixels) + " pixels in " +
-         std::to_string(a.groups) + " groups";
+  return std::to_string(a.samples) + " samples of " + std::to_string(a.channels) + " channels of " +
+         std::to_string(a.pixels) + " pixels in " + std::to_string(a.groups) + " groups";
 }
 std::string sizes(const AttentionArguments& a) {
   return std::to_string(a.samples) + " samples of " + std::to_string(a.tokens) + " tokens, " + std::to_string(a.heads) + " heads of " +

@@ -215,7 +215,9 @@ void read_as(const Kernel& kernel, PyObject* const* values, void* memory) {
   fields(reader, arguments);
 }
 
-inline void add_function(PyObject* module, const std::string& name, PyObject* self, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*), const char* text) {
+using Function = PyObject*(PyObject* self, PyObject* const* given, Py_ssize_t positional, PyObject* keywords);
+
+inline void add_function(PyObject* module, const std::string& name, PyObject* self, Function* function, const char* text) {
   const auto pointer = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
   const std::string& kept = *new std::string(name);
   auto* const method = new PyMethodDef{kept.c_str(), pointer, METH_FASTCALL | METH_KEYWORDS, text};

@@ -9,7 +9,8 @@ namespace ddpm_fast::python {
 // Fills a struct from Python's values, which come in the order of Names; null for one that was not given.
 class Reader {
  public:
-  Reader(const char* op, bool second, PyObject* const* names, PyObject* const* values) : op_(op), second_(second), names_(names), values_(values) {}
+  Reader(const char* op, bool second, PyObject* const* names, PyObject* const* values)
+      : op_(op), second_(second), names_(names), values_(values) {}
 
   template <typename Field>
   void operator()(const char*, Field& field, const Rule& rule = {}) {

@@ -42,7 +42,8 @@ class Member {
     if (Py_TYPE(found.get()) == &PyMethodDescr_Type) {
       const PyMethodDef& method = *reinterpret_cast<PyMethodDescrObject*>(found.get())->d_method;
       if (method.ml_flags == METH_NOARGS) plain_ = method.ml_meth;
-      if (method.ml_flags == (METH_VARARGS | METH_KEYWORDS)) keywords_ = reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(method.ml_meth));
+      if (method.ml_flags == (METH_VARARGS | METH_KEYWORDS))
+        keywords_ = reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(method.ml_meth));
     } else if (Py_TYPE(found.get()) == &PyGetSetDescr_Type) {
       attribute_ = reinterpret_cast<PyGetSetDescrObject*>(found.get())->d_getset;
     }

@@ -74,7 +74,7 @@ def _backward_cpu(arguments, needs, grads, results):
     grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     for target, part in zip(_heads(grad), parts, strict=True):
         target.copy_(part)
-    return grad, None
+    return {"qkv": grad}
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _backward_cuda(arguments, needs, grads, results):
     native.cuda_attention_backward(
         **sizes, scale=scale, qkv=qkv, out=out, logsumexp=results[1], grad_out=grad_out, grad_qkv=grad_qkv, workspace=workspace, **stream_of(qkv)
     )
-    return grad_qkv, None
+    return {"qkv": grad_qkv}
 
 
 def _check(qkv, scale) -> None:
@@ -127,8 +127,8 @@ _op = Op(
     check=_check,
     fake=_fake,
     reference=attention_reference,
-    differentiable=(0,),
-    keeps=(0, 1),
+    differentiable=("qkv",),
+    backward_reads_results=(0, 1),
     cpu=_forward_cpu,
     cuda=_forward_cuda,
     backward=dict(cpu=_backward_cpu, cuda=_backward_cuda),

@@ -47,11 +47,6 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 
-def check_flag(name: str, value: bool) -> None:
-    if value is not True and value is not False and value not in (True, False):  # the common case is asked first
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
     """int64 of shape (N,) on x's device, each in 0..steps-1.
 

@@ -17,6 +17,7 @@ from ddpm_fast.ops._common import check_data, check_device, table_dtype
 from ddpm_fast.ops._native import new_like
 from ddpm_fast.ops._op import Op
 
+_OPERANDS = ("mean1", "logvar1", "mean2", "logvar2")
 REDUCTIONS = (None, "mean_per_sample")
 _NO_GRADIENTS = (None,) * 4
 _SERIES_BELOW = 0.3
@@ -100,7 +101,7 @@ def _ahead_cpu(arguments, needs):
     shape = arguments[0].shape
     kl, grads = _new_kl(arguments, shape), [arguments[0].new_empty(shape) if needed else None for needed in needs[:4]]
     _launch(_operands(arguments, shape), True, kl, None, grads)
-    return kl, (*grads, None), [grad for grad in grads if grad is not None]
+    return kl, dict(zip(_OPERANDS, grads, strict=True)), [grad for grad in grads if grad is not None]
 
 
 def _gaussian_kl_triton(*arguments) -> Tensor:
@@ -127,7 +128,8 @@ def _backward(arguments, needs, grads, kernel: Callable):
     kernel(operands, grads[0].contiguous(), results, shape, arguments[4] is not None)
     for k in summed:
         results[k] = results[k].view(-1, *[1] * (len(shape) - 1))
-    return *(None if grad is None else grad.sum_to_size(x.shape).to(x.dtype) for grad, x in zip(results, arguments[:4], strict=True)), None
+    triples = zip(_OPERANDS, results, arguments[:4], strict=True)
+    return {name: None if grad is None else grad.sum_to_size(x.shape).to(x.dtype) for name, grad, x in triples}
 
 
 def _varies(x: Tensor, shape: torch.Size) -> bool:
@@ -166,7 +168,7 @@ _op = Op(
     check=_check,
     fake=lambda *arguments: _new_kl(arguments, _shape(*arguments[:4])),
     reference=gaussian_kl_reference,
-    differentiable=(0, 1, 2, 3),
+    differentiable=_OPERANDS,
     cpu=_gaussian_kl_cpu,
     triton=_gaussian_kl_triton,
     backward=dict(cpu=_backward_cpu, triton=_backward_triton),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,9 @@ def group_norm_reference(
     return laid_out_as(z.to(x.dtype), x), mean.detach(), rstd.detach()
 
 
+_DIFFERENTIABLE = ("x", "weight", "bias", "pre_bias", "scale", "shift")
+
+
 class _Call:
     """One call as both backends are given it."""
 
@@ -98,16 +102,13 @@ class _Call:
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         return _results(self.x, self.groups)
 
-    def gradients(self, needs: tuple) -> dict[str, Tensor | None]:
+    def gradients(self, needs: Any) -> dict[str, Tensor | None]:
         """By name, in the dtype that the kernels take the tensor in."""
-        names = ("grad_x", "grad_weight", "grad_bias", "grad_pre_bias", "grad_scale", "grad_shift")
-        return {name: torch.empty_like(y) if needs[i] else None for name, i, y in zip(names, _op.differentiable, self.taken, strict=True)}
+        return {f"grad_{name}": torch.empty_like(y) if getattr(needs, name) else None for name, y in zip(_DIFFERENTIABLE, self.taken, strict=True)}
 
-    def returned(self, made: dict[str, Tensor | None]) -> list[Tensor | None]:
-        found: list[Tensor | None] = [None] * len(self.arguments)
-        for i, x in zip(_op.differentiable, made.values(), strict=True):
-            found[i] = x if x is None or x.dtype == self.arguments[i].dtype else x.to(self.arguments[i].dtype)
-        return found
+    def returned(self, made: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        given = self.arguments
+        return {name: None if x is None else x.to(getattr(given, name).dtype) for name, x in zip(_DIFFERENTIABLE, made.values(), strict=True)}
 
     def workspace(self, plan) -> Tensor:
         sms = torch.cuda.get_device_properties(self.x.device).multi_processor_count
@@ -215,10 +216,9 @@ _op = Op(
     check=_check,
     fake=_fake,
     reference=group_norm_reference,
-    differentiable=(0, 2, 3, 4, 5, 6),
-    noise=10,
-    keeps=(1, 2),
-    keeps_layout=True,
+    differentiable=_DIFFERENTIABLE,
+    backward_reads_results=(1, 2),
+    gradients_in_layout=True,
     cpu=_forward_cpu,
     cuda=_forward_cuda,
     backward=dict(cpu=_backward_cpu, cuda=_backward_cuda),

@@ -6,6 +6,7 @@ torch.func the reference serves it, whose operations PyTorch can transform.
 """
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ NOISE = "Tensor? noise, SymInt? seed, SymInt stream, SymInt first_sample"  # how
 class Op:
     """One differentiable op.
 
-    All implementations take the same positional ``arguments``.
+    All implementations take the same positional ``arguments``. What is called for gradients gets them as a NamedTuple, ``needs`` as
+    another, and answers {name of an argument: its gradient}: what is not there, or None, has none.
 
     Args:
         name: of the op.
@@ -33,18 +35,16 @@ class Op:
         check: called with the arguments of an operator call; raises as the public function does.
         fake: shapes and dtypes of the results, as new tensors.
         reference: the formula in plain PyTorch, differentiable.
-        differentiable: positions of the arguments whose gradient the backward kernels give; of others the reference does.
-        noise: position of the noise.
-        saves: positions of the tensors that backward needs; all by default.
-        keeps: positions of the results that backward needs too: its kernels are then called with a list of them as last argument.
-            Of such an op the first result alone has a gradient.
-        keeps_layout: gradients are strided as the tensors they belong to, channels_last too; else they are contiguous.
-        gradients: backward in plain PyTorch, differentiable again: called as gradients(arguments, needs, grads), it gives
-            one gradient an argument, None where not needed. By default autograd's of the reference.
-        backward: backend to its backward kernel, called as ``gradients`` is.
+        differentiable: names of the arguments whose gradient the backward kernels give; of others the reference does.
+        backward_reads: names of the tensors that backward reads; all by default.
+        backward_reads_results: positions of the results that it reads too: its kernels are then called with a list of them as last
+            argument. Of such an op the first result alone has a gradient.
+        gradients_in_layout: gradients are strided as the tensors they belong to, channels_last too; else they are contiguous.
+        plain_backward: backward in plain PyTorch, differentiable again, called as plain_backward(arguments, needs, grads). By
+            default autograd's of the reference.
+        backward: backend to its backward kernel, called as ``plain_backward`` is.
         ahead: backend (of the CPU) to a forward that also gives the gradients, for an upstream of ones: called as
-            ahead(arguments, needs), it returns the result, one gradient an argument or None, and the tensors that backward
-            then multiplies by the upstream of each sample; or None for arguments that it does not serve. For float32: in 16
+            ahead(arguments, needs), it returns the result, the gradients, and the tensors that backward then multiplies by the upstream of each sample; or None for arguments that it does not serve. For float32: in 16
             bits a gradient would be rounded twice, and lost where it is small before a loss is scaled.
     """
 
@@ -57,12 +57,11 @@ class Op:
         check: Callable,
         fake: Callable,
         reference: Callable,
-        differentiable: Sequence[int],
-        noise: int | None = None,
-        saves: Sequence[int] | None = None,
-        keeps: Sequence[int] = (),
-        keeps_layout: bool = False,
-        gradients: Callable | None = None,
+        differentiable: Sequence[str],
+        backward_reads: Sequence[str] | None = None,
+        backward_reads_results: Sequence[int] = (),
+        gradients_in_layout: bool = False,
+        plain_backward: Callable | None = None,
         backward: dict[str, Callable],
         ahead: dict[str, Callable] | None = None,
         **backends: Callable,
@@ -71,16 +70,17 @@ class Op:
         self.check = check
         self.fake = fake
         self.reference = reference
-        self.differentiable = tuple(differentiable)
         kinds = schema.replace(NOISE, "Tensor? noise").split(", ")
         self.names = [kind.split()[-1] for kind in kinds]
+        self.Arguments = namedtuple("Arguments", self.names)
+        self.differentiable = tuple(self.names.index(argument) for argument in differentiable)
         self.tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
         self.others = [i for i in self.tensors if i not in self.differentiable]
-        self.noise = noise
-        self.saves = saves
-        self.keeps = tuple(keeps)
-        self.layout = memory_format if keeps_layout else lambda _: torch.contiguous_format
-        self.own_gradients = gradients
+        self.noise = self.names.index("noise") if NOISE in schema else None
+        self.backward_reads = None if backward_reads is None else [self.names.index(argument) for argument in backward_reads]
+        self.backward_reads_results = tuple(backward_reads_results)
+        self.layout = memory_format if gradients_in_layout else lambda _: torch.contiguous_format
+        self.plain_backward = plain_backward
         self.backward = {backends[backend]: kernel for backend, kernel in backward.items()}
         self.ahead = {backends[backend]: kernel for backend, kernel in (ahead or {}).items()}
         self.backends = BackendTable(name, reference=reference, **backends)
@@ -153,9 +153,10 @@ class Op:
         kernel = self.backward.get(implementation)
         if kernel and not torch.is_grad_enabled() and not in_batches(grads) and not any([needs[i] for i in self.others]):
             grads = [grad if grad is None else resolved(grad) for grad in grads]
-            return kernel(arguments, needs, grads, *([kept] if self.keeps else []))
-        if self.own_gradients is not None:
-            return self.own_gradients(arguments, needs, grads)
+            found = kernel(self.Arguments(*arguments), self.Arguments(*needs), grads, *([kept] if self.backward_reads_results else []))
+            return self.in_order(found)
+        if self.plain_backward is not None:
+            return self.in_order(self.plain_backward(self.Arguments(*arguments), self.Arguments(*needs), grads))
         with torch.enable_grad():
             with below_functorch():  # as forward was, with its draw
                 results = self.reference(*arguments)
@@ -163,6 +164,10 @@ class Op:
             inputs = [x for x, needed in zip(arguments, needs, strict=True) if needed]
             found = iter(torch.autograd.grad([r for r, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True))
         return [next(found) if needed else None for needed in needs]
+
+    def in_order(self, gradients: dict[str, Tensor | None]) -> list[Tensor | None]:
+        """One an argument."""
+        return [gradients.get(name) for name in self.names]
 
     # The operator.
 
@@ -188,7 +193,7 @@ class Op:
     def _register(self, schema: str, returns: str) -> None:
         tags = (torch.Tag.pt2_compliant_tag,)
         library.define(f"{self.name}({schema}) -> {returns}", tags=tags)
-        library.define(f"{self.name}_backward(Tensor?[] grads, {schema}, bool[] needs{', Tensor[] kept' if self.keeps else ''}) -> Tensor[]", tags=tags)
+        library.define(f"{self.name}_backward(Tensor?[] grads, {schema}, bool[] needs{', Tensor[] kept' if self.backward_reads_results else ''}) -> Tensor[]", tags=tags)
 
         def forward(*flat):
             arguments = self._restore(flat)
@@ -199,7 +204,7 @@ class Op:
             return results.contiguous()
 
         def split(flat):  # after the gradients of the results, what backward is called with: arguments, needs, results kept
-            flat, kept = (flat[:-1], flat[-1]) if self.keeps else (flat, [])
+            flat, kept = (flat[:-1], flat[-1]) if self.backward_reads_results else (flat, [])
             return self._restore(flat[:-1]), flat[-1], kept
 
         def backward(grads, *flat):
@@ -215,8 +220,9 @@ class Op:
             return [torch.empty_like(x, memory_format=self.layout(x)) for x, needed in zip(arguments, needs, strict=True) if needed]
 
         def setup_context(ctx, inputs, output):
-            keep_for_backward(ctx, inputs, None if self.saves is None else self._flat_positions(self.saves), [output[i] for i in self.keeps])
-            ctx.mark_non_differentiable(*[output[i] for i in self.keeps if i > 0])
+            reads = None if self.backward_reads is None else self._flat_positions(self.backward_reads)
+            keep_for_backward(ctx, inputs, reads, [output[i] for i in self.backward_reads_results])
+            ctx.mark_non_differentiable(*[output[i] for i in self.backward_reads_results if i > 0])
             # The graph of a compiler knows the outputs that nobody asked a gradient of; None comes for them.
             ctx.set_materialize_grads(False)
 
@@ -226,10 +232,10 @@ class Op:
             arguments, needs = self._restore(flat), [bool(needed) for needed in self._unflatten_needs(needs)]
             if all(grad is None for grad in grads):
                 found = [None] * len(needs)
-            elif self.own_gradients is not None:
-                found = self.own_gradients(arguments, needs, grads)
+            elif self.plain_backward is not None:
+                found = self.in_order(self.plain_backward(self.Arguments(*arguments), self.Arguments(*needs), grads))
             else:
-                computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), *flat, needs, *([kept] if self.keeps else [])))
+                computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), *flat, needs, *([kept] if self.backward_reads_results else [])))
                 found = [next(computed) if needed else None for needed in needs]
             i = self.noise
             return tuple(found) if i is None else (*found[:i], found[i], None, None, None, *found[i + 1 :])
@@ -254,15 +260,15 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx, op, implementation, *arguments):
         ctx.op, ctx.implementation, ctx.ahead, ctx.prepared = op, implementation, op.ahead.get(implementation), None
         ctx.set_materialize_grads(False)
-        made = None if ctx.ahead is None else ctx.ahead(arguments, ctx.needs_input_grad[2:])
+        made = None if ctx.ahead is None else ctx.ahead(op.Arguments(*arguments), op.Arguments(*ctx.needs_input_grad[2:]))
         if made is None:
             ctx.ahead = None
             results = implementation(*arguments)
-            kept = [results[i] for i in op.keeps]
-            ctx.mark_non_differentiable(*[results[i] for i in op.keeps if i > 0])
-            keep_for_backward(ctx, arguments, op.saves, kept)
+            kept = [results[i] for i in op.backward_reads_results]
+            ctx.mark_non_differentiable(*[results[i] for i in op.backward_reads_results if i > 0])
+            keep_for_backward(ctx, arguments, op.backward_reads, kept)
             return results
-        keep_for_backward(ctx, arguments, op.saves)
+        keep_for_backward(ctx, arguments, op.backward_reads)
         result, *ctx.prepared = made
         return result
 
@@ -273,18 +279,19 @@ class _Differentiable(torch.autograd.Function):
             arguments, kept = kept_for_backward(ctx)
             return None, None, *ctx.op.gradients(ctx.implementation, arguments, needs, grads, kept)
         # They are given away: a second backward prepares them anew, in the same way for the same bits.
-        gradients, parts = ctx.prepared or ctx.ahead(kept_for_backward(ctx)[0], needs)[1:]
+        op = ctx.op
+        gradients, parts = ctx.prepared or ctx.ahead(op.Arguments(*kept_for_backward(ctx)[0]), op.Arguments(*needs))[1:]
         ctx.prepared, upstream = None, resolved(grads[0]).contiguous()
         for part in parts:
             native.cpu_scale(sizes=part, x_start=part, signal=upstream, out=part)
-        return None, None, *gradients
+        return None, None, *op.in_order(gradients)
 
 
-def keep_for_backward(ctx: Any, arguments: Sequence, saves: Sequence[int] | None, results: Sequence[Tensor] = ()) -> None:
-    """Saves the tensors among the arguments (those at ``saves``, or all) and results where autograd watches over them, the rest beside."""
+def keep_for_backward(ctx: Any, arguments: Sequence, reads: Sequence[int] | None, results: Sequence[Tensor] = ()) -> None:
+    """Saves the tensors among the arguments (those at ``reads``, or all) and results where autograd watches over them, the rest beside."""
     tensors = [x if isinstance(x, Tensor) else None for x in arguments]
     ctx.others = [x if tensor is None else None for x, tensor in zip(arguments, tensors, strict=True)]
-    ctx.save_for_backward(*(tensors if saves is None else [x if i in saves else None for i, x in enumerate(tensors)]), *results)
+    ctx.save_for_backward(*(tensors if reads is None else [x if i in reads else None for i, x in enumerate(tensors)]), *results)
 
 
 def kept_for_backward(ctx: Any) -> tuple[list, list[Tensor]]:

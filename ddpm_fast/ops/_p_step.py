@@ -20,7 +20,6 @@ from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import (
     check_data,
     check_destination,
-    check_flag,
     check_like,
     check_noise,
     check_t,
@@ -35,6 +34,7 @@ from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
+_DIFFERENTIABLE = ("x_t", "model_output", "noise", "x_start_previous", "without")
 
 
 def p_step_reference(
@@ -86,13 +86,12 @@ def _p_step_cpu(
 
 def _backward_cpu(arguments, needs, grads):
     x_t, model_output, t, table, noise, variance, clip, previous, without, scale, _ = arguments
-    results = [new_like(x) if i in _op.differentiable and needs[i] else None for i, x in enumerate(arguments)]
+    results = {name: new_like(getattr(arguments, name)) if getattr(needs, name) else None for name in _DIFFERENTIABLE}
     grad_x_next, grad_x_start = grads
     native.cpu_p_step_backward(
         sizes=x_t, x_t=x_t.contiguous(), model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance,
         clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
-        grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start), grad_x_t=results[0], grad_model_output=results[1],
-        grad_noise=results[4], grad_x_start_previous=results[7], grad_without=results[8],
+        grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start), **{f"grad_{name}": result for name, result in results.items()},
     )  # fmt: skip
     return results
 
@@ -100,7 +99,6 @@ def _backward_cpu(arguments, needs, grads):
 def _check(x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start) -> None:
     check_data("x_t", x_t)
     check_variance(variance)
-    check_flag("clip", clip)
     check_output(model_output, "x_t", x_t, variance)
     check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
@@ -123,8 +121,7 @@ _op = Op(
     check=_check,
     fake=_fake,
     reference=p_step_reference,
-    differentiable=(0, 1, 4, 7, 8),
-    noise=4,
+    differentiable=_DIFFERENTIABLE,
     cpu=_p_step_cpu,
     triton=triton_function("p_step", "forward"),
     backward=dict(cpu=_backward_cpu, triton=triton_function("p_step", "backward")),
@@ -172,7 +169,7 @@ def p_step(
         RuntimeError: for a forced backend that is not available here, or a tensor to write into where a gradient is needed.
     """
     without, scale = (None, 1.0) if guidance is None else checks.pair("guidance", guidance, "(output, scale)")
-    with_x_start = x_start is not False
+    with_x_start, clip = x_start is not False, checks.flag("clip", clip)
     arguments = (x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
     _check(*arguments)
     into = None

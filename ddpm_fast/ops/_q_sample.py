@@ -42,18 +42,22 @@ def scale_rows(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
 
 
 def _backward_cpu(arguments, needs, grads):
-    _, t, signal, sigma, _ = arguments
-    grad_x = scale_rows(grads[0], t, signal) if needs[0] else None
-    return grad_x, None, None, None, scale_rows(grads[0], t, sigma) if needs[4] else None
+    t, (grad,) = arguments.t, grads
+    return {
+        "x_start": scale_rows(grad, t, arguments.signal) if needs.x_start else None,
+        "noise": scale_rows(grad, t, arguments.sigma) if needs.noise else None,
+    }
 
 
-def _gradients(arguments, needs, grads):
+def _plain_backward(arguments, needs, grads):
     # Plain PyTorch, which a compiler fuses with its neighbours.
-    if needs[2] or needs[3]:
+    if needs.signal or needs.sigma:
         raise RuntimeError("q_sample gives the tables signal and sigma no gradient; detach them")
-    _, t, signal, sigma, _ = arguments
-    grad_x, grad_noise = (scale_rows_reference(grads[0], t, table) if need else None for table, need in ((signal, needs[0]), (sigma, needs[4])))
-    return grad_x, None, None, None, grad_noise
+    t, (grad,) = arguments.t, grads
+    return {
+        "x_start": scale_rows_reference(grad, t, arguments.signal) if needs.x_start else None,
+        "noise": scale_rows_reference(grad, t, arguments.sigma) if needs.noise else None,
+    }
 
 
 def _check(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor) -> None:
@@ -71,10 +75,9 @@ _op = Op(
     check=_check,
     fake=lambda x_start, *_: new_like(x_start),
     reference=q_sample_reference,
-    differentiable=(0, 4),
-    noise=4,
-    saves=(1, 2, 3),
-    gradients=_gradients,
+    differentiable=("x_start", "noise"),
+    backward_reads=("t", "signal", "sigma"),
+    plain_backward=_plain_backward,
     cpu=_q_sample_cpu,
     triton=triton_function("q_sample", "forward"),
     backward=dict(cpu=_backward_cpu, triton=triton_function("q_sample", "backward")),

@@ -43,17 +43,18 @@ def _simple_loss_cpu(*arguments) -> Tensor:
 
 
 def _ahead_cpu(arguments, needs):
-    if arguments[0].dtype != torch.float32 or any(needs[1:]):
+    model_output, x_start, *_ = arguments
+    if model_output.dtype != torch.float32 or any(needs[1:]):
         return None
-    loss, grad_model_output = per_sample(arguments[1]), new_like(arguments[0])
+    loss, grad_model_output = per_sample(x_start), new_like(model_output)
     _launch(arguments, loss, None, grad_model_output)
-    return loss, (grad_model_output, *[None] * 6), [prediction_half(grad_model_output, arguments[1])]
+    return loss, {"model_output": grad_model_output}, [prediction_half(grad_model_output, x_start)]
 
 
 def _backward_cpu(arguments, needs, grads):
-    grad_model_output = new_like(arguments[0])
+    grad_model_output = new_like(arguments.model_output)
     _launch(arguments, None, grads[0].contiguous(), grad_model_output)
-    return grad_model_output, *[None] * 6
+    return {"model_output": grad_model_output}
 
 
 def _check(model_output, x_start, t, weight, x_start_coef, noise_coef, noise) -> None:
@@ -73,8 +74,7 @@ _op = Op(
     check=_check,
     fake=lambda model_output, x_start, *_: per_sample(x_start),
     reference=simple_loss_reference,
-    differentiable=(0,),
-    noise=6,
+    differentiable=("model_output",),
     cpu=_simple_loss_cpu,
     triton=triton_function("simple_loss", "forward"),
     backward=dict(cpu=_backward_cpu, triton=triton_function("simple_loss", "backward")),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_fast import checks
 from ddpm_fast.backends import native, triton_function
-from ddpm_fast.ops._common import check_data, check_flag, check_like, check_t, check_table, gather_columns, table_dtype
+from ddpm_fast.ops._common import check_data, check_like, check_t, check_table, gather_columns, table_dtype
 from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
 from ddpm_fast.ops._native import new_like
 from ddpm_fast.ops._op import Op
@@ -104,20 +104,24 @@ def _vlb_terms_cpu(*arguments) -> Tensor:
 
 
 def _ahead_cpu(arguments, needs):
-    model_output, x_t, variance, detach_mean = arguments[0], arguments[2], arguments[5], arguments[9]
+    model_output, x_t = arguments.model_output, arguments.x_t
     if model_output.dtype != torch.float32 or any(needs[1:]):
         return None
     terms, grad_model_output = per_sample(x_t), new_like(model_output)
     _launch(arguments, terms, None, grad_model_output)
     # A half that gets no gradient stays zero whatever the upstream is.
-    part = prediction_half(grad_model_output, x_t) if variance == FIXED else grad_model_output[:, x_t.shape[1] :] if detach_mean else grad_model_output
-    return terms, (grad_model_output, *[None] * 9), [part]
+    part = grad_model_output
+    if arguments.variance == FIXED:
+        part = prediction_half(grad_model_output, x_t)
+    elif arguments.detach_mean:
+        part = grad_model_output[:, x_t.shape[1] :]
+    return terms, {"model_output": grad_model_output}, [part]
 
 
 def _backward_cpu(arguments, needs, grads):
-    grad_model_output = new_like(arguments[0])
+    grad_model_output = new_like(arguments.model_output)
     _launch(arguments, None, grads[0].contiguous(), grad_model_output)
-    return grad_model_output, *[None] * 9
+    return {"model_output": grad_model_output}
 
 
 def _check(model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean) -> None:
@@ -127,7 +131,6 @@ def _check(model_output, x_start, x_t, t, table, variance, clip, levels, cdf, de
     check_output(model_output, "x_t", x_t, variance)
     check_table("table", table, "x_t", x_t, columns=len(COLUMNS))
     check_t(t, "x_t", x_t, table.shape[0])
-    check_flag("clip", clip)
     if not 2 <= levels <= MAX_LEVELS:
         raise ValueError(f"levels must lie in 2..{MAX_LEVELS}, got {levels}")
     if cdf not in CDFS:
@@ -141,7 +144,7 @@ _op = Op(
     check=_check,
     fake=lambda model_output, x_start, x_t, *_: per_sample(x_t),
     reference=vlb_terms_reference,
-    differentiable=(0,),
+    differentiable=("model_output",),
     cpu=_vlb_terms_cpu,
     triton=triton_function("vlb_terms", "forward"),
     backward=dict(cpu=_backward_cpu, triton=triton_function("vlb_terms", "backward")),
@@ -186,7 +189,7 @@ def vlb_terms(
         TypeError, ValueError: what was expected and what came.
         RuntimeError: for a forced backend that is not available here.
     """
-    levels = checks.index("levels", levels)
+    levels, clip, detach_mean = checks.index("levels", levels), checks.flag("clip", clip), checks.flag("detach_mean", detach_mean)
     arguments = (model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean)
     _check(*arguments)
     return _op(arguments, x_t, arithmetic_dtype(model_output, x_t), backend)

@@ -95,7 +95,7 @@ def _p_step_bwd_kernel(
     grad_x_t_ptr,  # each like what it is the gradient of, or None
     grad_model_output_ptr,
     grad_without_ptr,
-    grad_previous_ptr,
+    grad_x_start_previous_ptr,
     grad_noise_ptr,
     guidance,
     samples: tl.int64,
@@ -126,8 +126,8 @@ def _p_step_bwd_kernel(
         g_start = g_start * passes(guess, 1.0)
     if grad_x_t_ptr is not None:
         tl.store(grad_x_t_ptr + place, x_t * g + from_x_t * g_start, mask=inside)
-    if grad_previous_ptr is not None:
-        tl.store(grad_previous_ptr + place, previous * g, mask=inside)
+    if grad_x_start_previous_ptr is not None:
+        tl.store(grad_x_start_previous_ptr + place, previous * g, mask=inside)
     through = from_out if without_ptr is None else from_out * guidance
     if grad_model_output_ptr is not None:
         tl.store(grad_model_output_ptr + out_place, through * g_start, mask=inside)
@@ -175,9 +175,9 @@ def forward(*arguments, x_next=None, x_start=None):
 
 
 def backward(arguments, needs, grads):
-    results = {i: new_like(arguments[i]) if needs[i] else None for i in (0, 1, 4, 7, 8)}
-    names = dict(zip(results, ("grad_x_t_ptr", "grad_model_output_ptr", "grad_noise_ptr", "grad_previous_ptr", "grad_without_ptr"), strict=True))
+    names = ("x_t", "model_output", "noise", "x_start_previous", "without")
+    results = {name: new_like(getattr(arguments, name)) if getattr(needs, name) else None for name in names}
     grad_next, grad_start = (contiguous(grad) for grad in grads)
     reads = dict(grad_next_ptr=grad_next, grad_start_ptr=grad_start)
-    _launch(_p_step_bwd_kernel, arguments, reads, {names[i]: result for i, result in results.items()})
-    return [results.get(i) for i in range(len(arguments))]
+    _launch(_p_step_bwd_kernel, arguments, reads, {f"grad_{name}_ptr": result for name, result in results.items()})
+    return results

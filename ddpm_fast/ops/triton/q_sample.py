@@ -82,9 +82,9 @@ def forward(x_start, t, signal, sigma, noise, *, out=None):
 
 
 def backward(arguments, needs, grads):
-    _, t, signal, sigma, _ = arguments
-    grad, t = grads[0].contiguous(), t.contiguous()
-    grad_x, grad_noise = (torch.empty_like(grad) if needs[i] else None for i in (0, 4))
+    signal, sigma = arguments.signal, arguments.sigma
+    grad, t = grads[0].contiguous(), arguments.t.contiguous()
+    grad_x, grad_noise = (torch.empty_like(grad) if needed else None for needed in (needs.x_start, needs.noise))
     Tiles(grad.shape, grad).launch(
         _q_sample_bwd_kernel,
         dict(grad_ptr=grad, t_ptr=t, signal_ptr=signal, sigma_ptr=sigma),
@@ -92,4 +92,4 @@ def backward(arguments, needs, grads):
         dict(steps=signal.numel()),
         {},
     )
-    return grad_x, None, None, None, grad_noise
+    return {"x_start": grad_x, "noise": grad_noise}

@@ -90,6 +90,6 @@ def forward(*arguments):
 
 
 def backward(arguments, needs, grads):
-    grad_model_output = new_like(arguments[0])
+    grad_model_output = new_like(arguments.model_output)
     _launch(_tiles(arguments), arguments, 2.0, grads[0].contiguous(), None, grad_model_output)
-    return grad_model_output, *[None] * 6
+    return {"model_output": grad_model_output}

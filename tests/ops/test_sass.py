@@ -21,7 +21,7 @@ from simulator import simulated
 from ddpm_fast.backends import native, native_missing
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-KERNELS = {"randn": 3, "group_norm": 18, "group_norm_backward": 20, "attention": 12, "attention_backward": 30}
+KERNELS = {"group_norm": 18, "group_norm_backward": 20, "attention": 12, "attention_backward": 30}
 TRITON = [("q_sample", "Noise"), ("simple_loss", "Noise"), ("p_step learned, multistep and guided", "Noise"), ("vlb_terms", None)]  # one of a kind
 SPILLS = {("sm_90", "16attention_kernelIfLi256E"), ("sm_90", "30attention_backward_keys_kernelIfLi256ELi2E")}
 
@@ -54,7 +54,7 @@ def ptx_of(name, arch):
 @pytest.fixture(scope="module")
 def sass_of(tmp_path_factory):
     """sass_of(name, arch): how often each instruction stands in each function that csrc/cuda/<name>.cu was built to."""
-    if native is None or "cuda" not in native.build_info():
+    if native is None or native.build_info()["cuda"] is None:
         pytest.skip(native_missing or "ddpm_fast._C was built without CUDA")
     if not cuobjdump():
         pytest.skip("cuobjdump is neither on PATH nor in Triton")
@@ -64,7 +64,10 @@ def sass_of(tmp_path_factory):
     @functools.cache
     def sass(name, arch):
         kernel = re.compile(rf"\d{name}_(?:keys_)?kernelI".encode())
-        (cubin,) = (path for path in folder.glob(f"*.{arch}.cubin") if kernel.search(path.read_bytes()))
+        cubins = list(folder.glob(f"*.{arch}.cubin"))
+        if not cubins:
+            pytest.skip(f"ddpm_fast._C was not built for {arch}, but for {native.build_info()['cuda_architectures']}")
+        (cubin,) = (path for path in cubins if kernel.search(path.read_bytes()))
         found = {plain(function): counts for function, counts in instructions(cubin).items()}
         assert len(found) == KERNELS[name]
         return found
@@ -96,16 +99,6 @@ def test_no_local_memory(name, arch, sass_of):
 
 
 @pytest.mark.parametrize("arch", SIMULATED_ARCHS)
-def test_noise_is_not_contracted(arch, sass_of):
-    """As many multiplications and additions as written: an FFMA would take the place of one of each. (A root has FFMAs of its own.)"""
-    wanted = in_ptx(ptx_of("randn", arch))
-    for kernel, found in sass_of("randn", arch).items():
-        assert wanted[kernel]["mul.rn.f32"] > 40
-        assert found["FMUL"] == wanted[kernel]["mul.rn.f32"], kernel
-        assert found["FADD"] == wanted[kernel]["add.rn.f32"] + wanted[kernel]["sub.rn.f32"], kernel
-
-
-@pytest.mark.parametrize("arch", SIMULATED_ARCHS)
 @pytest.mark.parametrize("name", ["attention", "attention_backward"])
 def test_attention_rounds_its_logits_and_sums(name, arch, sass_of):
     """A logit is rounded before anything is subtracted, and fp32's parts are added to their sums in registers: an FADD each."""
@@ -120,7 +113,7 @@ def test_attention_rounds_its_logits_and_sums(name, arch, sass_of):
 
 @pytest.mark.parametrize("arch", SIMULATED_ARCHS)
 def test_accesses_are_16_bytes_wide(arch, sass_of):
-    """All of attention's tiles and rows; group_norm's data in every kernel for vectors; randn's stores of four values."""
+    """All of attention's tiles and rows; group_norm's data in every kernel for vectors."""
     for name in ("attention", "attention_backward"):
         for kernel, found in sass_of(name, arch).items():
             copies = {op for op in found if op.startswith("LDGSTS")}
@@ -138,18 +131,20 @@ def test_accesses_are_16_bytes_wide(arch, sass_of):
             if shape and shape[1] != "1":
                 assert found["LDG.E.128.CONSTANT"] == tensors * int(shape[2]), kernel
                 assert count(found, "STG.E.128") >= int(shape[2]), kernel
-    for kernel, found in sass_of("randn", arch).items():
-        assert count(found, "STG.E.128" if "IfE" in kernel else "STG.E.64") == 1, kernel
 
 
-def test_contraction_would_be_noticed():
-    """Without .rn ptxas may contract, and does."""
-    ptx = ptx_of("randn", "sm_80")
+@pytest.mark.skipif(bool(triton_missing()), reason=triton_missing() or "-")
+def test_contraction_would_be_noticed(tmp_path):
+    """Without .rn ptxas may contract, and does: in the noise, whose bits it would change."""
     if shutil.which("ptxas") is None:
         pytest.skip("ptxas is not on PATH")
-    cubin, _ = assemble(re.sub(r"\b(mul|add|sub)\.rn\.f32", r"\1.f32", ptx), "sm_80")
-    wanted = in_ptx(ptx)
-    assert all(found["FMUL"] < wanted[plain(kernel)]["mul.rn.f32"] for kernel, found in instructions(cubin).items())
+    with simulated(80, run=False) as launches:
+        everything(make("q_sample", "Noise", (2, 1, 1, 1504), torch.float32), backend="triton")
+    for launch in launches:
+        ptx = launch.compiled.asm["ptx"]
+        cubin, _ = assemble(re.sub(r"\b(mul|add|sub)\.rn\.f32", r"\1.f32", ptx), "sm_80")
+        (found,) = instructions(cubin).values()
+        assert found["FMUL"] < len(re.findall(r"\bmul\.(?:rn\.)?f32\b", ptx)), launch.name
 
 
 @pytest.mark.skipif(bool(triton_missing()), reason=triton_missing() or "-")

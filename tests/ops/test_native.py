@@ -17,7 +17,7 @@ from ddpm_fast.backends import native
 if native is None:
     pytest.skip("ddpm_fast._C was not built", allow_module_level=True)
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 KERNELS = [*re.findall(r"K\((\w+), (\w+)\)", (CSRC / "cpu" / "kernels.h").read_text()), ("attention", "AttentionArguments")]
 
 

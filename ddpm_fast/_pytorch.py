@@ -1,6 +1,6 @@
 """Every private hook of PyTorch that is used: of torch.func, of the dispatcher, of tensors that only stand for others.
 
-Each function says which public behaviour it stands for; tests/test_pytorch_hooks.py holds it to that, so that a PyTorch that changes
+Each function says which public behaviour it stands for; tests/project/test_pytorch_hooks.py holds it to that, so that a PyTorch that changes
 a hook is noticed.
 """
 from __future__ import annotations

@@ -52,7 +52,10 @@ def group_norm_reference(
     if pre_bias is not None:
         h = h + over_pixels(pre_bias)
     grouped = h.reshape(x.shape[0], groups, channels // groups * math.prod(x.shape[2:]))
-    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+    if x.shape[0]:
+        variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+    else:  # PyTorch warns of a variance of nothing
+        variance = mean = grouped.sum(2)
     rstd = torch.rsqrt(variance + eps)
     z = ((grouped - mean[..., None]) * rstd[..., None]).reshape(x.shape)
     if weight is not None:

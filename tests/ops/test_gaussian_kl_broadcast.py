@@ -8,7 +8,7 @@ from ddpm_fast import gaussian_kl
 from ddpm_fast.ops._gaussian_kl import gaussian_kl_reference
 
 # Sizes that equal each other are meant: what has N values must not be taken for one value a sample.
-SHAPES = [(3,), (1, 1), (3, 3), (3, 1), (1, 3, 1, 1), (2, 3, 2), (3, 3, 3)]
+SHAPES = [(3,), (1, 1), (3, 3), (3, 1), (1, 3, 1, 1), (2, 3, 2), (3, 3, 3), (2, 2500)]  # the last of several blocks a sample
 OPERANDS = ("mean1", "logvar1", "mean2", "logvar2")
 
 

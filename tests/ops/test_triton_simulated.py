@@ -59,10 +59,11 @@ def native_bits(name, case, grads):
     if not is_summed(name):
         return everything(case, grads, backend="cpu")
     op = importlib.import_module(f"ddpm_fast.ops._{case.op}")._op
-    arguments, places = list(case.arguments.values()), {leaf: list(case.arguments).index(leaf) for leaf in case.leaves}
-    found = op.backward[op.backends.implementations["cpu"]](arguments, [i in places.values() for i in range(len(arguments))], grads)
+    arguments = op.Arguments(**case.arguments)
+    needs = op.Arguments(**{name: name in case.leaves for name in case.arguments})
+    found = op.backward[op.backends.implementations["cpu"]](arguments, needs, grads)
     elementwise = [leaf for leaf in case.leaves if case.arguments[leaf].numel() >= case.arguments[case.leaves[0]].numel()]
-    return {f"gradient of {leaf}": found[places[leaf]] for leaf in elementwise}
+    return {f"gradient of {leaf}": found[leaf] for leaf in elementwise}
 
 
 @pytest.mark.parametrize("shape, dtype, arch", SIZES, ids=[f"{shape}-{str(dtype)[6:]}-sm_{arch}" for shape, dtype, arch in SIZES])

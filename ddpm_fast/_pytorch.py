@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def below_functorch() -> contextlib.AbstractContextManager:
+def below_functorch() -> contextlib.AbstractContextManager[Any]:
     """Inside torch.func's transforms: operations run as they would outside, on what `unwrapped` gives. Elsewhere, nothing."""
     return torch._C._DisableFuncTorch() if in_functorch() else contextlib.nullcontext()
 

@@ -3,15 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_T = TypeVar("_T")
 
-
-def contiguous(x: _T) -> _T:
+def contiguous(x: Any) -> Any:
     """A tensor, contiguous; what is none, as None or a Noise, as it is."""
     return x.contiguous() if isinstance(x, Tensor) else x
 

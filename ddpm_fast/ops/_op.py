@@ -72,7 +72,8 @@ class Op:
         self.reference = reference
         kinds = schema.replace(NOISE, "Tensor? noise").split(", ")
         self.names = [kind.split()[-1] for kind in kinds]
-        self.Arguments = namedtuple("Arguments", self.names)
+        make_arguments: Any = namedtuple
+        self.Arguments = make_arguments("Arguments", self.names)
         self.differentiable = tuple(self.names.index(argument) for argument in differentiable)
         self.tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
         self.others = [i for i in self.tensors if i not in self.differentiable]
@@ -230,8 +231,9 @@ class Op:
             flat, kept = kept_for_backward(ctx)
             needs = ctx.needs_input_grad
             arguments, needs = self._restore(flat), [bool(needed) for needed in self._unflatten_needs(needs)]
+            found: list[Tensor | None] = [None] * len(needs)
             if all(grad is None for grad in grads):
-                found = [None] * len(needs)
+                pass
             elif self.plain_backward is not None:
                 found = self.in_order(self.plain_backward(self.Arguments(*arguments), self.Arguments(*needs), grads))
             else:

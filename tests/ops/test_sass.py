@@ -140,11 +140,10 @@ def test_contraction_would_be_noticed(tmp_path):
         pytest.skip("ptxas is not on PATH")
     with simulated(80, run=False) as launches:
         everything(make("q_sample", "Noise", (2, 1, 1, 1504), torch.float32), backend="triton")
-    for launch in launches:
-        ptx = launch.compiled.asm["ptx"]
-        cubin, _ = assemble(re.sub(r"\b(mul|add|sub)\.rn\.f32", r"\1.f32", ptx), "sm_80")
-        (found,) = instructions(cubin).values()
-        assert found["FMUL"] < len(re.findall(r"\bmul\.(?:rn\.)?f32\b", ptx)), launch.name
+    ptx = launches[0].compiled.asm["ptx"]  # of forward, which draws
+    cubin, _ = assemble(re.sub(r"\b(mul|add|sub)\.rn\.f32", r"\1.f32", ptx), "sm_80")
+    (found,) = instructions(cubin).values()
+    assert found["FMUL"] < len(re.findall(r"\bmul\.(?:rn\.)?f32\b", ptx))
 
 
 @pytest.mark.skipif(bool(triton_missing()), reason=triton_missing() or "-")

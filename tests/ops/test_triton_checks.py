@@ -56,14 +56,13 @@ def outcome(kernels, name, shape=(3, 1, 1, 1030), **changes):
     torch.manual_seed(0)
     case = make(name, "Noise", shape).given(**changes)
     arguments = tuple(case.arguments.values())
-    positions = {leaf: list(case.arguments).index(leaf) for leaf in case.leaves}
-    module = kernels(case.op)
+    module, op = kernels(case.op), importlib.import_module(f"ddpm_fast.ops._{case.op}")._op
     with simulated(80):
         results = module.forward(*arguments)
         results = results if isinstance(results, tuple) else (results,)
-        needs = [i in positions.values() for i in range(len(arguments))]
-        gradients = module.backward(arguments, needs, [torch.ones_like(x) for x in results])
-    return [*results, *(gradients[i] for i in positions.values())]
+        needs = op.Arguments(**{leaf: leaf in case.leaves for leaf in case.arguments})
+        gradients = module.backward(op.Arguments(*arguments), needs, [torch.ones_like(x) for x in results])
+    return [*results, *(gradients[leaf] for leaf in case.leaves)]
 
 
 def right(name, **changes):

@@ -4,6 +4,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import sanitize
+
+from ddpm_fast.backends import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -48,3 +51,9 @@ def test_folders_are_the_packages():
     assert () not in folders  # none lies in tests/ itself
     for folder, *deeper in folders:
         assert not deeper and (folder in BESIDES or (ROOT / "ddpm_fast" / folder / "__init__.py").is_file()), folder
+
+
+def test_the_sanitizers_run_the_tests_of_every_op():
+    names = {Path(file).stem for file in sanitize.op_tests()}
+    assert len(tables) >= 9 and {f"test_{op}" for op in tables} <= names
+    assert {"test_native", "test_noise", "test_ops_addresses"} <= names

@@ -11,7 +11,7 @@ from harness import COPY, EAGER, OURS, Case, main
 from numerics import assert_as_accurate
 
 from ddpm_fast.ops import conv3x3
-from ddpm_fast.ops._conv3x3 import conv3x3_cpu_call
+from ddpm_fast.ops._conv3x3 import conv3x3_prepared
 
 PLANNED = "planned"
 
@@ -39,10 +39,10 @@ class Conv3x3Case(Case):
     def planned(self):
         x, weight, bias = self.tensors
         y = torch.empty((len(x), len(weight), *x.shape[2:]), memory_format=torch.channels_last)
-        call, kept = conv3x3_cpu_call(x, weight, bias, None, y)
+        call = conv3x3_prepared(x, weight, bias, None, y)
 
-        def run(call=call, kept=kept):
-            call[0](*call[1])
+        def run():
+            call()
             return y
 
         return run

@@ -75,6 +75,8 @@ def diffusion(variance: str = "fixed_small") -> GaussianDiffusion:
 def main(cases: Iterable[Callable[[], Case]]) -> None:
     """Prints every case's sides at one thread and at all; the first argument of the command line is the number of rounds."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    if rounds < 2:
+        sys.exit(f"quartiles need at least 2 rounds, {rounds} asked for")
     print(", ".join(f"{name} {value}" for name, value in environment().items()))
     for threads, make in itertools.product(sorted({1, torch.get_num_threads()}), list(cases)):
         with threads_set(threads):

@@ -44,8 +44,9 @@ class Op:
             default autograd's of the reference.
         backward: backend to its backward kernel, called as ``plain_backward`` is.
         ahead: backend (of the CPU) to a forward that also gives the gradients, for an upstream of ones: called as
-            ahead(arguments, needs), it returns the result, the gradients, and the tensors that backward then multiplies by the upstream of each sample; or None for arguments that it does not serve. For float32: in 16
-            bits a gradient would be rounded twice, and lost where it is small before a loss is scaled.
+            ahead(arguments, needs), it returns the result, the gradients, and the tensors that backward then multiplies by the
+            upstream of each sample; or None for arguments that it does not serve. For float32: in 16 bits a gradient would be
+            rounded twice, and lost where it is small before a loss is scaled.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Op:
         self.reference = reference
         kinds = schema.replace(NOISE, "Tensor? noise").split(", ")
         self.names = [kind.split()[-1] for kind in kinds]
-        make_arguments: Any = namedtuple
+        make_arguments: Any = namedtuple  # checkers know it with names that are written out alone
         self.Arguments = make_arguments("Arguments", self.names)
         self.differentiable = tuple(self.names.index(argument) for argument in differentiable)
         self.tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -76,3 +78,13 @@ def test_a_cycle_is_seen(tmp_path):
     modules = {"ddpm_fast.ops": lazy, "ddpm_fast.noise": lazy}
     assert imports(lazy, modules) == {"ddpm_fast.ops"}
     assert set(cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("path", sorted(path for folder in ("benchmarks", "examples") for path in (PACKAGE.parent / folder).glob("*.py")), ids=lambda path: path.name)
+def test_scripts_import_what_is_there(path):
+    """Benchmarks and examples need more than the tests do, so that no test runs all of them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE.name:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), f"{node.module} has no {alias.name}"

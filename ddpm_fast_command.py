@@ -1,4 +1,5 @@
 """``ddpm-fast``. Outside of the package, whose import takes seconds in which Ctrl-C is to be as quiet as later."""
+
 import sys
 
 

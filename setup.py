@@ -5,6 +5,7 @@ Environment, read at build time only:
     DDPM_FAST_CUDA_ARCHS  for instance "80;90" (default: the GPUs present, else 80 and 90 with PTX)
     CXX, CUDACXX          compilers, as CMake understands them
 """
+
 import os
 import re
 import shutil
@@ -35,7 +36,10 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-G", "Ninja", str(ROOT),
+            "cmake",
+            "-G",
+            "Ninja",
+            str(ROOT),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",

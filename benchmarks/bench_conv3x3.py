@@ -2,6 +2,7 @@
 
 "planned" is the kernel with its weight transformed beforehand, as the UNet's plan calls it for each step.
 """
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """gaussian_kl with the mean over each sample, forward and backward to all four, beside the formula as people write it."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """group_norm with SiLU, forward and with backward, beside PyTorch's two operators, in both layouts and dtypes."""
+
 from __future__ import annotations
 
 import pytest
@@ -39,7 +40,10 @@ class GroupNormCase(Case):
 
     def check(self, name):
         wide = GroupNormCase.__new__(GroupNormCase)
-        wide.what, wide.x, wide.weight, wide.bias, wide.grad_y = self.what, *(x.double() for x in (self.x, self.weight, self.bias, self.grad_y))
+        wide.what, wide.x, wide.weight, wide.bias, wide.grad_y = (
+            self.what,
+            *(x.double() for x in (self.x, self.weight, self.bias, self.grad_y)),
+        )
         formula = lambda x, w, b: F.silu(F.group_norm(x, GROUPS, w, b, EPS))  # noqa: E731
         for actual, baseline, exact in zip(self.sides[name]()(), self.call(formula)(), wide.call(formula)(), strict=True):
             assert_as_accurate(actual, baseline, exact, factor=3.0, floor=4.0, what=name)

@@ -2,6 +2,7 @@
 
 "ours, in place" writes x' over x_t and gives no x̂0, as a sampling loop does; diffusers gives both.
 """
+
 from __future__ import annotations
 
 import itertools

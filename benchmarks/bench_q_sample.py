@@ -3,6 +3,7 @@
 `pytest benchmarks/bench_q_sample.py` records; `python benchmarks/bench_q_sample.py` alternates the sides and prints ratios,
 which are the figures to trust on a machine that is not alone.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -69,7 +70,9 @@ class QSampleCase(Case):
         elif name == DIFFUSERS:
             # It subtracts ᾱ from 1 in fp32: at t = 0 half an ulp of 1 in 1e-4, halved by the root.
             allowed = 2.0**-24 / (2 * 1e-2)
-            assert_close_to_exact(peers.diffusers_scheduler(self.betas).add_noise(self.x, noise, self.t), exact, rtol=1e-5, atol=6 * allowed, what=name)
+            assert_close_to_exact(
+                peers.diffusers_scheduler(self.betas).add_noise(self.x, noise, self.t), exact, rtol=1e-5, atol=6 * allowed, what=name
+            )
 
 
 @pytest.mark.parametrize("side", [OURS, INTO, EAGER, COMPILED, DIFFUSERS, COPY])

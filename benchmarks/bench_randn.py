@@ -1,4 +1,5 @@
 """randn beside torch.randn and a memory copy. `python benchmarks/bench_randn.py` alternates the sides and prints ratios."""
+
 from __future__ import annotations
 
 import itertools

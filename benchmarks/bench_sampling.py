@@ -3,6 +3,7 @@
 "ours, passes not planned" calls the network as a function at each step, "compiled" the network through torch.compile. The second argument of
 the command line is the number of steps, by default 50 of the 1000 of the chain: a step costs the same, as long as it is not the first.
 """
+
 from __future__ import annotations
 
 import sys
@@ -64,7 +65,9 @@ class SamplingCase(Case):
         if name == DIFFUSERS:
             x, t = torch.randn(self.shape), torch.full(self.shape[:1], STEPS // 2)
             with torch.no_grad():
-                assert_close_to_exact(peers.diffusers_unet(self.model)(x, t).sample, self.model.double()(x.double(), t), atol=1e-5, what=name)
+                assert_close_to_exact(
+                    peers.diffusers_unet(self.model)(x, t).sample, self.model.double()(x.double(), t), atol=1e-5, what=name
+                )
             self.model.float()
         elif name != OURS:
             # Rounding grows along a chain, and is clipped at its end: few pixels of few images.

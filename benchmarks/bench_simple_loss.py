@@ -3,6 +3,7 @@
 Ours draws ε twice, once in each direction, and stores none of it; "ours, tensor" is given it as a tensor, as the eager side
 of a training step that has kept the ε it noised with.
 """
+
 from __future__ import annotations
 
 import itertools

@@ -4,6 +4,7 @@
 The twin is given a tensor of torch.randn drawn in the call: its own generator of the contract's noise is no rival. One thread,
 because a second one waits for whoever else the machine serves, and a slice of its scheduler is longer than most calls.
 """
+
 from __future__ import annotations
 
 import sys

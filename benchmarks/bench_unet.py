@@ -6,6 +6,7 @@ diffusers is measured in NCHW, as it comes ("plain"), and moved to channels_last
 
 `python benchmarks/bench_unet.py --help` says what can be chosen. `pytest benchmarks` has the eager sides in fp32.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -127,7 +128,9 @@ def check(preset: str, precision: str) -> None:
     exact = wide.results()
     baseline = sides[PLAIN].results()
     for name in (OURS, CHANNELS_LAST):
-        for what, actual, theirs, truth in zip(("output", "gradient of conv_in", "gradient of conv_out"), sides[name].results(), baseline, exact):
+        for what, actual, theirs, truth in zip(
+            ("output", "gradient of conv_in", "gradient of conv_out"), sides[name].results(), baseline, exact
+        ):
             assert_as_accurate(actual, theirs, truth, factor=4.0, what=f"{what} of {name}, {precision}")
 
 
@@ -186,7 +189,11 @@ def memory_in_a_process(name: str, preset: str, batch: int, precision: str, comp
     arguments = json.dumps([name, preset, batch, precision, compiled])
     threads = str(torch.get_num_threads())
     done = subprocess.run(
-        [sys.executable, __file__, "--memory-of", arguments, "--threads", threads], env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, __file__, "--memory-of", arguments, "--threads", threads],
+        env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -235,7 +242,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
     parser.add_argument("--passes", nargs="+", choices=[FORWARD, STEP], default=[FORWARD, STEP], help="what to time")
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="bf16 is under autocast")
-    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"], help="compiling takes minutes a side and pass")
+    parser.add_argument(
+        "--modes", nargs="+", choices=["eager", "compiled"], default=["eager"], help="compiling takes minutes a side and pass"
+    )
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure the memory of a step too")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # the process that measures one side
@@ -259,7 +268,9 @@ def main(chosen: argparse.Namespace) -> list[dict]:
             for what in chosen.passes:
                 results = alternate(timed_sides(chosen.preset, chosen.batch, precision, what, compiled), chosen.repeats)
                 print(f"{what}, {precision}, {mode}\n{table(results)}", flush=True)
-                figures.append({"what": what, "precision": precision, "mode": mode, "seconds": {name: side.times for name, side in results.items()}})
+                figures.append(
+                    {"what": what, "precision": precision, "mode": mode, "seconds": {name: side.times for name, side in results.items()}}
+                )
             if chosen.memory:
                 try:
                     results = {name: memory_in_a_process(name, chosen.preset, chosen.batch, precision, compiled) for name in NAMES}

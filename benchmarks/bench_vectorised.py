@@ -4,6 +4,7 @@ randn is written with vector types and cannot be left scalar, so the ratio is ab
 that the compiler leaves scalar takes 4 times (SSE) to 13 times (AVX-512) as long. That none is left so is proved by the machine
 code, in tests/ops/test_vectorised.py.
 """
+
 from __future__ import annotations
 
 from bench_sizes import KEPT, pairs

@@ -1,4 +1,5 @@
 """vlb_terms, forward alone and with backward to the output, beside its reference twin in eager PyTorch and compiled."""
+
 from __future__ import annotations
 
 import pytest

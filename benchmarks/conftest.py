@@ -1,4 +1,5 @@
 """Threads, and what is recorded with every figure."""
+
 from __future__ import annotations
 
 import pytest

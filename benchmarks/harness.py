@@ -1,4 +1,5 @@
 """What every bench_<op>.py shares: a case gives the sides, pytest records them, `main` alternates them and prints ratios."""
+
 from __future__ import annotations
 
 import itertools

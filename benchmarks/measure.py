@@ -1,4 +1,5 @@
 """How the benchmarks time: sides that alternate in one process, and what is written beside a figure."""
+
 from __future__ import annotations
 
 import platform

@@ -1,4 +1,5 @@
 """Other people's code for the same step, called as their users call it."""
+
 from __future__ import annotations
 
 import importlib.util

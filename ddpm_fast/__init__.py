@@ -1,4 +1,5 @@
 """ddpm_fast: denoising diffusion probabilistic models that are fast to train, to sample and to evaluate."""
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

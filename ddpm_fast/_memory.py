@@ -1,4 +1,5 @@
 """The memory of tensors: whether it is there, what may be written into, what overlaps."""
+
 from __future__ import annotations
 
 import torch

@@ -3,6 +3,7 @@
 Each function says which public behaviour it stands for; tests/project/test_pytorch_hooks.py holds it to that, so that a PyTorch that changes
 a hook is noticed.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -57,7 +58,9 @@ def holds_values(x: Tensor) -> bool:
 
 def in_batches(grads: Sequence[Tensor | None]) -> bool:
     """Whether backward runs under vmap, torch.func's or that of torch.autograd.grad(is_grads_batched=True): such tensors have no address."""
-    return in_functorch() or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])  # a list is faster
+    return in_functorch() or any(
+        [grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads]
+    )  # a list is faster
 
 
 def unwrapped(x: Tensor) -> tuple[Tensor, set[int]]:

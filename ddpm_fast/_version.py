@@ -1,4 +1,5 @@
 """The installed version of the package."""
+
 from importlib.metadata import PackageNotFoundError, version
 
 try:

@@ -4,6 +4,7 @@ Another kernel rounds otherwise, so a choice changes bits. For equal bits in eve
 ``with autotune.disabled():`` or ``torch.use_deterministic_algorithms(True)``; then the default, ours, always runs. The ranks of a
 distributed run choose each for themselves: they differ only where two kernels take nearly the same time.
 """
+
 from __future__ import annotations
 
 import math

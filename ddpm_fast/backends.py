@@ -4,6 +4,7 @@ Backends: ``reference`` (plain PyTorch, any device), ``cpu`` and ``cuda`` (C++, 
 the ones it has in a :class:`BackendTable`; what is missing at run time stays listed with its reason, which
 ``ddpm-fast info`` prints and a forced ``backend="..."`` raises.
 """
+
 from __future__ import annotations
 
 import functools

@@ -2,6 +2,7 @@
 
 NumPy's numbers and tensors of one element are as good as Python's; a bool is no number.
 """
+
 from __future__ import annotations
 
 import math

@@ -5,6 +5,7 @@ Example:
     >>> get_args(SamplerName)
     ('ddpm', 'ddim', 'dpmpp_2m')
 """
+
 from __future__ import annotations
 
 from typing import Literal, TypeAlias

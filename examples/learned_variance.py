@@ -8,6 +8,7 @@ shorter ones, and the quality of samples of three samplers, at the same numbers 
 Quality is told by FID on the digits extractor's features, of equally many samples each; KID, precision, recall and the neighbours' ratio
 are in quality.csv. Of a few hundred samples KID's own spread hides all differences.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -103,7 +104,14 @@ def run_study(
             ), f"{variant}: training", quiet)  # fmt: skip
         with timed(seconds, "bound"), Bar(f"{variant}: bound", quiet=quiet) as bar:
             for length in lengths:
-                bound = evaluate_bound(trained.model, shortened(trained.diffusion, length), x_test.to(trained.device), terms_per_image=terms, seed=seed, report=bar.update)
+                bound = evaluate_bound(
+                    trained.model,
+                    shortened(trained.diffusion, length),
+                    x_test.to(trained.device),
+                    terms_per_image=terms,
+                    seed=seed,
+                    report=bar.update,
+                )
                 bounds.append(dict(variant=variant, steps=length, **summary(bound)))
         with timed(seconds, "sampling"):
             for sampler in SAMPLERS:
@@ -134,7 +142,9 @@ def shortened(diffusion: GaussianDiffusion, length: int) -> GaussianDiffusion:
     return GaussianDiffusion(schedule, diffusion.prediction, diffusion.variance, diffusion.levels)
 
 
-def draw(folder: Path, trained: TrainedModel, data: ImageData, sampler: str, length: int, count: int, seed: int, title: str, quiet: bool) -> Tensor:
+def draw(
+    folder: Path, trained: TrainedModel, data: ImageData, sampler: str, length: int, count: int, seed: int, title: str, quiet: bool
+) -> Tensor:
     """(count, C, H, W) samples in [-1, 1], from files where they are there already."""
     chosen = Sampler(trained.model, trained.diffusion, sampler, steps=length, spacing=SPACING[sampler])
     shape, settings = trained.image_shape, dict(**trained.settings, sampler=sampler, steps=length, spacing=SPACING[sampler], seed=seed)
@@ -160,7 +170,13 @@ def table(study_bounds: list[dict], study_quality: list[dict]) -> list[list[str]
     variants, lengths = list(VARIANTS), sorted({row["steps"] for row in study_bounds}, reverse=True)
     bound = {(row["variant"], row["steps"]): row for row in study_bounds}
     quality = {(row["variant"], row["sampler"], row["steps"]): row for row in study_quality}
-    rows = [["steps", *(f"{variant}: bits/dim" for variant in variants), *(f"{variant}: FID {sampler}" for variant in variants for sampler in SAMPLERS)]]
+    rows = [
+        [
+            "steps",
+            *(f"{variant}: bits/dim" for variant in variants),
+            *(f"{variant}: FID {sampler}" for variant in variants for sampler in SAMPLERS),
+        ]
+    ]
     for length in lengths:
         bits = (bound[variant, length] for variant in variants)
         distances = (quality[variant, sampler, length]["fid"] for variant in variants for sampler in SAMPLERS)
@@ -169,7 +185,9 @@ def table(study_bounds: list[dict], study_quality: list[dict]) -> list[list[str]
     return rows
 
 
-def write_study(out: Path, bounds: list[dict], quality: list[dict], seconds: dict[str, float], pictures: dict[str, Tensor]) -> dict[str, Path]:
+def write_study(
+    out: Path, bounds: list[dict], quality: list[dict], seconds: dict[str, float], pictures: dict[str, Tensor]
+) -> dict[str, Path]:
     """bounds.csv and quality.csv with all figures, study.json with both, study.md and study.png to look at, and a few samples."""
     paths = {name: out / name for name in ("study.png", "study.md", "bounds.csv", "quality.csv", RESULTS)}
     for name, rows in (("bounds.csv", bounds), ("quality.csv", quality)):

@@ -1,4 +1,5 @@
 """What this machine can test, said at the start of every run, and the fixtures that choose among it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,8 +22,13 @@ TESTS = Path(__file__).resolve().parent
 # What each mark of pyproject.toml is given to, by path in tests/. A test of another file carries its own.
 MARKED = {
     "simulator": (
-        "ptxsim/*", "ops/test_*_cuda.py", "ops/test_triton_checks.py", "ops/test_triton_simulated.py", "ops/test_triton_traffic.py",
-        "ops/test_any_schedule.py", "ops/test_sass.py",
+        "ptxsim/*",
+        "ops/test_*_cuda.py",
+        "ops/test_triton_checks.py",
+        "ops/test_triton_simulated.py",
+        "ops/test_triton_traffic.py",
+        "ops/test_any_schedule.py",
+        "ops/test_sass.py",
     ),
     "interpreter": ("ops/test_triton_interpreted.py",),
     "slow": ("ops/test_ops_memory.py",),
@@ -40,7 +46,9 @@ class Backend(NamedTuple):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="of the tensors of op_cases.py: what test_ops_*.py ask of every op")
+    parser.addoption(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="of the tensors of op_cases.py: what test_ops_*.py ask of every op"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,7 +72,9 @@ def pytest_configure(config):
     if INTERPRETED:
         round_to_bfloat16()
         DEFAULTS["cpu"] = ("triton",)
-    config.addinivalue_line("markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set")
+    config.addinivalue_line(
+        "markers", "backends(op, without=()): run with each backend of the op, and the CPU one with each instruction set"
+    )
 
 
 @functools.cache

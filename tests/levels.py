@@ -5,6 +5,7 @@ libraries choose for themselves: ATen, oneDNN and MKL. Each of LEVELS holds them
 level runs with 1, 2 and 4 threads, in a process of its own. Levels that this processor does not have are named. A table of the
 results comes last, with each test that failed; the exit status is the number of runs with failures.
 """
+
 from __future__ import annotations
 
 import argparse

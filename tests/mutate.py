@@ -4,6 +4,7 @@ Works on copies of the tree in a temporary folder. A bug in the CPU kernels is b
 kernels is compiled by the tests themselves, with nvcc, and runs in the simulator, as the Triton kernels do. At the end the tests that
 caught a bug must pass without it. Ends with status 1 where a bug survives. The whole takes about half an hour on two cores; --only WORD picks.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -2,6 +2,7 @@
 
 ``good`` stands once in its file, a file of csrc or of the Triton kernels.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple

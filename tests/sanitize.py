@@ -4,6 +4,7 @@
 beside a copy of the Python package; the installed one is left alone. Before the tests, calls that are wrong on purpose must be
 reported: a sanitizer that sees nothing would pass every test. Needs GCC with its sanitizer runtimes, cmake, ninja and pybind11.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -66,10 +67,13 @@ folder, sanitizer = sys.argv[1:3]
 if not _C.__file__.startswith(folder) or _C.build_info()["sanitizer"] != sanitizer:
     sys.exit(f"loaded {_C.__file__} with sanitizer {_C.build_info().get('sanitizer')}, not the one in {folder}")
 """
-RUN_TESTS = LOAD + """
+RUN_TESTS = (
+    LOAD
+    + """
 import pytest
 sys.exit(pytest.main(sys.argv[3:]))
 """
+)
 
 
 def main() -> int:

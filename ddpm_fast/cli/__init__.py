@@ -1,4 +1,5 @@
 """The command line, ``ddpm-fast``: train, sample, eval, demo, info; each command is a file here."""
+
 from __future__ import annotations
 
 import importlib

@@ -1,4 +1,5 @@
 """What every command of ``ddpm-fast`` shares: the app, the options that several have, how results are printed."""
+
 from __future__ import annotations
 
 import math
@@ -34,7 +35,14 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from error
 
 
-app = typer.Typer(name="ddpm-fast", cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, sample and evaluate denoising diffusion models.")
+app = typer.Typer(
+    name="ddpm-fast",
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train, sample and evaluate denoising diffusion models.",
+)
 console = Console(highlight=False, markup=False)  # folders may have brackets in their names
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]

@@ -1,4 +1,5 @@
 """``ddpm-fast demo``: trains on the digits, samples, evaluates the bound and draws the pictures. No network, no GPU needed."""
+
 from __future__ import annotations
 
 import time
@@ -105,7 +106,9 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, device: str 
     write_forward(paths["forward.png"], data, trainer)
     write_reverse_gif(paths["reverse.gif"], frames, columns=10)
     write_bound_plot(paths["bound.png"], bound.terms, bound.prior, bound.centers, weights=bound.counts, title="held-out digits")
-    result = DemoResult(bound, class_counts(x, data), neighbour_distance_ratio(x, data), {k: round(v, 1) for k, v in seconds.items()}, paths)
+    result = DemoResult(
+        bound, class_counts(x, data), neighbour_distance_ratio(x, data), {k: round(v, 1) for k, v in seconds.items()}, paths
+    )
     write_json(paths[RESULTS], dict(
         **bound.summary(), samples_in_each_class=result.classes, neighbour_distance_ratio=result.neighbour_ratio, seconds=result.seconds,
     ))  # fmt: skip
@@ -124,7 +127,16 @@ def draw(trainer: Trainer, model: torch.nn.Module, seed: int, quiet: bool) -> tu
             frames.append(x.cpu())
             bar.update(len(frames), SAMPLING_STEPS)
 
-        x = sample(model, trainer.diffusion, (SAMPLES, *trainer.data.image_shape), seed, callback=keep, sampler="ddim", steps=SAMPLING_STEPS, eta=1.0)
+        x = sample(
+            model,
+            trainer.diffusion,
+            (SAMPLES, *trainer.data.image_shape),
+            seed,
+            callback=keep,
+            sampler="ddim",
+            steps=SAMPLING_STEPS,
+            eta=1.0,
+        )
     return x.cpu(), torch.stack(frames)
 
 

@@ -1,4 +1,5 @@
 """How the command line tells of errors: one line, in the words of its options."""
+
 from __future__ import annotations
 
 import contextlib
@@ -38,7 +39,9 @@ def in_options(text: str, options: Mapping[str, str]) -> str:
             continue
         word = rf"(?<![\w./'\"-]){name}"
         text = re.sub(rf"{word}=(?=\S)", f"{option} ", text)
-        text = re.sub(rf"{word}(?![\w/]|\.\w)" if "_" in name else rf"(?:network )?{word}(?= must\b| needs\b| is (?:a part )?of\b| ')", option, text)
+        text = re.sub(
+            rf"{word}(?![\w/]|\.\w)" if "_" in name else rf"(?:network )?{word}(?= must\b| needs\b| is (?:a part )?of\b| ')", option, text
+        )
     return text
 
 

@@ -1,4 +1,5 @@
 """``ddpm-fast eval``."""
+
 from __future__ import annotations
 
 import contextlib
@@ -30,14 +31,32 @@ FEATURES_HELP = (
 @app.command("eval")
 def evaluate(
     run: Run,
-    data: Annotated[str | None, typer.Option(help="Held-out data of your own, of which all are evaluated, or the test part that a file has. By default the held-out part of what the run was trained on.")] = None,
-    image_size: Annotated[str | None, typer.Option(help="Crop and resize the images of a folder given with --data to this side, or to HEIGHTxWIDTH; by default as in training.")] = None,
-    value_range: Annotated[tuple[float, float] | None, typer.Option("--range", metavar="LOW HIGH", help="Values in --data that are black and white; by default as in training.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out data of your own, of which all are evaluated, or the test part that a file has. By default the held-out part of what the run was trained on."
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Crop and resize the images of a folder given with --data to this side, or to HEIGHTxWIDTH; by default as in training."
+        ),
+    ] = None,
+    value_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--range", metavar="LOW HIGH", help="Values in --data that are black and white; by default as in training."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is written; by default the run's.")] = None,
     no_bound: Annotated[bool, typer.Option("--no-bound", help="Leave the bound out, with --samples.")] = False,
     terms: Annotated[int | None, typer.Option(min=2, help="Of the bound for each image: an unbiased estimate. By default all T.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The bound of only the first so many images.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a pass and a save of what is done; it changes results by the fp32 rounding of the network only.")] = 256,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Images in a pass and a save of what is done; it changes results by the fp32 rounding of the network only."
+        ),
+    ] = 256,
     clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Clip the model's guess of the image to [-1, 1].")] = True,
     samples: Annotated[Path | None, typer.Option(help="Also the quality of these: a .npz or a folder of images.")] = None,
     features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,

@@ -1,4 +1,5 @@
 """``ddpm-fast info``: versions, the native build, and the backend of each op with the reason where one is missing."""
+
 from __future__ import annotations
 
 import json
@@ -54,8 +55,12 @@ def print_report() -> None:
     if "missing" in build:
         rows["native kernels"] = f"missing: {build['missing']}"
     else:
-        rows["native kernels"] = f"{build['compiler']}, using {build['isa']} of {', '.join(build['isas'])}, OpenMP {'yes' if build['openmp'] else 'no'}"
-        rows["native CUDA"] = f"CUDA {build['cuda'] / 1000:.1f} for {build['cuda_architectures']}" if build["cuda"] else f"not built: {build['cuda_missing']}"
+        rows["native kernels"] = (
+            f"{build['compiler']}, using {build['isa']} of {', '.join(build['isas'])}, OpenMP {'yes' if build['openmp'] else 'no'}"
+        )
+        rows["native CUDA"] = (
+            f"CUDA {build['cuda'] / 1000:.1f} for {build['cuda_architectures']}" if build["cuda"] else f"not built: {build['cuda_missing']}"
+        )
     rows["autotuning"] = facts["autotuning"]
     for name, value in rows.items():
         console.print(f"{name:<15} {value}", soft_wrap=True)

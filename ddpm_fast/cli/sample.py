@@ -1,4 +1,5 @@
 """``ddpm-fast sample``."""
+
 from __future__ import annotations
 
 import itertools
@@ -25,14 +26,25 @@ def sample(
     spacing: Annotated[str, typer.Option(help="Of a number of steps: even, quadratic or logsnr.")] = "even",
     eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="DDIM's share of noise.")] = 0.0,
     threshold: Annotated[float | None, typer.Option(help="Dynamic thresholding at this quantile, say 0.995, in place of clipping.")] = None,
-    label: Annotated[str | None, typer.Option("--class", help="Class of all images, by name or number from 0, or 'each' for every class in turn, for a class-conditional model; checkpoint.json lists the names.")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            "--class",
+            help="Class of all images, by name or number from 0, or 'each' for every class in turn, for a class-conditional model; checkpoint.json lists the names.",
+        ),
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 for none.")] = 1.0,
     formats: Annotated[str, typer.Option(help="Some of png (a file an image), grid (samples.png) and npz (samples.npz).")] = "grid,npz",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of other settings that are in --out.")] = False,
     gif: Annotated[bool, typer.Option("--gif", help="Also draw the reverse process of the first images.")] = False,
     progressive: Annotated[bool, typer.Option("--progressive", help="Also draw how the first images' x̂0 takes shape.")] = False,
     graph: Annotated[bool | None, typer.Option("--graph/--no-graph", help="Capture a step in a CUDA graph: by default on CUDA.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network, for CUDA; on CPUs it is slower than the kernels' calls that sampling makes by itself.")] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the network, for CUDA; on CPUs it is slower than the kernels' calls that sampling makes by itself."
+        ),
+    ] = False,
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
@@ -56,7 +68,17 @@ def sample(
     with launched_ranks() as ranks:
         trained = load_trained(run, resolve_device(ranks.device(device)))
         labels = parse_label(label, trained.classes)
-        draw = Sampler(trained.model, trained.diffusion, sampler, steps=chosen, spacing=spacing, eta=eta, threshold=threshold, guidance=guidance, graph=graph)
+        draw = Sampler(
+            trained.model,
+            trained.diffusion,
+            sampler,
+            steps=chosen,
+            spacing=spacing,
+            eta=eta,
+            threshold=threshold,
+            guidance=guidance,
+            graph=graph,
+        )
         if guidance != 1.0 and labels is None:
             raise ValueError("--guidance needs --class")
         if compiled:
@@ -106,7 +128,9 @@ def sample(
     print_table(written)
 
 
-def draw_process(out: Path, draw: Any, shape: tuple[int, ...], seed: int, gif: bool, progressive: bool, arguments: dict[str, Any]) -> dict[str, Path]:
+def draw_process(
+    out: Path, draw: Any, shape: tuple[int, ...], seed: int, gif: bool, progressive: bool, arguments: dict[str, Any]
+) -> dict[str, Path]:
     """The states of the first images on their way (reverse.gif), and what the model took them for (progressive.png)."""
     import torch
 

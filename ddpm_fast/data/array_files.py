@@ -119,7 +119,9 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
-        cached = next((int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file")), 0)
+        cached = next(
+            (int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file")), 0
+        )
         found.append(limit - int((group / "memory.current").read_text()) + cached)
     return min(found, default=None)
 
@@ -144,7 +146,10 @@ class _Header(NamedTuple):
 def _header(file: IO[bytes], size: int, what: str) -> _Header:
     """The header of a .npy file of `size` bytes, refused where its array is no plain one or not in the file."""
     version = np.lib.format.read_magic(file)
-    parse: dict[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype]]] = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    parse: dict[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype]]] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     if version not in parse:  # 3.0 is 2.0 with other names for the fields of structures
         raise DataError(f"cannot read {what}: it must be a .npy of version 1.0 or 2.0, got {version[0]}.{version[1]}")
     shape, fortran, dtype = parse[version](file)

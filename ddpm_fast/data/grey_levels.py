@@ -146,7 +146,11 @@ class Scale:
             slack = _FLOAT_TOLERANCE * (high - low) / 2
         if least < low - slack or most > high + slack:
             wanted = f"[{_number(low)}, {_number(high)}]" if self._kind == "floats" else bounds(low, high)
-            advice = f"; {_offer(least, most)} says what they can span" if self.value_range is None and (self._kind == "floats" or max(-2 * least, most) < _WIDEST) else ""
+            advice = (
+                f"; {_offer(least, most)} says what they can span"
+                if self.value_range is None and (self._kind == "floats" or max(-2 * least, most) < _WIDEST)
+                else ""
+            )
             raise DataError(f"{where} must hold {self._kind} in {wanted}, got {bounds(least, most)}{advice}")
         before = self.seen.get(span, (least, most))
         self.seen[span] = min(before[0], least), max(before[1], most)

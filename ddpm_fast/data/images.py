@@ -132,7 +132,10 @@ class ImageData:
             counts = torch.bincount(labels, minlength=self.num_classes or 0).tolist()
             names = self.classes or tuple(map(str, range(len(counts))))
             listed = ", ".join(f"{name} {count}" for name, count in list(zip(names, counts))[:_LISTED])
-            lines.append(f"{len(counts)} class{'es' * (len(counts) != 1)}: {listed}" + (f" and {len(counts) - _LISTED} more" if len(counts) > _LISTED else ""))
+            lines.append(
+                f"{len(counts)} class{'es' * (len(counts) != 1)}: {listed}"
+                + (f" and {len(counts) - _LISTED} more" if len(counts) > _LISTED else "")
+            )
         if self.origin.skipped:
             lines.append(f"passed over: {', '.join(f'{count} {what}' for what, count in self.origin.skipped.items())}")
         return lines + [f"note: {note}" for note in self.origin.notes]
@@ -265,9 +268,7 @@ def load_data(
         raise DataError(_not_found(source))
     train, labels, test, test_labels = contents[:4]
     if size is not None and train.shape[2:] != size:
-        raise DataError(
-            f"{source} has images of {train.shape[2]}x{train.shape[3]}, got image_size={image_size}; only folders are resized"
-        )
+        raise DataError(f"{source} has images of {train.shape[2]}x{train.shape[3]}, got image_size={image_size}; only folders are resized")
     notes = tuple(scale.notes(str(source)))
     if test is None:
         if len(train) < 2 and test_fraction < 1:

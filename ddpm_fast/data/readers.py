@@ -58,7 +58,9 @@ def read_folder(folder: Path, image_size: tuple[int, int] | None, scale: Scale) 
     mode = "L" if all(grey) else "RGB"
     shape = len(paths), len(mode), height, width
     # Of two: the parts that they are divided into are copies.
-    check_memory(2 * len(paths) * len(mode) * height * width, f"{folder} with {len(paths)} images of {shape[1:]}", "train on fewer or smaller images")
+    check_memory(
+        2 * len(paths) * len(mode) * height * width, f"{folder} with {len(paths)} images of {shape[1:]}", "train on fewer or smaller images"
+    )
     result = np.empty(shape, dtype=np.uint8)
     for row, path in zip(result, paths):
         row[:] = _decode(path, mode, image_size, scale)
@@ -115,7 +117,9 @@ def _classes(folder: Path, relative: list[Path]) -> tuple[tuple[str, ...] | None
     if len(names) > 1:
         return names, ""
     below = sorted({path.parts[1] for path in relative if len(path.parts) > 2})
-    inner = f"; to take {', '.join(below[:3])}{', ...' if len(below) > 3 else ''} as classes give {folder / names[0]}" if len(below) > 1 else ""
+    inner = (
+        f"; to take {', '.join(below[:3])}{', ...' if len(below) > 3 else ''} as classes give {folder / names[0]}" if len(below) > 1 else ""
+    )
     return None, f"all its images are in one sub-folder, {names[0]}{inner}"
 
 

@@ -2,6 +2,7 @@
 
 docs/math.md maps each formula to its function here and to the test that proves it.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -76,7 +77,9 @@ class GaussianDiffusion:
         self.cdf = checks.choice("cdf", cdf, CDFS)
         factors = torch.stack(x_start_coefficients(schedule, prediction)).float()
         if not factors.isfinite().all():
-            raise ValueError(f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} ({schedule.name})")
+            raise ValueError(
+                f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} ({schedule.name})"
+            )
         self._tables: dict[tuple[object, ...], Tensor] = {}
 
     def __len__(self) -> int:
@@ -143,7 +146,9 @@ class GaussianDiffusion:
             x_t like x_start, contiguous; differentiable in x_start and in a noise tensor.
         """
         checks.tensor("x_start", x_start)
-        return ops.q_sample(x_start, t, self.table("sqrt_alphas_bar", x_start), self.table("sqrt_one_minus_alphas_bar", x_start), noise, out=out)
+        return ops.q_sample(
+            x_start, t, self.table("sqrt_alphas_bar", x_start), self.table("sqrt_one_minus_alphas_bar", x_start), noise, out=out
+        )
 
     def q_step(self, x_previous: Tensor, t: Tensor, noise: Noise | Tensor) -> Tensor:
         """Draws x_t ~ q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I), one step of the chain (Ho et al., eq. 2)."""
@@ -166,7 +171,10 @@ class GaussianDiffusion:
         check_data("x_t", x_t)
         check_like("x_start", x_start, "x_t", x_t)
         check_t(t, "x_t", x_t, len(self))
-        mean = gather(self.table("posterior_mean_coef1", x_t), t, x_t) * x_start + gather(self.table("posterior_mean_coef2", x_t), t, x_t) * x_t
+        mean = (
+            gather(self.table("posterior_mean_coef1", x_t), t, x_t) * x_start
+            + gather(self.table("posterior_mean_coef2", x_t), t, x_t) * x_t
+        )
         return mean, gather(self.table("posterior_variance", x_t), t, x_t), gather(self.table("posterior_log_variance", x_t), t, x_t)
 
     # The reverse chain.
@@ -196,7 +204,9 @@ class GaussianDiffusion:
         log_var = log_variance(self.variance_kind, row["log_variance_low"], row["log_variance_high"], raw).expand_as(x)
         return PMeanVariance(mean, log_var.exp(), log_var, x_start)
 
-    def p_step(self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True, *, x_next: Tensor | None = None) -> Tensor:
+    def p_step(
+        self, x_t: Tensor, model_output: Tensor, t: Tensor, noise: Noise | Tensor, clip: bool = True, *, x_next: Tensor | None = None
+    ) -> Tensor:
         """Draws x_{t-1} ~ p_θ(x_{t-1} | x_t); at t = 0 returns the mean (Ho et al., algorithm 2).
 
         Args, Raises: as :meth:`p_mean_variance`; ``noise`` is z, drawn per sample; ``x_next`` is a contiguous tensor like x_t
@@ -229,7 +239,14 @@ class GaussianDiffusion:
         return ops.q_sample(x_start, t, *self._target_tables(checks.tensor("x_start", x_start)), noise)
 
     def simple_loss(
-        self, model_output: Tensor, x_start: Tensor, t: Tensor, noise: Noise | Tensor, *, weight: Weight = "uniform", gamma: float | None = None
+        self,
+        model_output: Tensor,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Noise | Tensor,
+        *,
+        weight: Weight = "uniform",
+        gamma: float | None = None,
     ) -> Tensor:
         """Weighted mean squared error of the prediction (Ho et al., eq. 14, for any prediction).
 
@@ -244,7 +261,9 @@ class GaussianDiffusion:
         weights = self.table(f"weight_{weight}_{gamma}", x_start, lambda: loss_weights(self.schedule, self.prediction, weight, gamma=gamma))
         return ops.simple_loss(model_output, x_start, t, weights, *self._target_tables(x_start), noise)
 
-    def vlb_terms(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool = False, *, detach_mean: bool = False) -> Tensor:
+    def vlb_terms(
+        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, clip: bool = False, *, detach_mean: bool = False
+    ) -> Tensor:
         """L_t of the bound: the KL divergence of the posterior from p_θ, at t = 0 the decoder's negative log-likelihood.
 
         Args:

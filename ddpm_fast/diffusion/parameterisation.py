@@ -3,6 +3,7 @@
 A model's output ("prediction") is linear in (x_0, ε) as a target and, together with x_t, gives x̂0 linearly; the two pairs
 of coefficients below are all that distinguishes ε-, x0-, v- and mean-prediction.
 """
+
 from __future__ import annotations
 
 from typing import get_args

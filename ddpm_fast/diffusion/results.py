@@ -1,4 +1,5 @@
 """Results of a diffusion's methods, where they are more than one tensor."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Samplers as tables: each is a list of time steps and, for each, the coefficients that :func:`ddpm_fast.ops.p_step` reads."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -109,7 +110,18 @@ def ddpm_table(chain: Chain, timesteps: Tensor | Sequence[int] | None = None) ->
     noise = torch.ones(len(schedule), dtype=torch.float64, device="cpu")
     noise[0] = 0.0  # the last step returns the mean
     low, high = log_variance_range(schedule, chain.variance)
-    table = _table(chain, timesteps, schedule, schedule.posterior_mean_coef1, schedule.posterior_mean_coef2, None, low, high, noise, VARIANCES[chain.variance])
+    table = _table(
+        chain,
+        timesteps,
+        schedule,
+        schedule.posterior_mean_coef1,
+        schedule.posterior_mean_coef2,
+        None,
+        low,
+        high,
+        noise,
+        VARIANCES[chain.variance],
+    )
     return replace(table, output_is_mean=chain.prediction == "mean" and schedule is chain.schedule)
 
 
@@ -156,7 +168,13 @@ def dpm_solver_table(chain: Chain, timesteps: Tensor | Sequence[int] | None = No
     return _table(chain, timesteps, schedule, from_x_start - previous, from_x_t, previous, zero, zero, zero, FIXED)
 
 
-def make_table(chain: Chain, sampler: SamplerName = "ddpm", steps: int | Sequence[int] | Tensor | None = None, eta: float = 0.0, spacing: Spacing = "even") -> StepTable:
+def make_table(
+    chain: Chain,
+    sampler: SamplerName = "ddpm",
+    steps: int | Sequence[int] | Tensor | None = None,
+    eta: float = 0.0,
+    spacing: Spacing = "even",
+) -> StepTable:
     """The table of a sampler by name.
 
     Args:
@@ -213,5 +231,12 @@ def _table(
     """x̂0 comes from the schedule that the model was trained on: only where the step goes depends on its length."""
     times = torch.arange(len(chain.schedule), device="cpu") if timesteps is None else as_timesteps(timesteps)
     previous = torch.zeros_like(x_t) if previous is None else previous
-    columns = [column[times] for column in x_start_coefficients(chain.schedule, chain.prediction)] + [x_start, x_t, previous, low, high, noise]
+    columns = [column[times] for column in x_start_coefficients(chain.schedule, chain.prediction)] + [
+        x_start,
+        x_t,
+        previous,
+        low,
+        high,
+        noise,
+    ]
     return StepTable(torch.stack(columns, 1), schedule.timesteps, times, variance)

@@ -6,6 +6,7 @@ Time index, for the whole library: t runs over 0..T-1, and t = 0 means *one* noi
 Formulas: Ho et al. 2020, sections 2 and 3 (https://arxiv.org/abs/2006.11239); cosine: Nichol & Dhariwal 2021, eq. 17
 (https://arxiv.org/abs/2102.09672); 1/t: Sohl-Dickstein et al. 2015, section 2.4.1 (https://arxiv.org/abs/1503.03585).
 """
+
 from __future__ import annotations
 
 import math
@@ -207,7 +208,9 @@ def _steps(T: int) -> int:
 def _ends(name: str, start: float, end: float, scale: float = 1.0) -> tuple[float, float]:
     start, end = scale * checks.number("beta_start", start), scale * checks.number("beta_end", end)
     if not (0.0 < start < 1.0 and 0.0 < end < 1.0):
-        raise ValueError(f"the betas of {name} must lie inside (0, 1), but run from {start:g} to {end:g}: take more steps, smaller betas or the cosine schedule")
+        raise ValueError(
+            f"the betas of {name} must lie inside (0, 1), but run from {start:g} to {end:g}: take more steps, smaller betas or the cosine schedule"
+        )
     return start, end
 
 

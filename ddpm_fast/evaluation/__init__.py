@@ -1,4 +1,5 @@
 """What a trained model is worth: the bound, its progressive code, and measures of samples."""
+
 from ddpm_fast.evaluation.bound import Bound, evaluate_bound
 from ddpm_fast.evaluation.features import load_features
 from ddpm_fast.evaluation.progressive import RateDistortion, rate_distortion

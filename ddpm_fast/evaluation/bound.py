@@ -1,4 +1,5 @@
 """The variational bound of a model on a data set, in bits per dimension, in full or as an unbiased estimate."""
+
 from __future__ import annotations
 
 import math
@@ -171,7 +172,9 @@ def evaluate_bound(
         columns = enumerate(zip(first.tolist(), counts.tolist(), strict=True))
         timesteps = (low + t_key.at(stream=k, first_sample=sample).integers(len(x), size, x.device) for k, (low, size) in columns)
         found = diffusion.bound_terms(model, x, timesteps, clip, noise_key.at(first_sample=sample), report=progress)
-        prior, terms, mse = (result.double().cpu() for result in (found.prior, found.terms, found.mse))  # the one wait for the device in a batch
+        prior, terms, mse = (
+            result.double().cpu() for result in (found.prior, found.terms, found.mse)
+        )  # the one wait for the device in a batch
         if not terms.isfinite().all():
             bad = first[int((~terms.isfinite()).any(0).nonzero()[0])]
             raise ValueError(f"the bound is not finite at t = {int(bad)}: the model's output is NaN or infinite there")

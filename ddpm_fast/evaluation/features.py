@@ -1,4 +1,5 @@
 """Feature extractors, by name: what images are turned into before their distributions are compared."""
+
 from __future__ import annotations
 
 import functools

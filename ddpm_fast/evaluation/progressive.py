@@ -8,6 +8,7 @@ To have x_t the receiver has paid for x_T and for every step down to it::
 At t = 0 all is paid but L_0, the decoder's bits that make the code lossless: the paper calls L_T + Σ_{s > 0} L_s the rate
 and L_0 the distortion, in bits, of its models.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

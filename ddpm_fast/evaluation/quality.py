@@ -2,6 +2,7 @@
 
 FID, KID and the Inception score are torchmetrics'; precision and recall, which it has not, are here. All in float64.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -188,7 +189,9 @@ def check_enough(samples: Tensor, data: ImageData, reference: str) -> None:
     if len(samples) < least:
         raise ValueError(f"samples must be at least {least} images, got {len(samples)}")
     if len(getattr(data, reference)) < least:
-        raise ValueError(f"{data.name} must have at least {least} images for {reference} to compare samples with, got {len(getattr(data, reference))}")
+        raise ValueError(
+            f"{data.name} must have at least {least} images for {reference} to compare samples with, got {len(getattr(data, reference))}"
+        )
 
 
 def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:

@@ -1,4 +1,5 @@
 """The files in which a bound is written down: numbers to read, tables to plot again, pictures to look at."""
+
 from __future__ import annotations
 
 import os
@@ -41,7 +42,9 @@ def write_bound(
         mean_mse=bound.mse.mean(0).tolist(),
         mse_standard_error=standard_error(bound.mse).tolist(),
     )
-    paths = dict(zip(("summary", "table", "picture", "rate/distortion", "its picture"), (folder / name for name in BOUND_FILES), strict=True))
+    paths = dict(
+        zip(("summary", "table", "picture", "rate/distortion", "its picture"), (folder / name for name in BOUND_FILES), strict=True)
+    )
     write_json(paths["summary"], {**bound.summary(), "rmse": float(curve.distortion[-1]), **(about or {}), **columns})
     write_csv(paths["table"], columns)
     write_bound_plot(paths["picture"], bound.terms, bound.prior, bound.centers, weights=bound.counts, title=title)

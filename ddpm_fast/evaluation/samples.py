@@ -1,4 +1,5 @@
 """Quick looks at samples against labelled data, without a pretrained network: meant for small images such as the digits."""
+
 from __future__ import annotations
 
 import torch

@@ -3,6 +3,7 @@
 Images are grey levels 0..levels-1 in uint8, numbered from 0. Image i is there if any of the three holds it; every file is whole or not
 there, so that whatever stopped a run, the next one goes on with what it finds.
 """
+
 from __future__ import annotations
 
 import json
@@ -238,5 +239,3 @@ def _png_name(index: int) -> str:
 def _member(archive: zipfile.ZipFile, name: str) -> Any:
     # A ZipInfo has a fixed date. Sizes are not known beforehand: zip64 from the start.
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
-
-

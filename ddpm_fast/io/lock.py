@@ -1,4 +1,5 @@
 """One writer at a time: a lock on a folder that dies with its process, however that ends."""
+
 from __future__ import annotations
 
 import contextlib
@@ -82,7 +83,9 @@ def _locked(path: Path, folder: Path, activity: str) -> tuple[int, bool]:
         if (locked := _lock(handle)) is False:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip()
             os.close(handle)
-            raise BlockingIOError(f"{folder} is in use by another {activity}{owner and f' ({owner})'}; let it end, or choose another folder")
+            raise BlockingIOError(
+                f"{folder} is in use by another {activity}{owner and f' ({owner})'}; let it end, or choose another folder"
+            )
         # The one before may have removed the file between its opening here and its locking: then this is nobody's lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):

@@ -3,6 +3,7 @@
 A part is the results of a range of items, ``<first>-<last>.npz`` in a folder of its own, whole or not there. Where an item's result does
 not depend on the others, as with noise that is a function of (seed, item), any set of parts that covers the items gives the same.
 """
+
 from __future__ import annotations
 
 import json
@@ -79,7 +80,9 @@ class Parts:
             with named_if_damaged(path, "remove the folder"):
                 found = dict(json.loads(path.read_text("utf-8")))
             if other := differences(found, self.settings):
-                raise ValueError(f"{self.folder} holds the unfinished parts of another run ({other}); finish that one, or remove the folder")
+                raise ValueError(
+                    f"{self.folder} holds the unfinished parts of another run ({other}); finish that one, or remove the folder"
+                )
         else:
             write_json(path, self.settings)
 

@@ -32,9 +32,7 @@ _BACKGROUND = 255
 _INK, _ACCENT, _PALE = "#333333", "#1f5f99", "#9dbcd9"
 
 
-def image_grid(
-    x: torch.Tensor, columns: int | None = None, padding: int = 2, *, max_pixels: int = _GRID_PIXELS
-) -> np.ndarray:
+def image_grid(x: torch.Tensor, columns: int | None = None, padding: int = 2, *, max_pixels: int = _GRID_PIXELS) -> np.ndarray:
     """Images side by side, row by row, on white.
 
     Args:
@@ -140,9 +138,7 @@ def write_reverse_gif(path: str | os.PathLike, frames: torch.Tensor, columns: in
     each = max(20, round(_GIF_SECONDS * 100 / len(grids)) * 10)
     durations = [each] * (len(grids) - 1) + [each + int(_GIF_HOLD_SECONDS * 1000)]
     with atomic_write(path) as temporary:
-        grids[0].save(
-            temporary, format="GIF", save_all=True, append_images=grids[1:], duration=durations, loop=0, optimize=True
-        )
+        grids[0].save(temporary, format="GIF", save_all=True, append_images=grids[1:], duration=durations, loop=0, optimize=True)
 
 
 def write_bound_plot(
@@ -173,7 +169,11 @@ def write_bound_plot(
     if terms.ndim not in (1, 2) or terms.numel() == 0:
         raise ValueError(f"terms must have shape (T,) or (N, T), got {tuple(terms.shape)}")
     t = torch.arange(terms.shape[-1], device="cpu") if timesteps is None else torch.as_tensor(timesteps, device="cpu")
-    weights = torch.ones(len(t), dtype=torch.float64, device="cpu") if weights is None else torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    weights = (
+        torch.ones(len(t), dtype=torch.float64, device="cpu")
+        if weights is None
+        else torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    )
     for name, values in (("timesteps", t), ("weights", weights)):
         if values.shape != terms.shape[-1:]:
             raise ValueError(f"{name} must have shape ({terms.shape[-1]},), got {tuple(values.shape)}")
@@ -306,9 +306,7 @@ def write_loss_curve(
 def _check_images(name: str, x: torch.Tensor, dims: int) -> None:
     shape = "(N, C, H, W)" if dims == 4 else "(K, N, C, H, W)"
     if x.ndim != dims or x.numel() == 0 or x.shape[-3] not in (1, 3) or not x.is_floating_point():
-        raise ValueError(
-            f"{name} must be floats of shape {shape}, not empty, C in {{1, 3}}, got {x.dtype} {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} must be floats of shape {shape}, not empty, C in {{1, 3}}, got {x.dtype} {tuple(x.shape)}")
     _check_finite(name, x)
 
 

@@ -1,4 +1,5 @@
 """The one progress bar: what is done, the last loss, the rate, time elapsed and left."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -38,7 +39,9 @@ class Bar:
         self.progress.stop()
         task = self.progress.tasks[0]
         if not self.quiet and not self.console.is_terminal and kind is None:
-            self.console.print(f"{self.title}: {int(task.completed)} in {task.elapsed or 0:.1f} s {task.fields['loss']}".rstrip(), highlight=False)
+            self.console.print(
+                f"{self.title}: {int(task.completed)} in {task.elapsed or 0:.1f} s {task.fields['loss']}".rstrip(), highlight=False
+            )
 
     def update(self, done: int, of: int, loss: float | None = None) -> None:
         fields: dict[str, Any] = {} if loss is None else {"loss": f"loss {loss:.4f}"}

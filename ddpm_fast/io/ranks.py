@@ -1,4 +1,5 @@
 """The processes of one ``torchrun``, which share a computation by taking turns on its parts."""
+
 from __future__ import annotations
 
 import contextlib

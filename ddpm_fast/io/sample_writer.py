@@ -1,4 +1,5 @@
 """Many images, drawn in batches by one process or by the ranks of a torchrun, into files; a run that was stopped goes on from there."""
+
 from __future__ import annotations
 
 import contextlib
@@ -86,7 +87,13 @@ def write_samples(
 
 
 def _write(
-    store: ImageStore, draw: Callable[[int, int], Tensor], count: int, batch: int, wanted: set[str], labels: np.ndarray | None, ranks: Ranks,
+    store: ImageStore,
+    draw: Callable[[int, int], Tensor],
+    count: int,
+    batch: int,
+    wanted: set[str],
+    labels: np.ndarray | None,
+    ranks: Ranks,
     report: Callable[[int, int], object],
 ) -> None:
     png = "png" in wanted

@@ -1,4 +1,5 @@
 """Ctrl-C and SIGTERM: both are an exception that lets what is done be kept, and neither falls into what must stay whole."""
+
 from __future__ import annotations
 
 import contextlib

@@ -7,6 +7,7 @@ computed before for every step.
 A plan is of the network as it is when the plan is made, weights and all: it has copies of them, those of the 3 × 3 convolutions
 transformed, and reads nothing of the network afterwards. So it need not know in which ways a network can change.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -38,13 +39,23 @@ def plan_obstacle(model: UNet, like: Tensor) -> str:
     """Reason why a UNet's passes cannot be planned for batches like this one; empty where they can."""
     if not like.is_cpu or like.dtype != torch.float32:
         return "plans are for the CPU in float32"
-    if native is None or goes_through_dispatcher() or in_functorch() or torch.is_autocast_enabled("cpu") or model._compiled_call_impl is not None:
+    if (
+        native is None
+        or goes_through_dispatcher()
+        or in_functorch()
+        or torch.is_autocast_enabled("cpu")
+        or model._compiled_call_impl is not None
+    ):
         return "there are no kernels, or something else has to see or change the operations"
     if model.training or not all(_plain(p) for p in model.parameters()):
         return "it is training, or its weights are not plain float32"
     hooks = "_forward_hooks", "_forward_pre_hooks"
     general = nn.modules.module
-    if general._global_forward_hooks or general._global_forward_pre_hooks or any(getattr(m, name) for m in model.modules() for name in hooks):
+    if (
+        general._global_forward_hooks
+        or general._global_forward_pre_hooks
+        or any(getattr(m, name) for m in model.modules() for name in hooks)
+    ):
         return "it has hooks"
     own = {"forward", "weight", "bias"}  # as attributes of a module itself they stand for its method and its parameters
     changed = [type(m).__name__ for m in model.modules() if (m is not model and type(m) not in _KNOWN) or own & vars(m).keys()]

@@ -196,10 +196,13 @@ def _check(kind: str, own: dict[str, Tensor], theirs: dict[str, Tensor], what: s
     """ValueError unless both dictionaries have the same names, shapes and shardings."""
     if own.keys() != theirs.keys():
         missing, extra = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
-        raise ValueError(f"{what} does not match the EMA: missing {kind}s {missing[:5]}, unexpected {extra[:5]} "
-                         f"({len(missing)} and {len(extra)} in all)")
+        raise ValueError(
+            f"{what} does not match the EMA: missing {kind}s {missing[:5]}, unexpected {extra[:5]} ({len(missing)} and {len(extra)} in all)"
+        )
     for name, tensor in own.items():
         if checks.tensor(name, theirs[name]).shape != tensor.shape:
             raise ValueError(f"{kind} {name} must have shape {tuple(tensor.shape)}, got {tuple(theirs[name].shape)}")
         if _sharding(theirs[name]) != _sharding(tensor):
-            raise ValueError(f"{kind} {name} must be sharded as when the EMA was created, {_sharding(tensor)}, got {_sharding(theirs[name])}")
+            raise ValueError(
+                f"{kind} {name} must be sharded as when the EMA was created, {_sharding(tensor)}, got {_sharding(theirs[name])}"
+            )

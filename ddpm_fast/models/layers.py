@@ -125,8 +125,7 @@ class GroupNormAct(nn.Module):
         dropout: probability that an element is zeroed while training, in [0, 1).
     """
 
-    def __init__(self, groups: int, channels: int, eps: float = 1e-6, *, activation: str | None = "silu",
-                 dropout: float = 0.0) -> None:
+    def __init__(self, groups: int, channels: int, eps: float = 1e-6, *, activation: str | None = "silu", dropout: float = 0.0) -> None:
         super().__init__()
         if activation not in ("silu", None):
             raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
@@ -152,8 +151,9 @@ class GroupNormAct(nn.Module):
         return F.dropout(x, self.dropout) if drops and noise is None else x
 
     def extra_repr(self) -> str:
-        return (f"groups={self.groups}, channels={self.weight.numel()}, eps={self.eps}, "
-                f"activation={self.activation!r}, dropout={self.dropout}")
+        return (
+            f"groups={self.groups}, channels={self.weight.numel()}, eps={self.eps}, activation={self.activation!r}, dropout={self.dropout}"
+        )
 
 
 class SelfAttention(nn.Module):
@@ -189,8 +189,9 @@ class ResidualBlock(nn.Module):
     conv2 starts at zero and the shortcut is a 1x1 convolution where the number of channels changes. `noise` is the dropout's.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int, *, dropout: float,
-                 norm_groups: int, norm_eps: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_channels: int, *, dropout: float, norm_groups: int, norm_eps: float
+    ) -> None:
         super().__init__()
         self.norm1 = GroupNormAct(norm_groups, in_channels, norm_eps)
         self.conv1 = Conv3x3(in_channels, out_channels)

@@ -1,4 +1,5 @@
 """The levels of the UNet: what stands at one resolution, and the dropouts' noise."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -82,11 +82,20 @@ class UNet(nn.Module):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         self._config: dict[str, Any] = dict(
-            in_channels=in_channels, out_channels=out_channels, base_channels=base_channels,
-            channel_mult=channel_mult, num_blocks=num_blocks,
-            attention_resolutions=attention_resolutions, image_size=image_size, num_heads=num_heads,
-            head_channels=head_channels, dropout=dropout, num_classes=num_classes,
-            learned_variance=learned_variance, norm_groups=norm_groups, norm_eps=norm_eps,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            base_channels=base_channels,
+            channel_mult=channel_mult,
+            num_blocks=num_blocks,
+            attention_resolutions=attention_resolutions,
+            image_size=image_size,
+            num_heads=num_heads,
+            head_channels=head_channels,
+            dropout=dropout,
+            num_classes=num_classes,
+            learned_variance=learned_variance,
+            norm_groups=norm_groups,
+            norm_eps=norm_eps,
         )
         _check_config(self._config)
         (in_channels, out_channels, base_channels, channel_mult, num_blocks, attention_resolutions, image_size, num_heads, head_channels,
@@ -100,8 +109,7 @@ class UNet(nn.Module):
         embedding_channels = 4 * base_channels
 
         def block(channels_in: int, channels_out: int) -> ResidualBlock:
-            return ResidualBlock(channels_in, channels_out, embedding_channels, dropout=dropout,
-                                 norm_groups=norm_groups, norm_eps=norm_eps)
+            return ResidualBlock(channels_in, channels_out, embedding_channels, dropout=dropout, norm_groups=norm_groups, norm_eps=norm_eps)
 
         def attention(channels: int) -> SelfAttention:
             heads = num_heads if head_channels is None else channels // head_channels

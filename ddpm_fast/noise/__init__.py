@@ -1,4 +1,5 @@
 """Noise that is generated where it is needed: the contract and its key in noise.py, its reference in philox.py."""
+
 from ddpm_fast.noise.noise import (
     FOLD_AUGMENT,
     FOLD_DROPOUT,

@@ -10,6 +10,7 @@ The four words of a block are two Box-Muller pairs; i % 4 picks the element. Log
 polynomials evaluated with separately rounded fp32 multiplications and additions, so every backend gives the same bits:
 `noise_reference` in philox.py, csrc/common/philox.h on CPU and CUDA, ops/triton/_philox.py in Triton. tests/noise/golden_noise.json pins values for ever.
 """
+
 from __future__ import annotations
 
 import torch
@@ -96,7 +97,9 @@ class Noise:
             self.first_sample if first_sample is None else first_sample,
         )
 
-    def materialize(self, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    def materialize(
+        self, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """The noise as a tensor.
 
         Args:

@@ -1,4 +1,5 @@
 """The noise contract in plain PyTorch: what every kernel must give, bit for bit. Philox4x32-10 and Box-Muller, see noise.py."""
+
 from __future__ import annotations
 
 import math

@@ -2,6 +2,7 @@
 
 The reference twin is `noise_reference` in philox.py; kernels: csrc/cpu/randn.cpp and ops/triton/randn.py. All give the same bits.
 """
+
 from __future__ import annotations
 
 import math
@@ -72,7 +73,9 @@ def _check_out(out: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, got {type(out).__name__}")
     if out.shape != shape or out.dtype != dtype or out.device.type != device.type:
-        raise ValueError(f"out must be {dtype} of shape {tuple(shape)} on {device}, got {out.dtype} of shape {tuple(out.shape)} on {out.device}")
+        raise ValueError(
+            f"out must be {dtype} of shape {tuple(shape)} on {device}, got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
+        )
     check_target("out", out)
 
 

@@ -5,6 +5,7 @@ convolution takes. Vaswani et al. 2017; Ho et al. 2020 use one head over all cha
 flash attention runs on views; csrc/cuda/attention*.cu are the kernels for CUDA, memory linear in the tokens, backward deterministic.
 Where PyTorch's own is faster on the device at hand, a plain call there takes that one: see ddpm_fast/autotune.py.
 """
+
 from __future__ import annotations
 
 import math
@@ -102,7 +103,15 @@ def _backward_cuda(arguments, needs, grads, results):
     floats = workspace_floats(native.cuda_attention_backward_plan, *sizes.values(), NATIVE_DTYPES[qkv.dtype])
     workspace = qkv.new_empty((floats,), dtype=torch.float32)  # dropped after the call: on the stream its memory is used again in order
     native.cuda_attention_backward(
-        **sizes, scale=scale, qkv=qkv, out=out, logsumexp=results[1], grad_out=grad_out, grad_qkv=grad_qkv, workspace=workspace, **stream_of(qkv)
+        **sizes,
+        scale=scale,
+        qkv=qkv,
+        out=out,
+        logsumexp=results[1],
+        grad_out=grad_out,
+        grad_qkv=grad_qkv,
+        workspace=workspace,
+        **stream_of(qkv),
     )
     return {"qkv": grad_qkv}
 
@@ -180,7 +189,7 @@ def _kernel_takes(qkv: Tensor) -> bool:
 
 
 def _choice(qkv: Tensor, scale: float) -> str:
-    """"ddpm_fast" or "pytorch", for a tensor that is not on the CPU."""
+    """ "ddpm_fast" or "pytorch", for a tensor that is not on the CPU."""
     if qkv.dtype not in NATIVE_DTYPES or in_functorch() or 0 in qkv.shape:
         return "ddpm_fast"  # which goes to the reference
     if qkv.device.type != "cuda" or missing("cuda") or not _kernel_takes(qkv):

@@ -1,4 +1,5 @@
 """What the ops share: input checks, the gather of table rows, a noise as a tensor."""
+
 from __future__ import annotations
 
 import torch
@@ -87,7 +88,9 @@ def check_t_values(t: Tensor, steps: int) -> None:
         raise ValueError(f"t must lie in 0..{steps - 1}, got {f't[{first}] = ' if t.ndim == 1 else ''}{int(t.flatten()[first])}")
 
 
-def check_table(name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, columns: int | None = None) -> None:
+def check_table(
+    name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, columns: int | None = None
+) -> None:
     """A contiguous table of fp32 (float64 for float64 data), (T,), (T, columns) or the shape given, on x's device."""
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")

@@ -7,6 +7,7 @@ sum has 36, with float32's usual error. The weight is transformed on each call a
 of every way of changing a weight, and some leave no trace. Where the kernel does not serve, PyTorch's convolution does, which is the
 reference twin. The kernel is csrc/cpu/conv3x3.cpp.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -118,9 +119,7 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
         raise ValueError(f"residual must have shape {(samples, out_channels, height, width)}, got {tuple(residual.shape)}")
 
 
-def conv3x3(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, backend: str | None = None
-) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, backend: str | None = None) -> Tensor:
     """3 × 3 convolution of stride 1 and padding 1, plus a bias, plus a residual.
 
     The CPU kernel serves float32 data in channels_last of at least 16 channels and 64 tiles of 2 × 2 pixels, all images together, where
@@ -157,7 +156,9 @@ def conv3x3(
         return implementation(x, weight, bias, residual)
     if backend is None:
         worth_it = x.shape[1] >= FEWEST_CHANNELS and _tiles(x) >= FEWEST_TILES and not torch.is_autocast_enabled("cpu")
-        return (_forward_cpu if not obstacle and worth_it and _lies_well(x, weight, bias, residual) else conv3x3_reference)(x, weight, bias, residual)
+        return (_forward_cpu if not obstacle and worth_it and _lies_well(x, weight, bias, residual) else conv3x3_reference)(
+            x, weight, bias, residual
+        )
     if obstacle:
         raise RuntimeError(f"backend 'cpu' of conv3x3 {obstacle}")
     if not _lies_well(x, weight, bias, residual):

@@ -4,6 +4,7 @@
 part is computed without cancellation, so that the result is never negative and exact near equality. The reference twin is
 here; the kernels are csrc/cpu/gaussian_kl.cpp and ops/triton/gaussian_kl.py.
 """
+
 from __future__ import annotations
 
 import math
@@ -116,7 +117,9 @@ def _backward(arguments, needs, grads, kernel: Callable):
     operands = _operands(arguments, shape)
     # A kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
     operands = [
-        (x.expand(shape).contiguous(), math.prod(shape[1:]), 1) if needs[k] and not element and _varies(arguments[k], shape) else (x, sample, element)
+        (x.expand(shape).contiguous(), math.prod(shape[1:]), 1)
+        if needs[k] and not element and _varies(arguments[k], shape)
+        else (x, sample, element)
         for k, (x, sample, element) in enumerate(operands)
     ]
     summed = [k for k, (_, _, element) in enumerate(operands) if needs[k] and not element]
@@ -124,7 +127,9 @@ def _backward(arguments, needs, grads, kernel: Callable):
     results = [None] * 4
     for k, (x, _, element) in enumerate(operands):
         if needs[k]:
-            results[k] = next(totals) if not element else new_like(x) if x.shape == arguments[k].shape else x.new_empty(shape, dtype=torch.float32)
+            results[k] = (
+                next(totals) if not element else new_like(x) if x.shape == arguments[k].shape else x.new_empty(shape, dtype=torch.float32)
+            )
     kernel(operands, grads[0].contiguous(), results, shape, arguments[4] is not None)
     for k in summed:
         results[k] = results[k].view(-1, *[1] * (len(shape) - 1))
@@ -138,7 +143,9 @@ def _varies(x: Tensor, shape: torch.Size) -> bool:
 
 
 def _backward_cpu(arguments, needs, grads):
-    return _backward(arguments, needs, grads, lambda operands, grad_kl, results, shape, reduced: _launch(operands, reduced, None, grad_kl, results))
+    return _backward(
+        arguments, needs, grads, lambda operands, grad_kl, results, shape, reduced: _launch(operands, reduced, None, grad_kl, results)
+    )
 
 
 def _backward_triton(arguments, needs, grads):

@@ -9,6 +9,7 @@ Everything but the norm is optional. scale and shift, one value for each channel
 Backward needs x and the mean and 1 / deviation of each group, and computes the rest again, the dropout's mask too. The reference
 twin is here; the kernels are csrc/cpu/group_norm*.cpp and csrc/cuda/group_norm*.cu.
 """
+
 from __future__ import annotations
 
 import math
@@ -107,11 +108,16 @@ class _Call:
 
     def gradients(self, needs: Any) -> dict[str, Tensor | None]:
         """By name, in the dtype that the kernels take the tensor in."""
-        return {f"grad_{name}": torch.empty_like(y) if getattr(needs, name) else None for name, y in zip(_DIFFERENTIABLE, self.taken, strict=True)}
+        return {
+            f"grad_{name}": torch.empty_like(y) if getattr(needs, name) else None
+            for name, y in zip(_DIFFERENTIABLE, self.taken, strict=True)
+        }
 
     def returned(self, made: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         given = self.arguments
-        return {name: None if x is None else x.to(getattr(given, name).dtype) for name, x in zip(_DIFFERENTIABLE, made.values(), strict=True)}
+        return {
+            name: None if x is None else x.to(getattr(given, name).dtype) for name, x in zip(_DIFFERENTIABLE, made.values(), strict=True)
+        }
 
     def workspace(self, plan) -> Tensor:
         sms = torch.cuda.get_device_properties(self.x.device).multi_processor_count

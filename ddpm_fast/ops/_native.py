@@ -1,4 +1,5 @@
 """What the calls of native kernels share. The kernels take tensors by the names of csrc/common/arguments.h."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

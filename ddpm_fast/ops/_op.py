@@ -4,6 +4,7 @@ A plain eager call goes straight to the kernel, inside a ``torch.autograd.Functi
 compiling or tracing, and for tensor subclasses, it goes through the operator that is registered with torch.library. In
 torch.func the reference serves it, whose operations PyTorch can transform.
 """
+
 from __future__ import annotations
 
 from collections import namedtuple
@@ -97,7 +98,9 @@ class Op:
             if isinstance(x, Tensor) and x.is_cpu and x.numel() and holds_values(x) and not in_functorch():
                 check_memory(x)
 
-    def __call__(self, arguments: tuple, like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Tensor] | None = None) -> Any:
+    def __call__(
+        self, arguments: tuple, like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Tensor] | None = None
+    ) -> Any:
         """Runs it.
 
         Args:
@@ -121,7 +124,9 @@ class Op:
                 dispatches = True
         if into:
             if needs_grad:
-                raise RuntimeError(f"{self.name} cannot write into a given tensor where a gradient is needed; call it under torch.no_grad()")
+                raise RuntimeError(
+                    f"{self.name} cannot write into a given tensor where a gradient is needed; call it under torch.no_grad()"
+                )
             if dispatches or transforms or not like.numel() or self.backends.choose(like.device, dtype, backend) is self.reference:
                 return self._copy_into(into, self(arguments, like, dtype, backend))
             results = self.backends.choose(like.device, dtype, backend)(*arguments, **into)
@@ -145,10 +150,15 @@ class Op:
     @staticmethod
     def _copy_into(into: dict[str, Tensor], results: Any) -> Any:
         several = isinstance(results, (tuple, list))
-        copied = [result if target is None else target.copy_(result) for target, result in zip(into.values(), results if several else [results], strict=True)]
+        copied = [
+            result if target is None else target.copy_(result)
+            for target, result in zip(into.values(), results if several else [results], strict=True)
+        ]
         return tuple(copied) if several else copied[0]
 
-    def gradients(self, implementation: Callable, arguments: Sequence, needs: Sequence[bool], grads: Sequence[Tensor | None], kept: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def gradients(
+        self, implementation: Callable, arguments: Sequence, needs: Sequence[bool], grads: Sequence[Tensor | None], kept: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
         """Backward: by the kernel that goes with an implementation, or where it cannot, by plain PyTorch with a graph of its own."""
         if grads[0] is None and all(grad is None for grad in grads):  # what followed gave none
             return [None] * len(needs)
@@ -162,7 +172,11 @@ class Op:
         with torch.enable_grad():
             with below_functorch():  # as forward was, with its draw
                 results = self.reference(*arguments)
-            pairs = [(r, g) for r, g in zip(results if isinstance(results, tuple) else (results,), grads, strict=True) if g is not None and r is not None]
+            pairs = [
+                (r, g)
+                for r, g in zip(results if isinstance(results, tuple) else (results,), grads, strict=True)
+                if g is not None and r is not None
+            ]
             inputs = [x for x, needed in zip(arguments, needs, strict=True) if needed]
             found = iter(torch.autograd.grad([r for r, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True))
         return [next(found) if needed else None for needed in needs]
@@ -195,7 +209,10 @@ class Op:
     def _register(self, schema: str, returns: str) -> None:
         tags = (torch.Tag.pt2_compliant_tag,)
         library.define(f"{self.name}({schema}) -> {returns}", tags=tags)
-        library.define(f"{self.name}_backward(Tensor?[] grads, {schema}, bool[] needs{', Tensor[] kept' if self.backward_reads_results else ''}) -> Tensor[]", tags=tags)
+        library.define(
+            f"{self.name}_backward(Tensor?[] grads, {schema}, bool[] needs{', Tensor[] kept' if self.backward_reads_results else ''}) -> Tensor[]",
+            tags=tags,
+        )
 
         def forward(*flat):
             arguments = self._restore(flat)
@@ -215,7 +232,11 @@ class Op:
             arguments = [x.detach().requires_grad_() if needed else x for x, needed in zip(arguments, needs, strict=True)]
             with torch.no_grad():
                 found = self.gradients(self._choose(arguments), arguments, needs, grads, kept)
-            return [(torch.zeros_like(x) if grad is None else grad.detach()).contiguous(memory_format=self.layout(x)) for x, grad, needed in zip(arguments, found, needs, strict=True) if needed]
+            return [
+                (torch.zeros_like(x) if grad is None else grad.detach()).contiguous(memory_format=self.layout(x))
+                for x, grad, needed in zip(arguments, found, needs, strict=True)
+                if needed
+            ]
 
         def backward_fake(grads, *flat):
             arguments, needs, _ = split(flat)
@@ -238,7 +259,11 @@ class Op:
             elif self.plain_backward is not None:
                 found = self.in_order(self.plain_backward(self.Arguments(*arguments), self.Arguments(*needs), grads))
             else:
-                computed = iter(getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(list(grads), *flat, needs, *([kept] if self.backward_reads_results else [])))
+                computed = iter(
+                    getattr(torch.ops.ddpm_fast, f"{self.name}_backward")(
+                        list(grads), *flat, needs, *([kept] if self.backward_reads_results else [])
+                    )
+                )
                 found = [next(computed) if needed else None for needed in needs]
             i = self.noise
             return tuple(found) if i is None else (*found[:i], found[i], None, None, None, *found[i + 1 :])

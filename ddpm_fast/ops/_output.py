@@ -1,4 +1,5 @@
 """How the ops read a model's output: the prediction, and the half that gives the variance where there is one."""
+
 from __future__ import annotations
 
 import torch
@@ -30,7 +31,9 @@ def check_output(model_output: Tensor, x_name: str, x: Tensor, kind: str | None 
         doubled = (shape[0], 2 * shape[1], *shape[2:])
         if given != doubled:
             expected = str(doubled) if learned else f"{tuple(shape)} or {doubled}"
-            raise ValueError(f"the model output must have shape {expected}{' for a learned variance' if learned else ''}, got {tuple(given)}")
+            raise ValueError(
+                f"the model output must have shape {expected}{' for a learned variance' if learned else ''}, got {tuple(given)}"
+            )
     check_device("the model output", model_output, x_name, x)
 
 

@@ -9,6 +9,7 @@ Ho et al. 2020, algorithm 2. A sampler is a table (diffusion/samplers.py): ances
 multistep solvers differ in nothing else. The reference twin is here; the kernels are
 csrc/cpu/p_step.cpp and ops/triton/p_step.py.
 """
+
 from __future__ import annotations
 
 import torch
@@ -71,7 +72,20 @@ def p_step_reference(
 
 
 def _p_step_cpu(
-    x_t, model_output, t, table, noise, variance, clip, previous, without, scale, with_x_start, *, x_next: Tensor | None = None, x_start: Tensor | None = None
+    x_t,
+    model_output,
+    t,
+    table,
+    noise,
+    variance,
+    clip,
+    previous,
+    without,
+    scale,
+    with_x_start,
+    *,
+    x_next: Tensor | None = None,
+    x_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     x_t = x_t.contiguous()
     x_next = torch.empty_like(x_t) if x_next is None else x_next
@@ -187,4 +201,17 @@ def _check_destinations(into: dict[str, Tensor | None], arguments: tuple) -> Non
         check_destination("x_next", x_next, "x_t", x_t, model_output, t, table, noise, previous, without)
     if x_start is not None:
         other, name = (x_t, "x_t") if previous is None else (previous, "x_start_previous")
-        check_destination("x_start", x_start, name, other, model_output, t, table, noise, without, x_next, None if other is x_t else x_t, in_place=previous is not None)
+        check_destination(
+            "x_start",
+            x_start,
+            name,
+            other,
+            model_output,
+            t,
+            table,
+            noise,
+            without,
+            x_next,
+            None if other is x_t else x_t,
+            in_place=previous is not None,
+        )

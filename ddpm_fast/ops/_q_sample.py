@@ -3,6 +3,7 @@
 Ho et al. 2020, eq. 4 (tables √ᾱ and √(1-ᾱ)); with √(1-β) and √β it is one step of the chain, eq. 2. The reference twin is
 here; the kernels are csrc/cpu/q_sample.cpp, with its formula in csrc/common/diffusion_math.h, and ops/triton/q_sample.py.
 """
+
 from __future__ import annotations
 
 import torch
@@ -86,7 +87,14 @@ backends = _op.backends
 
 
 def q_sample(
-    x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor, *, out: Tensor | None = None, backend: str | None = None
+    x_start: Tensor,
+    t: Tensor,
+    signal: Tensor,
+    sigma: Tensor,
+    noise: Noise | Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Noised data, x_t = signal[t] · x_start + sigma[t] · ε, in one pass.
 

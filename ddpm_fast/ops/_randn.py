@@ -2,6 +2,7 @@
 
 The kernels and their choice are in ddpm_fast/noise/randn.py, below the noise that is written by them.
 """
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,7 @@ Ho et al. 2020, eq. 14, for any prediction: the target is a row of two coefficie
 weight any function of t (1, min-SNR, P2). The reference twin is here; the kernels are
 csrc/cpu/simple_loss.cpp and ops/triton/simple_loss.py.
 """
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,7 @@ For t > 0 the KL divergence of q(x_{t-1} | x_t, x_0) from p_θ(x_{t-1} | x_t); a
 discretised-Gaussian decoder (Ho et al. 2020, eq. 5, 8 and 13). The reference twin is here; the kernels are
 csrc/cpu/vlb_terms.cpp and ops/triton/vlb_terms.py.
 """
+
 from __future__ import annotations
 
 import math
@@ -61,12 +62,23 @@ def discretized_gaussian_log_likelihood(x_start: Tensor, mean: Tensor, log_scale
     centered = x_start - mean
     upper, lower = inverse_scale * (centered + half), inverse_scale * (centered - half)
     below = normal_cdf(upper, cdf)
-    probability = torch.where(x_start < -_EDGE, below, torch.where(x_start > _EDGE, normal_cdf(-lower, cdf), below - normal_cdf(lower, cdf)))
+    probability = torch.where(
+        x_start < -_EDGE, below, torch.where(x_start > _EDGE, normal_cdf(-lower, cdf), below - normal_cdf(lower, cdf))
+    )
     return probability.clamp_min(_FLOOR).log()
 
 
 def vlb_terms_reference(
-    model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, table: Tensor, variance: str, clip: bool, levels: int, cdf: str, detach_mean: bool
+    model_output: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    table: Tensor,
+    variance: str,
+    clip: bool,
+    levels: int,
+    cdf: str,
+    detach_mean: bool,
 ) -> Tensor:
     """The formulas in plain PyTorch; fp32 arithmetic (float64 for float64 data)."""
     from_x_t, from_out, mean1, mean2, true_log_variance, low, high, _ = gather_columns(table, t, x_t)
@@ -82,7 +94,9 @@ def vlb_terms_reference(
     # Where t > 0 the decoder is not wanted, and the KL where t = 0: each is fed harmless values there, so that neither an
     # infinity nor its gradient leaks through the selection.
     last = (t == 0).view(low.shape)
-    kl = gaussian_kl_reference(torch.where(last, mean, mean1 * x0 + mean2 * x), true_log_variance, mean, torch.where(last, true_log_variance, log_var))
+    kl = gaussian_kl_reference(
+        torch.where(last, mean, mean1 * x0 + mean2 * x), true_log_variance, mean, torch.where(last, true_log_variance, log_var)
+    )
     nll = -discretized_gaussian_log_likelihood(x0, torch.where(last, mean, x0), torch.where(last, 0.5 * log_var, 0.0), levels, cdf)
     return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2.0)
 

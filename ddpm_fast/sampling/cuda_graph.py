@@ -1,4 +1,5 @@
 """A reverse step as a CUDA graph: what the host has to say for a step is then two launches, whatever the network's size."""
+
 from __future__ import annotations
 
 import contextlib

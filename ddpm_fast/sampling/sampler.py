@@ -2,6 +2,7 @@
 
 Guidance, thresholding, inpainting and interpolation change what goes into a step or what comes out, never the step.
 """
+
 from __future__ import annotations
 
 import math
@@ -54,7 +55,9 @@ def sample_loop(
     timesteps = step.timesteps
     x_start = None
     for row in range(len(timesteps) - 1, -1, -1):
-        x_t, x_start = step(row, x_t, noise.at(stream=timesteps[row]), x_start if step.multistep else None, keep=keep, with_x_start=with_x_start)
+        x_t, x_start = step(
+            row, x_t, noise.at(stream=timesteps[row]), x_start if step.multistep else None, keep=keep, with_x_start=with_x_start
+        )
         if constrain is not None:
             x_t = constrain(step.chain_times[row - 1] if row else None, x_t)
         yield timesteps[row], x_t, x_start
@@ -115,7 +118,9 @@ class Sampler:
         self.threshold = share
         guidance = checks.number("guidance", guidance)
         if threshold is not None and self.table.output_is_mean:
-            raise ValueError("threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take sampler 'ddim'")
+            raise ValueError(
+                "threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take sampler 'ddim'"
+            )
         null_label = getattr(model, "num_classes", None) if null_label is None else checks.integer("null_label", null_label, 0)
         if guidance != 1.0 and null_label is None:
             raise ValueError(f"guidance {guidance} needs to know what the model takes for no class; give null_label")
@@ -169,7 +174,9 @@ class Sampler:
             x = constrain(int(self.table.chain_times[-1]), x)
         return self._run(x, key, labels, constrain=constrain, callback=callback, keep=keep)
 
-    def interpolate(self, a: Tensor, b: Tensor, weights: Sequence[float], t: int, seed: int = 0, *, labels: Tensor | None = None, first_sample: int = 0) -> Tensor:
+    def interpolate(
+        self, a: Tensor, b: Tensor, weights: Sequence[float], t: int, seed: int = 0, *, labels: Tensor | None = None, first_sample: int = 0
+    ) -> Tensor:
         """Images between pairs of images, mixed at the noise level of time t (Ho et al. 2020, section 4.4).
 
         Both images are noised to t, mixed there, and sampled back. The signal is mixed linearly, and the noise by sine and cosine
@@ -236,7 +243,15 @@ class Sampler:
     def _step(self, x: Tensor, labels: Tensor | None, table: StepTable) -> ReverseStep | StepGraph:
         captures = x.is_cuda and isinstance(self.model, torch.nn.Module) if self.graph is None else self.graph
         make = partial(
-            ReverseStep, self.model, table, x, clip=self.clip, threshold=self.threshold, labels=labels, guidance=self.guidance, planned=not captures
+            ReverseStep,
+            self.model,
+            table,
+            x,
+            clip=self.clip,
+            threshold=self.threshold,
+            labels=labels,
+            guidance=self.guidance,
+            planned=not captures,
         )
         if not captures:
             return make()
@@ -272,7 +287,9 @@ class Sampler:
         if checks.tensor("labels", labels).dtype != torch.int64 or labels.shape != (count,):
             raise ValueError(f"labels must be int64 of shape ({count},), got {labels.dtype} {tuple(labels.shape)}")
         if labels.is_cpu and isinstance(classes, int):  # elsewhere it would wait for the device
-            outside = ((labels < 0) | (labels >= classes)) & (labels != (classes if self.guidance.null_label is None else self.guidance.null_label))
+            outside = ((labels < 0) | (labels >= classes)) & (
+                labels != (classes if self.guidance.null_label is None else self.guidance.null_label)
+            )
             if outside.any():
                 i = int(outside.nonzero()[0])
                 raise ValueError(f"labels must lie in 0..{classes - 1}, or be the null label, got labels[{i}] = {int(labels[i])}")
@@ -288,7 +305,9 @@ class Sampler:
         try:
             x_start, mask = (part.to(device).expand(shape) for part in (x_start.float(), mask))
         except RuntimeError:
-            raise ValueError(f"the known image and its mask must broadcast to {tuple(shape)}, got {tuple(x_start.shape)} and {tuple(mask.shape)}") from None
+            raise ValueError(
+                f"the known image and its mask must broadcast to {tuple(shape)}, got {tuple(x_start.shape)} and {tuple(mask.shape)}"
+            ) from None
         check_unit_range("the known image", x_start)
         x_start = x_start.contiguous()
         times = torch.arange(len(self.diffusion), device=device)[:, None].expand(-1, shape[0]).contiguous()

@@ -1,4 +1,5 @@
 """One reverse step of a batch: the model, guidance, thresholding and p_step by one row of a sampler's table."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -71,7 +72,14 @@ class ReverseStep:
             self.given_x_start[:, COLUMNS.index("from_x_t")], self.given_x_start[:, COLUMNS.index("from_out")] = 0.0, 1.0
 
     def __call__(
-        self, row: int, x_t: Tensor, noise: Noise | Tensor, x_start_previous: Tensor | None = None, *, keep: bool = True, with_x_start: bool = True
+        self,
+        row: int,
+        x_t: Tensor,
+        noise: Noise | Tensor,
+        x_start_previous: Tensor | None = None,
+        *,
+        keep: bool = True,
+        with_x_start: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Goes from the state at ``row`` to the one before it: (x', x̂0 or None). Without ``keep``, x' is written over x_t where that is possible."""
         out = self.plan(self.doubled(x_t), row) if self.plan is not None else self.predict(x_t, self.model_t[row])
@@ -92,7 +100,14 @@ class ReverseStep:
         return torch.cat([x_t, x_t]) if self.guided else x_t
 
     def apply(
-        self, x_t: Tensor, out: Tensor, row: Tensor, noise: Noise | Tensor | None, x_start_previous: Tensor | None, x_next: Tensor | None, x_start: Tensor | bool
+        self,
+        x_t: Tensor,
+        out: Tensor,
+        row: Tensor,
+        noise: Noise | Tensor | None,
+        x_start_previous: Tensor | None,
+        x_next: Tensor | None,
+        x_start: Tensor | bool,
     ) -> tuple[Tensor, Tensor | None]:
         """p_step, after what the model gave is guided and thresholded; arguments as there."""
         rows, clip, guidance = self.rows, self.clip, None

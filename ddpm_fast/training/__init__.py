@@ -1,4 +1,5 @@
 """Training: data, the loop, checkpoints."""
+
 from ddpm_fast.data.images import ImageData, load_data
 from ddpm_fast.training.config import TrainConfig
 from ddpm_fast.training.trained import TrainedModel, load_trained

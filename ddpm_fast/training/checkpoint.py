@@ -7,6 +7,7 @@ carry the same random id, and loading compares them, so that a pair put together
 The header has a checksum of all of it, so that a flipped bit, which would only make the samples a little worse, is noticed. Nothing is
 pickled: loading a checkpoint runs no code from it.
 """
+
 from __future__ import annotations
 
 import json
@@ -127,7 +128,9 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     except SafetensorError as error:
         raise CheckpointError(_damaged(tensor_path, error)) from error
     if header["crc32"] != (found := _checksum(header, tensors)):
-        raise CheckpointError(f"{tensor_path} is damaged: its checksum must be {header['crc32']}, got {found}; use a copy, or an earlier checkpoint")
+        raise CheckpointError(
+            f"{tensor_path} is damaged: its checksum must be {header['crc32']}, got {found}; use a copy, or an earlier checkpoint"
+        )
     try:
         document = _document(header)
     except (ValueError, RecursionError) as error:
@@ -244,7 +247,9 @@ def _check_json(tensor_path: Path, document: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} is not readable JSON ({error}). {remedy}") from error
     found = beside.get("id") if isinstance(beside, dict) else None
     if found != document["id"]:
-        raise CheckpointError(f"{path} and {tensor_path.name} come from two different saves: id {found}, expected {document['id']}. {remedy}")
+        raise CheckpointError(
+            f"{path} and {tensor_path.name} come from two different saves: id {found}, expected {document['id']}. {remedy}"
+        )
     if not _holds(beside, document):
         raise CheckpointError(f"{path} was changed after it was saved, which would have no effect. {remedy}")
 
@@ -253,7 +258,9 @@ def _holds(beside: Any, document: Any) -> bool:
     """Whether all that the document says stands beside it, too. What was added there, a note or a later version's entry, does no harm."""
     if isinstance(document, dict):
         return isinstance(beside, dict) and all(key in beside and _holds(beside[key], value) for key, value in document.items())
-    return json.dumps(beside, sort_keys=True) == json.dumps(document, sort_keys=True)  # as texts: a diverged run's meta may hold NaN, which equals nothing
+    return json.dumps(beside, sort_keys=True) == json.dumps(
+        document, sort_keys=True
+    )  # as texts: a diverged run's meta may hold NaN, which equals nothing
 
 
 def _damaged(path: Path, error: Exception) -> str:

@@ -1,4 +1,5 @@
 """What a training run is made of: one flat record, which the command line fills and the checkpoint stores."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -137,8 +138,12 @@ class TrainConfig:
             T, options = (recipe.get("timesteps", 1000), recipe.get("schedule_options", {})) if "schedule" not in given else (1000, {})
             start, end = options.get("beta_start", 1e-4) * T, options.get("beta_end", 0.02) * T
             if end >= config.timesteps:
-                raise ValueError(f"timesteps must be more than {end:.4g} for schedule 'linear', whose last beta is {end:.4g} / timesteps, got {config.timesteps}; schedule 'cosine' takes fewer")
-            config = dataclasses.replace(config, schedule_options=dict(beta_start=start / config.timesteps, beta_end=end / config.timesteps))
+                raise ValueError(
+                    f"timesteps must be more than {end:.4g} for schedule 'linear', whose last beta is {end:.4g} / timesteps, got {config.timesteps}; schedule 'cosine' takes fewer"
+                )
+            config = dataclasses.replace(
+                config, schedule_options=dict(beta_start=start / config.timesteps, beta_end=end / config.timesteps)
+            )
         return config
 
     @classmethod
@@ -164,7 +169,9 @@ class TrainConfig:
         given |= {f"network {name}": value for name, value in given.pop("network", {}).items()}
         other = [name for name, value in given.items() if name not in ("steps", "device") and value != own.get(name)]
         if other:
-            what = ", ".join(f"{name} must be {'left out' if own.get(name) is None else repr(own[name])}, got {given[name]!r}" for name in other)
+            what = ", ".join(
+                f"{name} must be {'left out' if own.get(name) is None else repr(own[name])}, got {given[name]!r}" for name in other
+            )
             raise ValueError(f"a run goes on as it began: {what}")
         if self.decay != "constant" and given.get("steps", self.steps) != self.steps:
             raise ValueError(
@@ -192,7 +199,12 @@ class TrainConfig:
         preset = PRESETS[self.preset]
         # Attention stays at the level, not at the resolution, that the preset has it at.
         levels = [preset["image_size"] // r for r in preset["attention_resolutions"]]
-        arguments = {**preset, "in_channels": channels, "image_size": height, "attention_resolutions": [height // level for level in levels]}
+        arguments = {
+            **preset,
+            "in_channels": channels,
+            "image_size": height,
+            "attention_resolutions": [height // level for level in levels],
+        }
         arguments.update(self.network)
         divisor = 2 ** (len(arguments["channel_mult"]) - 1)
         if height % divisor or width % divisor:

@@ -1,4 +1,5 @@
 """metrics.jsonl: what a run tells of itself, a JSON object a line."""
+
 from __future__ import annotations
 
 import contextlib

@@ -6,6 +6,7 @@ by 1 / (T p_t); the variance is least for p_t in proportion to sqrt(E[L_t²]) (N
 Draws are a function of (seed, step, state) alone. Everything stays on the device: no value is read back, no shape depends on data, and
 no sum or scatter depends on the order in which a GPU happens to work.
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """A trained model read back from its checkpoint."""
+
 from __future__ import annotations
 
 import hashlib
@@ -144,7 +145,9 @@ def load_run_data(config: TrainConfig) -> ImageData:
         DataError: as `load_data`, and where they are no longer where they were.
     """
     if config.data not in BUILT_IN and not os.path.exists(config.data):
-        raise DataError(f"the run's images are no longer in {config.data}; if they have moved, say where to (data, on the command line --data)")
+        raise DataError(
+            f"the run's images are no longer in {config.data}; if they have moved, say where to (data, on the command line --data)"
+        )
     return load_data(config.data, **config.data_options)
 
 

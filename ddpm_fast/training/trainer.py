@@ -1,4 +1,5 @@
 """The training loop. Step s is a function of the weights before it, the data and (seed, s) alone."""
+
 from __future__ import annotations
 
 import contextlib
@@ -137,7 +138,9 @@ class Trainer:
         self.step = meta["step"]
 
     def _load_optimizer(self, packed: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        expected: dict[str, Tensor] = {f"{index}.{name}": p for index, p in enumerate(self.model.parameters()) for name in ("exp_avg", "exp_avg_sq")}
+        expected: dict[str, Tensor] = {
+            f"{index}.{name}": p for index, p in enumerate(self.model.parameters()) for name in ("exp_avg", "exp_avg_sq")
+        }
         expected |= {f"{index}.step": torch.zeros((), device="cpu") for index, _ in enumerate(self.model.parameters())}
         shapes = {name: tuple(tensor.shape) for name, tensor in packed.items()}
         if meta["step"] and shapes != {name: tuple(like.shape) for name, like in expected.items()}:
@@ -149,7 +152,9 @@ class Trainer:
         for name in ("betas", "eps", "weight_decay", "amsgrad", "maximize"):
             values = [group.get(name) for group in found["groups"]]
             if json.dumps(values) != json.dumps([group[name] for group in own]):
-                raise ValueError(f"its optimizer must be Adam with {name} {own[0][name]} in one parameter group, got {name} {', '.join(map(str, values))}")
+                raise ValueError(
+                    f"its optimizer must be Adam with {name} {own[0][name]} in one parameter group, got {name} {', '.join(map(str, values))}"
+                )
         # Files hold rows in order; the fused kernel wants a parameter and its state laid out alike, here channels_last.
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in packed.items():
@@ -305,7 +310,11 @@ class Trainer:
             fingerprints=self._fingerprints,
             train=dataclasses.asdict(self.config),
             ema_updates=ema["num_updates"],
-            optimizer={"groups": [{name: x.item() if isinstance(x, Tensor) else x for name, x in group.items()} for group in optimizer["param_groups"]]},
+            optimizer={
+                "groups": [
+                    {name: x.item() if isinstance(x, Tensor) else x for name, x in group.items()} for group in optimizer["param_groups"]
+                ]
+            },
         )
         return save_checkpoint(out, tensors, meta)
 
@@ -324,7 +333,7 @@ class Trainer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU.
+    """ "auto" is CUDA where there is one, else the CPU.
 
     Raises:
         ValueError: for a device that PyTorch does not know or does not see here.
@@ -366,7 +375,9 @@ def _check_images(images: ImageData, checkpoint: Checkpoint, config: TrainConfig
     if config.class_conditional and images.train_labels is None:
         raise ValueError(f"class_conditional needs labels, and {images.name} has none")
     if meta["fingerprints"] != image_fingerprints(images, config):
-        raise ValueError(f"{images.name} must be the images that {checkpoint.path} was trained on, got as many, but others; train afresh on them")
+        raise ValueError(
+            f"{images.name} must be the images that {checkpoint.path} was trained on, got as many, but others; train afresh on them"
+        )
 
 
 def _check_network(network: dict[str, Any], arguments: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 """The command line as a user types it. One test starts a process; the others call the entry point in this one."""
+
 import json
 import subprocess
 import sys
@@ -74,7 +75,15 @@ def test_short_chain_is_pointed_out(tmp_path, command):
     assert code == 0 and "the chain leaves 0.74 of the data's variance" in text
 
 
-@pytest.mark.parametrize("options", [["--sampler", "ddim", "--steps", 5], ["--sampler", "dpmpp_2m", "--steps", 5, "--spacing", "logsnr"], ["--steps", "0,7,29", "--threshold", 0.9]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--sampler", "ddim", "--steps", 5],
+        ["--sampler", "dpmpp_2m", "--steps", 5, "--spacing", "logsnr"],
+        ["--steps", "0,7,29", "--threshold", 0.9],
+    ],
+    ids=str,
+)
 def test_sample_with_few_steps(options, run, tmp_path):
     result = invoke("sample", run, "--out", tmp_path, "-n", 3, "--progressive", "--formats", "png, grid", *options)
     assert result.exit_code == 0, result.output
@@ -160,7 +169,9 @@ def test_errors_are_one_line_with_exit_code_2_and_leave_nothing(arguments, messa
 
 @pytest.mark.slow
 def test_the_module_is_the_command(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "ddpm_fast", "sample", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, "-m", "ddpm_fast", "sample", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 2 and result.stderr.startswith("ddpm-fast: ") and "nowhere" in result.stderr
 
 

@@ -39,7 +39,10 @@ def test_from_a_folder_to_a_sample_of_a_class(folder, tmp_path):
     options = ("--range", 0, 4095, "--image-size", "8x12")
     code, text = run(*TRAIN, "--data", folder, *options, "--class-conditional", "--out", out)
     assert code == 0
-    assert "set: 5 images to train on and 1 held out, 1x8x12 (channels x height x width), 256 grey levels (values found: 0..4095 in 0..4095)\n" in text
+    assert (
+        "set: 5 images to train on and 1 held out, 1x8x12 (channels x height x width), 256 grey levels (values found: 0..4095 in 0..4095)\n"
+        in text
+    )
     assert "\n2 classes: cat 3, dog 3\npassed over: 2 .txt\n" in text
     meta = json.loads((out / "checkpoint.json").read_text())
     meta = meta.get("meta", meta)

@@ -1,4 +1,5 @@
 """What the command line says: of missing memory, in the words of its options, and what then can be done."""
+
 import json
 import math
 
@@ -24,9 +25,13 @@ def one_line(error):
 def out_of_memory(kind):
     """As PyTorch and NumPy raise it."""
     if kind == "host":
-        return RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000 bytes. Error code 12 (Cannot allocate memory)")
+        return RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000 bytes. Error code 12 (Cannot allocate memory)"
+        )
     if kind == "device":
-        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB\nSee documentation")
+        return torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB\nSee documentation"
+        )
     return MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,) and data type float64")
 
 
@@ -36,7 +41,11 @@ AMOUNTS = {"host": "8000000000 bytes", "device": "2.00 GiB", "array": "7.45 GiB"
 @pytest.mark.parametrize("kind", AMOUNTS)
 @pytest.mark.parametrize(
     "arguments, batch",
-    [(["train", "--steps", 2, "--batch", 4], ""), (["sample", "{run}", "--steps", 2, "-n", 2], ", now 256"), (["eval", "{run}", "--limit", 2], ", now 256")],
+    [
+        (["train", "--steps", 2, "--batch", 4], ""),
+        (["sample", "{run}", "--steps", 2, "-n", 2], ", now 256"),
+        (["eval", "{run}", "--limit", 2], ", now 256"),
+    ],
     ids=["train", "sample", "eval"],
 )
 def test_out_of_memory_is_a_line_that_names_the_batch(run, tmp_path, monkeypatch, command, kind, arguments, batch):
@@ -74,14 +83,22 @@ def test_other_runtime_errors_are_faults_of_the_program(run, tmp_path, monkeypat
     [
         ("train", "learning_rate must be positive, got -1.0", "--lr must be positive, got -1.0"),
         ("train", "timesteps must be at least 1", "--timesteps must be at least 1"),
-        ("train", "a run goes on as it began: batch must be 8, got 32, seed must be 0, got 7", "a run goes on as it began: --batch must be 8, got 32, --seed must be 0, got 7"),
+        (
+            "train",
+            "a run goes on as it began: batch must be 8, got 32, seed must be 0, got 7",
+            "a run goes on as it began: --batch must be 8, got 32, --seed must be 0, got 7",
+        ),
         ("train", "network dropout must be 0.0, got 0.5", "--dropout must be 0.0, got 0.5"),
         ("train", "x has images of 8x8, got image_size=32; only folders", "x has images of 8x8, got --image-size 32; only folders"),
         ("train", "class_conditional needs labels", "--class-conditional needs labels"),
         ("sample", "eta must be in [0, 1]", "--eta must be in [0, 1]"),
         ("sample", "eta is a part of sampler 'ddim', got 0.5 for 'ddpm'", "--eta is a part of --sampler 'ddim', got 0.5 for 'ddpm'"),
         ("train", "weight is of the simple loss", "--weight is of the simple loss"),
-        ("train", "loss 'hybrid' trains a learned variance, got variance 'fixed_large'", "--loss 'hybrid' trains a learned variance, got --variance 'fixed_large'"),
+        (
+            "train",
+            "loss 'hybrid' trains a learned variance, got variance 'fixed_large'",
+            "--loss 'hybrid' trains a learned variance, got --variance 'fixed_large'",
+        ),
         # Words and paths that only look like arguments.
         ("train", "lower the learning rate or check the data", "lower the learning rate or check the data"),
         ("train", "no such file: /a/image_size/b and image_size.png must be", "no such file: /a/image_size/b and image_size.png must be"),
@@ -101,7 +118,10 @@ def test_arguments_become_options(command_name, text, told):
         (["--image-size", 32], "got --image-size 32; only folders are resized"),
         (["--data", "{tall}"], "needs sides divisible by 2, got 7x8; crop or resize them (--image-size does it for a folder)"),
         (["--data", "{tall}", "--class-conditional", "--preset", "digits"], "got 7x8"),
-        (["-T", 19], "--timesteps must be more than 19.5 for --schedule 'linear', whose last beta is 19.5 / timesteps, got 19; --schedule 'cosine' takes fewer"),
+        (
+            ["-T", 19],
+            "--timesteps must be more than 19.5 for --schedule 'linear', whose last beta is 19.5 / timesteps, got 19; --schedule 'cosine' takes fewer",
+        ),
     ],
 )
 def test_messages_name_what_was_typed(tmp_path, command, options, message):
@@ -113,7 +133,11 @@ def test_messages_name_what_was_typed(tmp_path, command, options, message):
 
 
 def test_a_list_of_steps_is_named_as_typed(run, tmp_path, command):
-    for steps, message in (("0,5,30", "--steps must ascend strictly within 0..29, got [0, 5, 30]"), ("5,3", "--steps must ascend"), ("99", "--steps must")):
+    for steps, message in (
+        ("0,5,30", "--steps must ascend strictly within 0..29, got [0, 5, 30]"),
+        ("5,3", "--steps must ascend"),
+        ("99", "--steps must"),
+    ):
         code, _, error = command("sample", run, "--steps", steps, "--out", tmp_path)
         assert code == 2 and f"ddpm-fast: {message}" in error and one_line(error), error
 
@@ -123,7 +147,11 @@ def test_short_runs_get_a_recipe_of_their_length_and_say_so(tmp_path, command):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8))
     small = ["train", "--data", tmp_path / "x.npy", *SMALL, "--steps", 16]
     code, text, error = command(*small, "--out", tmp_path / "a")
-    assert code == 0 and "16 steps of 2 images, learning rate 0.0002 after a warm-up of 2; in the end the weights of the last 3 or so are averaged" in " ".join(text.split()), error
+    assert (
+        code == 0
+        and "16 steps of 2 images, learning rate 0.0002 after a warm-up of 2; in the end the weights of the last 3 or so are averaged"
+        in " ".join(text.split())
+    ), error
     code, text, error = command(*small, "--warmup", 3, "--ema", 0.5, "--out", tmp_path / "b")
     assert code == 0 and "a warm-up of 3; in the end the weights of the last 2 or so are averaged" in " ".join(text.split()), error
     for name, expected in (("a", (2, 0.9999)), ("b", (3, 0.5))):
@@ -195,7 +223,11 @@ def test_data_that_move_change_and_are_ones_own(folder, tmp_path, command, monke
     moved = folder.rename(tmp_path / "moved")
     for arguments in (["train", "--resume", "--out", out], ["eval", out, *small]):
         code, _, error = command(*arguments)
-        assert code == 2 and one_line(error) and f"no longer in {folder}; if they have moved, say where to (data, on the command line --data)" in error
+        assert (
+            code == 2
+            and one_line(error)
+            and f"no longer in {folder}; if they have moved, say where to (data, on the command line --data)" in error
+        )
     code, text, error = command("train", "--resume", "--data", moved, "--steps", 2, "--out", out)
     assert code == 0 and "going on after step 1 of 2" in text, error
     assert command("eval", out, *small)[0] == 0 and bound(tmp_path / "eval")["images"] == 2
@@ -205,7 +237,9 @@ def test_data_that_move_change_and_are_ones_own(folder, tmp_path, command, monke
         Image.fromarray(np.full((8, 8), 9 * i, np.uint8)).save(moved / f"more{i}.png")
     for arguments in ([], ["--data", moved]):
         code, _, error = command("eval", out, *arguments, *small)
-        assert code == 2 and one_line(error) and f"{moved} has changed since the model was trained on it" in error and "with --data" in error
+        assert (
+            code == 2 and one_line(error) and f"{moved} has changed since the model was trained on it" in error and "with --data" in error
+        )
     code, _, error = command("train", "--resume", "--steps", 3, "--out", out)
     assert code == 2 and "moved must be the 18 images of (1, 8, 8) with 256 levels that" in error
 
@@ -245,7 +279,12 @@ def test_numbers_of_numpy_are_numbers(value):
     found = TrainConfig(steps=value, learning_rate=np.float32(0.5), network={"dropout": 0.0})
     assert type(found.steps) is int and found.steps == 5 and type(found.learning_rate) is float
     json.dumps(found.__dict__)
-    for wrong, message in ((dict(steps=1.5), "steps must be int, got 1.5"), (dict(steps=True), "steps must be int, got True"), (dict(flip=1), "flip must be bool, got 1"), (dict(network={"dropout": np.float32(0.5)}), "network must hold JSON values")):
+    for wrong, message in (
+        (dict(steps=1.5), "steps must be int, got 1.5"),
+        (dict(steps=True), "steps must be int, got True"),
+        (dict(flip=1), "flip must be bool, got 1"),
+        (dict(network={"dropout": np.float32(0.5)}), "network must hold JSON values"),
+    ):
         with pytest.raises(TypeError, match=message):
             TrainConfig(**wrong)
 

@@ -1,4 +1,5 @@
 """``ddpm-fast eval`` as a user types it: its files, an interruption, samples, and what it refuses."""
+
 import contextlib
 import csv
 import json
@@ -147,7 +148,12 @@ def test_quality_of_a_small_set_does_not_blame_the_samples(run, tmp_path, comman
     np.savez(tmp_path / "samples.npz", images=pixels)
     for name, count, options, message in (
         ("few", 20, [], "few.npy has too few other images to show what real ones would get"),  # 2 of 20 for testing
-        ("fewer", 3, ["--reference", "test"], "fewer.npy must have at least 4 images for test to compare samples with, got 3"),  # all of them
+        (
+            "fewer",
+            3,
+            ["--reference", "test"],
+            "fewer.npy must have at least 4 images for test to compare samples with, got 3",
+        ),  # all of them
     ):
         np.save(tmp_path / f"{name}.npy", pixels[:count])
         arguments = ["--data", tmp_path / f"{name}.npy", "--features", "digits", "--no-bound", "--threads", 1, *options]

@@ -1,4 +1,5 @@
 """The demo, as a user runs it, against its promises."""
+
 import json
 
 import pytest
@@ -6,7 +7,16 @@ from PIL import Image
 
 from ddpm_fast.cli.demo import run_demo
 
-FILES = {"samples.png", "forward.png", "reverse.gif", "bound.png", "results.json", "metrics.jsonl", "checkpoint.json", "checkpoint.safetensors"}
+FILES = {
+    "samples.png",
+    "forward.png",
+    "reverse.gif",
+    "bound.png",
+    "results.json",
+    "metrics.jsonl",
+    "checkpoint.json",
+    "checkpoint.safetensors",
+}
 
 
 @pytest.mark.slow

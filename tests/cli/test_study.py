@@ -1,4 +1,5 @@
 """examples/learned_variance.py, at a size at which its figures mean nothing: what it measures, that it goes on where it was, what it writes."""
+
 import csv
 import json
 import subprocess
@@ -72,6 +73,9 @@ def test_the_bound_of_a_shortened_chain_asks_the_model_its_own_times():
 def test_as_a_user_runs_it(study):
     """The script itself: what it refuses is one line that names the option."""
     out, _ = study
-    for options, message in ((["--count", "7"], "--count must be at least 8, got 7"), (["--out", str(out)], "holds a run of other settings; choose another folder with --out")):
+    for options, message in (
+        (["--count", "7"], "--count must be at least 8, got 7"),
+        (["--out", str(out)], "holds a run of other settings; choose another folder with --out"),
+    ):
         result = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

@@ -9,7 +9,9 @@ from PIL import Image
 
 from ddpm_fast.data.images import Batches, DataError, ImageData, load_data, to_levels, to_unit
 
-pytestmark = pytest.mark.filterwarnings("ignore::ddpm_fast.data.images.DataWarning")  # of images that say where they come from by their values
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ddpm_fast.data.images.DataWarning"
+)  # of images that say where they come from by their values
 
 
 def sha256(x: torch.Tensor) -> str:
@@ -232,7 +234,10 @@ NPZ_ERRORS = {
     "test labels": ({"x": ONE, "y": np.arange(4), "test": ONE}, "labels for both parts or none, got only training"),
     "label count": ({"x": ONE, "y": np.arange(3)}, r"labels must be \(4,\) integers from 0, or names, got \(3,\) int64"),
     "negative label": ({"x": ONE, "y": np.arange(4) - 1}, r"labels must be integers from 0 to 2\*\*63-1, got -1"),
-    "label without a sign": ({"x": ONE, "y": np.full(4, 2**64 - 1, np.uint64)}, r"labels must be integers from 0 to 2\*\*63-1, got 1844674407370955"),
+    "label without a sign": (
+        {"x": ONE, "y": np.full(4, 2**64 - 1, np.uint64)},
+        r"labels must be integers from 0 to 2\*\*63-1, got 1844674407370955",
+    ),
     "labels of two kinds": ({"x": ONE, "y": np.arange(4), "test": ONE, "test_labels": list("abcd")}, "of one kind, got int64 and <U1"),
     "label type": ({"x": ONE, "y": np.ones(4)}, r"labels must be \(4,\) integers from 0, or names, got \(4,\) float64"),
 }

@@ -83,7 +83,9 @@ def refusal(source, path):
 
 def test_declared_sizes_are_compared_with_the_file(tmp_path):
     (tmp_path / "x.npy").write_bytes(HEADERS["huge"])
-    assert f"its header tells of uint8 ({2**40}, 6, 6), {36 * 2**40} bytes, of which 144 are there" in refusal(tmp_path / "x.npy", tmp_path / "x.npy")
+    assert f"its header tells of uint8 ({2**40}, 6, 6), {36 * 2**40} bytes, of which 144 are there" in refusal(
+        tmp_path / "x.npy", tmp_path / "x.npy"
+    )
 
 
 def test_an_archive_of_more_than_the_memory_is_not_unpacked(tmp_path, monkeypatch):

@@ -41,7 +41,9 @@ def test_classes_have_the_names_of_their_folders(images):
 @pytest.mark.parametrize("below", ["", "/cat"])
 def test_parts_of_a_data_set_are_not_classes(images, names, below):
     folder = images(*several(*(name + below for name in names)))
-    with pytest.raises(DataError, match=rf"set is divided into {names[0]}, .*not classes; give one of them, .*set/{names[0]}, of which a share"):
+    with pytest.raises(
+        DataError, match=rf"set is divided into {names[0]}, .*not classes; give one of them, .*set/{names[0]}, of which a share"
+    ):
         load_data(folder)
     assert load_data(folder / names[0]).train_labels is None
 
@@ -87,7 +89,10 @@ def test_what_is_passed_over_is_counted(images):
     data = load_data(folder)
     assert data.origin.skipped == {".heic": 2, ".txt": 1, "without a suffix": 1, "hidden": 1}
     assert data.summary[2] == f"passed over: {', '.join(f'{count} {what}' for what, count in data.origin.skipped.items())}"
-    assert data.summary[0] == "set: 7 images to train on and 1 held out, 1x4x4 (channels x height x width), 256 grey levels (values found: 0..255 in 0..255)"
+    assert (
+        data.summary[0]
+        == "set: 7 images to train on and 1 held out, 1x4x4 (channels x height x width), 256 grey levels (values found: 0..255 in 0..255)"
+    )
     for path in folder.rglob("*.png"):
         path.unlink()
     with pytest.raises(DataError, match=r"must hold images .* got none but 2 .heic, 1 "):
@@ -106,7 +111,9 @@ def test_the_content_says_what_a_file_is(images, monkeypatch):
     assert len(load_data(folder).train) == 3
     for content in (EPS, b"P5 4 4 255 " + bytes(16)):
         (folder / "a" / "1.png").write_bytes(content)
-        with pytest.raises(DataError, match="cannot read image .*1.png: by its content it is no PNG or JPEG or WEBP or BMP or GIF or TIFF,"):
+        with pytest.raises(
+            DataError, match="cannot read image .*1.png: by its content it is no PNG or JPEG or WEBP or BMP or GIF or TIFF,"
+        ):
             load_data(folder)
 
 
@@ -146,18 +153,26 @@ def test_rectangles_train(images):
     from ddpm_fast.training import TrainConfig, Trainer
 
     data = load_data(images(*several("a", "b"), size=(8, 16)))
-    trainer = Trainer(TrainConfig(preset="digits", timesteps=10, schedule="cosine", steps=1, batch=2, ema=0.5, class_conditional=True), data)
+    trainer = Trainer(
+        TrainConfig(preset="digits", timesteps=10, schedule="cosine", steps=1, batch=2, ema=0.5, class_conditional=True), data
+    )
     assert trainer.batch(0)[0].shape == (2, 1, 8, 16) and torch.isfinite(trainer.train_step()[0])
 
 
 # Labels keep their values as names; a gap makes no class that nothing trains.
-@pytest.mark.parametrize("labels, classes", [([1, 2, 3, 1], "123"), ([7, 0, 7, 0], "07"), (["dog", "cat", "dog", "ant"], ["ant", "cat", "dog"])])
+@pytest.mark.parametrize(
+    "labels, classes", [([1, 2, 3, 1], "123"), ([7, 0, 7, 0], "07"), (["dog", "cat", "dog", "ant"], ["ant", "cat", "dog"])]
+)
 def test_labels_are_numbered_and_keep_their_names(tmp_path, labels, classes):
     images = np.arange(4, dtype=np.uint8).repeat(16).reshape(4, 4, 4) * np.uint8(85)
     np.savez(tmp_path / "x.npz", x=images, y=np.array(labels), note=np.zeros(3))
     data = load_data(tmp_path / "x.npz")
     assert data.classes == tuple(classes) and data.num_classes == len(classes)
-    found = {int(image[0, 0, 0]) // 85: int(label) for part in ("train", "test") for image, label in zip(getattr(data, part), getattr(data, f"{part}_labels"))}
+    found = {
+        int(image[0, 0, 0]) // 85: int(label)
+        for part in ("train", "test")
+        for image, label in zip(getattr(data, part), getattr(data, f"{part}_labels"))
+    }
     assert [data.classes[found[index]] for index in range(4)] == [str(label) for label in labels]
     assert data.origin.skipped == {"other arrays": 1}
 

@@ -80,7 +80,9 @@ def test_files_of_images_and_arrays_are_alike(tmp_path, name):
 @pytest.mark.parametrize("which", [0, 1])
 def test_eight_bits_of_a_part_of_the_range_get_a_note(tmp_path, which):
     path = save_both(tmp_path, integers(np.uint8, 0, 16))[which]
-    with pytest.warns(DataWarning, match=r"values 0..16, a part of 0..255, .* give value_range=\(0, 16\) \(--range 0 16\), else value_range=\(0, 255\)"):
+    with pytest.warns(
+        DataWarning, match=r"values 0..16, a part of 0..255, .* give value_range=\(0, 16\) \(--range 0 16\), else value_range=\(0, 255\)"
+    ):
         data = load_data(path)
     assert data.levels == 256 and len(data.origin.notes) == 1 and data.summary[-1] == f"note: {data.origin.notes[0]}"
     assert "(values found: 0..16 in 0..255)" in data.summary[0]
@@ -116,7 +118,9 @@ FLOATS = np.linspace(0, 1, 64, dtype=np.float32).reshape(4, 4, 4)
 ])  # fmt: skip
 def test_floats_that_do_not_reach_both_ends(tmp_path, array, low, high):
     np.save(tmp_path / "x.npy", array)
-    with pytest.raises(DataError, match=rf"floats in \[-1, 1\] that reach both ends, got .*\(--range {low} {high}\) says what they can span"):
+    with pytest.raises(
+        DataError, match=rf"floats in \[-1, 1\] that reach both ends, got .*\(--range {low} {high}\) says what they can span"
+    ):
         load_data(tmp_path / "x.npy")
     data = load_data(tmp_path / "x.npy", value_range=(low, high))
     levels = torch.cat([data.train, data.test])
@@ -147,7 +151,9 @@ def test_range_errors(tmp_path, value_range, message):
 def test_32_bits_are_read_with_a_range(tmp_path):
     for index in range(3):
         Image.fromarray(np.full((4, 4), 1000 * index, np.int32)).save(tmp_path / f"{index}.tif")
-    with pytest.raises(DataError, match=r"0.tif: 32-bit pixels \(mode I\) have no known range; save 8 bits, or give the range by value_range \(--range\)"):
+    with pytest.raises(
+        DataError, match=r"0.tif: 32-bit pixels \(mode I\) have no known range; save 8 bits, or give the range by value_range \(--range\)"
+    ):
         load_data(tmp_path)
     data = load_data(tmp_path, value_range=(0, 2000))
     assert sorted(torch.cat([data.train, data.test])[:, 0, 0, 0].tolist()) == [0, 128, 255]

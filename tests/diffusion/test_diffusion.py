@@ -1,4 +1,5 @@
 """GaussianDiffusion: variances, losses and the bound's conventions, its tables, compilation, what it refuses."""
+
 import inspect
 import math
 
@@ -115,7 +116,9 @@ def test_vlb_loss_over_uniform_t_is_the_bound_without_its_prior():
 def test_loss_kind_simple_takes_weights(weight):
     diffusion = GaussianDiffusion(SCHEDULE, "v")
     out, x_start, x_t, t, noise = case(diffusion)
-    assert_bits_equal(diffusion.loss(out, x_start, x_t, t, noise, weight=weight), diffusion.simple_loss(out, x_start, t, noise, weight=weight))
+    assert_bits_equal(
+        diffusion.loss(out, x_start, x_t, t, noise, weight=weight), diffusion.simple_loss(out, x_start, t, noise, weight=weight)
+    )
 
 
 def test_weight_parameter_is_part_of_the_cached_table():
@@ -171,10 +174,16 @@ def test_clip_is_on_by_default_where_nothing_is_trained():
 def test_model_time_is_of_the_chain_that_the_model_knows():
     part = GaussianDiffusion(SCHEDULE.respace([0, 2, T - 1]))
     assert part.model_time(torch.tensor([2, 0, 1, 1])).tolist() == [T - 1, 0, 2, 2]
-    for t, error in ((torch.tensor([0, 3]), r"t must lie in 0..2, got t\[1\] = 3"), (torch.tensor([-1]), r"t must lie in 0..2, got t\[0\] = -1")):
+    for t, error in (
+        (torch.tensor([0, 3]), r"t must lie in 0..2, got t\[1\] = 3"),
+        (torch.tensor([-1]), r"t must lie in 0..2, got t\[0\] = -1"),
+    ):
         with pytest.raises(ValueError, match=error):
             part.model_time(t)
-    for t, error in ((torch.tensor(1), r"t must have shape \(N,\), got \(\)"), (torch.zeros(2, 2, dtype=torch.int64), r"t must have shape \(N,\), got \(2, 2\)")):
+    for t, error in (
+        (torch.tensor(1), r"t must have shape \(N,\), got \(\)"),
+        (torch.zeros(2, 2, dtype=torch.int64), r"t must have shape \(N,\), got \(2, 2\)"),
+    ):
         with pytest.raises(ValueError, match=error):
             part.model_time(t)
     with pytest.raises(TypeError, match="t must be int64, got torch.float32"):
@@ -292,7 +301,11 @@ def test_zero_terminal_signal(prediction):
     ("arguments", "error", "message"),
     [
         ((SCHEDULE, "noise"), ValueError, "prediction must be one of epsilon, x_start, v, mean, got 'noise'"),
-        ((SCHEDULE, "epsilon", "small"), ValueError, "variance must be one of fixed_small, fixed_large, learned, learned_range, got 'small'"),
+        (
+            (SCHEDULE, "epsilon", "small"),
+            ValueError,
+            "variance must be one of fixed_small, fixed_large, learned, learned_range, got 'small'",
+        ),
         ((SCHEDULE, "epsilon", "learned", 1), ValueError, "levels must be an integer in 2..2000, got 1"),
         ((SCHEDULE, "epsilon", "learned", 256.0), ValueError, "levels must be an integer in 2..2000, got 256.0"),
         (([0.1, 0.2],), TypeError, "schedule must be a NoiseSchedule, got list"),
@@ -342,7 +355,11 @@ def test_every_method_checks_its_input(call):
 def test_output_of_the_wrong_width_is_refused(variance):
     diffusion = GaussianDiffusion(SCHEDULE, "epsilon", variance)
     out = X if diffusion.learns_variance else torch.zeros(2, 5, 4)
-    for call in (lambda: diffusion.p_mean_variance(out, X, T0), lambda: diffusion.p_step(X, out, T0, Noise(0)), lambda: diffusion.vlb_terms(out, X, X, T0)):
+    for call in (
+        lambda: diffusion.p_mean_variance(out, X, T0),
+        lambda: diffusion.p_step(X, out, T0, Noise(0)),
+        lambda: diffusion.vlb_terms(out, X, X, T0),
+    ):
         with pytest.raises(ValueError, match="the model output must have shape"):
             call()
 
@@ -370,7 +387,10 @@ def test_tables_made_in_inference_mode_serve_gradients():
 def test_steps_into_given_tensors_are_the_same_and_errors_say_the_arguments_name():
     diffusion = GaussianDiffusion(NoiseSchedule.linear(10, 1e-3, 0.3))
     x, out, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([0, 9])
-    for call, name in ((lambda **o: diffusion.q_sample(x, t, Noise(0), **o), "out"), (lambda **o: diffusion.p_step(x, out, t, Noise(0), **o), "x_next")):
+    for call, name in (
+        (lambda **o: diffusion.q_sample(x, t, Noise(0), **o), "out"),
+        (lambda **o: diffusion.p_step(x, out, t, Noise(0), **o), "x_next"),
+    ):
         target = torch.empty_like(x)
         assert call(**{name: target}) is target
         assert torch.equal(target, call())

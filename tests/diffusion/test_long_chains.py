@@ -1,4 +1,5 @@
 """Few steps of a long chain: jumps whose beta rounds to 1, against decimal arithmetic of 80 digits."""
+
 from decimal import Decimal, localcontext
 from itertools import accumulate
 from operator import mul

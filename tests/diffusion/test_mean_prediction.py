@@ -3,6 +3,7 @@
 The formulas here are written from ``p_mean_variance``, ``p_sample`` and ``_vb_terms_bpd`` of improved-diffusion's gaussian_diffusion.py
 (ModelMeanType.PREVIOUS_X), in NumPy's float64.
 """
+
 import math
 
 import numpy as np
@@ -113,7 +114,9 @@ def test_whole_bound_and_its_distortion():
     x_start = case(diffusion)[1][:3]
     bound = diffusion.bound_terms(model, x_start)
     again = evaluate_bound(model, diffusion, x_start)
-    assert_close_to_exact(again.terms, diffusion.bound_terms(model, x_start, noise=Noise(0).fold_in(5)).terms, rtol=1e-12)  # 5: its noise's key
+    assert_close_to_exact(
+        again.terms, diffusion.bound_terms(model, x_start, noise=Noise(0).fold_in(5)).terms, rtol=1e-12
+    )  # 5: its noise's key
     for step in range(T):
         t = torch.full((3,), step)
         x_t = diffusion.q_sample(x_start, t, Noise(0, stream=step))

@@ -1,4 +1,5 @@
 """Schedules: each constructor against its published formula, each table against decimal arithmetic of 60 digits."""
+
 import math
 from decimal import Decimal, localcontext
 from itertools import accumulate
@@ -252,7 +253,9 @@ def test_rescaled_schedule_needs_more_than_twenty_steps():
 @pytest.mark.parametrize("name", ["linear", "quadratic", "sigmoid"])
 @pytest.mark.parametrize("ends", [(-1e-4, 0.02), (0.0, 0.5), (0.1, 1.0)])
 def test_ends_outside_the_open_interval_come_with_advice(name, ends):
-    with pytest.raises(ValueError, match=rf"the betas of {name}\(10\) must lie inside \(0, 1\), but run from .*: take more steps, smaller betas or"):
+    with pytest.raises(
+        ValueError, match=rf"the betas of {name}\(10\) must lie inside \(0, 1\), but run from .*: take more steps, smaller betas or"
+    ):
         getattr(NoiseSchedule, name)(10, *ends)
 
 
@@ -310,13 +313,21 @@ def test_numpy_integers_count_steps(name, T):
 
 def test_arrays_and_tensors_list_timesteps():
     expected = NoiseSchedule.linear(20).respace([0, 7, 19])
-    for timesteps in (np.array([0, 7, 19]), np.array([0, 7, 19], dtype=np.uint16), torch.tensor([0, 7, 19], dtype=torch.int32), (0, np.int8(7), 19)):
+    for timesteps in (
+        np.array([0, 7, 19]),
+        np.array([0, 7, 19], dtype=np.uint16),
+        torch.tensor([0, 7, 19], dtype=torch.int32),
+        (0, np.int8(7), 19),
+    ):
         found = NoiseSchedule.linear(20).respace(timesteps)
         assert found.timesteps.dtype == torch.int64
         assert_bits_equal(found.betas, expected.betas)
 
 
-@pytest.mark.parametrize("betas", [[True, False], [1, 0], torch.ones(3, dtype=torch.bool), torch.tensor([0.1j]), np.array([0.1j]), ["a"], None, [[0.1], [0.1, 0.2]]])
+@pytest.mark.parametrize(
+    "betas",
+    [[True, False], [1, 0], torch.ones(3, dtype=torch.bool), torch.tensor([0.1j]), np.array([0.1j]), ["a"], None, [[0.1], [0.1, 0.2]]],
+)
 def test_betas_must_be_floating_point(betas):
     with pytest.raises(ValueError, match="betas must be floating-point numbers"):
         NoiseSchedule(betas)

@@ -1,4 +1,5 @@
 """The tables of samplers: which steps they take, and that each is its published update."""
+
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from ddpm_fast.ops._p_step import COLUMNS
 T = 20
 SCHEDULE = NoiseSchedule.linear(T, 1e-3, 0.3)
 DIFFUSION = GaussianDiffusion(SCHEDULE)
+
 
 def test_make_table_by_name():
     assert_bits_equal(make_table(DIFFUSION).table, ddpm_table(DIFFUSION).table)

@@ -1,4 +1,5 @@
 """Parameterisations: each inverts exactly, all are one model, and weights follow a model from one to another."""
+
 import math
 
 import pytest

@@ -2,6 +2,7 @@
 
 Monte-Carlo tests use fixed seeds and allow five standard errors of the estimate.
 """
+
 import itertools
 import math
 
@@ -359,7 +360,16 @@ def test_second_order_needs_few_steps():
     assert flow_errors(dpm_solver_table, (20,))[0] < flow_errors(ddim_table, (100,))[0]
 
 
-@pytest.mark.parametrize("options", [{"sampler": "ddim"}, {"sampler": "dpmpp_2m"}, {"sampler": "dpmpp_2m", "spacing": "logsnr"}, {"sampler": "ddim", "spacing": "quadratic"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "ddim"},
+        {"sampler": "dpmpp_2m"},
+        {"sampler": "dpmpp_2m", "spacing": "logsnr"},
+        {"sampler": "ddim", "spacing": "quadratic"},
+    ],
+    ids=str,
+)
 def test_deterministic_samplers_map_the_start_onto_the_data(options):
     # The map is affine, so two points of it say what it does to N(0, 1): mean and variance of the samples without drawing any.
     m, v = 0.2, 0.5

@@ -1,4 +1,5 @@
 """The bound on a data set: full and estimated, and the measures of samples."""
+
 import math
 from functools import partial
 

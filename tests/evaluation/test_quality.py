@@ -1,4 +1,5 @@
 """Measures of samples against closed forms and sets whose answer is known; extractors by name; samples from files."""
+
 import sys
 import types
 

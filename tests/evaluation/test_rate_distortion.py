@@ -1,4 +1,5 @@
 """The progressive code: its curve by hand, for an estimate, and the files that hold it and the bound."""
+
 import csv
 import json
 import math

@@ -1,4 +1,5 @@
 """One writer a folder: who is refused, and that no lock outlives its process."""
+
 import errno
 import os
 import subprocess
@@ -53,12 +54,16 @@ def test_another_process_is_named_and_a_killed_one_forgotten(tmp_path, holder):
 
 def test_what_a_killed_writer_left_goes_at_the_restart(run, tmp_path, monkeypatch):
     """Not after an hour: whoever holds the lock knows that nobody is writing. What others may be writing stays."""
+
     def leave(*names):
         for name in names:
             (tmp_path / name).mkdir()
             (tmp_path / name / "half").write_bytes(b"half")
 
-    mine, others = (".checkpoint.safetensors.0a.tmp", ".checkpoint.json.1b.tmp", ".metrics.jsonl.2c.tmp"), (".bound.json.3d.tmp", ".loss.png.4e.tmp")
+    mine, others = (
+        (".checkpoint.safetensors.0a.tmp", ".checkpoint.json.1b.tmp", ".metrics.jsonl.2c.tmp"),
+        (".bound.json.3d.tmp", ".loss.png.4e.tmp"),
+    )
     leave(*mine, *others)
     with exclusive(tmp_path, "training"):  # as the command does before it makes a trainer
         Trainer(config(steps=1), images()).run(tmp_path)
@@ -79,7 +84,10 @@ def test_every_writer_is_refused(run, tmp_path, holder, command):
     assert os.listdir(tmp_path) == before
 
 
-@pytest.mark.parametrize("arguments, activity", [(["sample", "{run}", "-n", 2, "--steps", 2], "sampling"), (["eval", "{run}", "--limit", 2, "--terms", 2], "evaluation")])
+@pytest.mark.parametrize(
+    "arguments, activity",
+    [(["sample", "{run}", "-n", 2, "--steps", 2], "sampling"), (["eval", "{run}", "--limit", 2, "--terms", 2], "evaluation")],
+)
 def test_sampling_and_evaluating_into_one_folder(run, tmp_path, command, arguments, activity):
     arguments = [str(argument).format(run=run) for argument in arguments]
     held, done = threading.Event(), threading.Event()

@@ -1,4 +1,5 @@
 """Computations in parts: what is there, what is missing, and that any set of parts gives the same."""
+
 import json
 
 import numpy as np

@@ -51,9 +51,7 @@ def test_grid_clamps_and_takes_any_float():
 
 
 # One tiny image, digits, photos, a wide row, a tall column, and images larger than the limit.
-@pytest.mark.parametrize(
-    "n, size, columns", [(1, 8, None), (64, 8, None), (16, 32, 8), (40, 8, 40), (40, 8, 1), (4, 600, 2)]
-)
+@pytest.mark.parametrize("n, size, columns", [(1, 8, None), (64, 8, None), (16, 32, 8), (40, 8, 40), (40, 8, 1), (4, 600, 2)])
 def test_grid_is_scaled_by_whole_pixels_to_a_size_for_eyes(n, size, columns):
     x = torch.rand(n, 1, size, size) * 2 - 1
     grid = image_grid(x, columns)

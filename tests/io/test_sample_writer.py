@@ -1,4 +1,5 @@
 """Writing many images: what a run leaves when it is stopped, and that nothing but the settings changes an image."""
+
 import errno
 import json
 import os

@@ -1,4 +1,5 @@
 """Ctrl-C and SIGTERM: held where something must stay whole, and leaving nothing behind wherever else they fall."""
+
 import contextlib
 import gc
 import os
@@ -16,7 +17,9 @@ from ddpm_fast.io.files import atomic_files, atomic_write
 from ddpm_fast.io.signals import Terminated, exit_status, terminable, uninterrupted
 from ddpm_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
-BOTH = pytest.mark.parametrize("number, kind", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["Ctrl-C", "SIGTERM"])
+BOTH = pytest.mark.parametrize(
+    "number, kind", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["Ctrl-C", "SIGTERM"]
+)
 
 
 @pytest.fixture(autouse=True)

@@ -172,7 +172,11 @@ def test_integers_are_copied():
     ema.update(model)
     state = ema.state_dict()
     expected = dict(
-        first=torch.full((3,), 2.0), codes=torch.arange(4) + 2, mask=torch.tensor([False, True]), spectrum=torch.full((2,), 2 + 0j), last=torch.full((2,), 2.0)
+        first=torch.full((3,), 2.0),
+        codes=torch.arange(4) + 2,
+        mask=torch.tensor([False, True]),
+        spectrum=torch.full((2,), 2 + 0j),
+        last=torch.full((2,), 2.0),
     )
     assert_equal(state["parameters"], expected)
     assert_equal(state["buffers"], dict(count=torch.tensor(2), scale=torch.full((2,), 3.0)))
@@ -217,7 +221,9 @@ def test_what_does_not_fit_at_the_end_leaves_the_beginning():
     model.last = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
     own = snapshot(model)
     for method in (ema.update, ema.copy_to, lambda m: ema.applied(m).__enter__()):
-        with pytest.raises(ValueError, match="parameter last must be of a kind with torch.float32, as when the EMA was created, got torch.int64"):
+        with pytest.raises(
+            ValueError, match="parameter last must be of a kind with torch.float32, as when the EMA was created, got torch.int64"
+        ):
             method(model)
     assert_equal(ema.state_dict()["parameters"], before)
     assert_equal(snapshot(model), own)
@@ -265,12 +271,15 @@ def test_what_is_no_module_and_no_state(other):
         EMA(nn.Linear(2, 3), warmup=3)
 
 
-@pytest.mark.parametrize(("other", "message"), [
-    (nn.Linear(2, 3, bias=False), "model does not match the EMA: missing parameters ['bias'], unexpected []"),
-    (nn.Sequential(nn.Linear(2, 3)), "missing parameters ['bias', 'weight'], unexpected ['0.bias', '0.weight']"),
-    (nn.Linear(4, 3), "parameter weight must have shape (3, 2), got (3, 4)"),
-    (nn.Linear(2, 3, device="meta"), "parameter weight must be on cpu, where the EMA was created, got meta"),
-])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Linear(2, 3, bias=False), "model does not match the EMA: missing parameters ['bias'], unexpected []"),
+        (nn.Sequential(nn.Linear(2, 3)), "missing parameters ['bias', 'weight'], unexpected ['0.bias', '0.weight']"),
+        (nn.Linear(4, 3), "parameter weight must have shape (3, 2), got (3, 4)"),
+        (nn.Linear(2, 3, device="meta"), "parameter weight must be on cpu, where the EMA was created, got meta"),
+    ],
+)
 @pytest.mark.parametrize("method", ["update", "copy_to", "applied"])
 def test_a_model_that_does_not_match(method, other, message):
     ema = EMA(nn.Linear(2, 3))

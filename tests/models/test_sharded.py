@@ -1,4 +1,5 @@
 """The UNet and its average in two processes of torch.distributed (gloo): FSDP2, and DistributedDataParallel, beside one that is alone."""
+
 import contextlib
 import copy
 
@@ -16,7 +17,16 @@ DIFFUSION = GaussianDiffusion(NoiseSchedule.linear(20, 1e-3, 0.3))
 
 def network():
     torch.manual_seed(0)
-    net = UNet(in_channels=2, base_channels=8, norm_groups=4, image_size=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), dropout=0.0)
+    net = UNet(
+        in_channels=2,
+        base_channels=8,
+        norm_groups=4,
+        image_size=8,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attention_resolutions=(4,),
+        dropout=0.0,
+    )
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)

@@ -24,25 +24,31 @@ from ddpm_fast.models.layers import (
 # Architecture
 
 
-@pytest.mark.parametrize(("preset", "overrides", "expected"), [
-    ("cifar10", {}, 35_746_307),  # Ho et al. (2020): "35.7 million parameters"
-    ("cifar10", {"learned_variance": True}, 35_749_766),  # 6 output channels
-    ("digits", {"num_classes": 10}, 651_041 + 11 * 128),  # ten classes and the null class
-    ("photos32", {}, 2_736_099),
-    ("digits", {}, 651_041),
-])
+@pytest.mark.parametrize(
+    ("preset", "overrides", "expected"),
+    [
+        ("cifar10", {}, 35_746_307),  # Ho et al. (2020): "35.7 million parameters"
+        ("cifar10", {"learned_variance": True}, 35_749_766),  # 6 output channels
+        ("digits", {"num_classes": 10}, 651_041 + 11 * 128),  # ten classes and the null class
+        ("photos32", {}, 2_736_099),
+        ("digits", {}, 651_041),
+    ],
+)
 def test_parameter_count(preset, overrides, expected):
     model = UNet.from_preset(preset, **overrides)
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("preset", "n", "overrides", "channels"), [
-    ("cifar10", 1, {}, 3),
-    ("photos32", 3, {"learned_variance": True}, 6),  # odd batch
-    ("digits", 1, {"out_channels": 5}, 5),
-    ("digits", 7, {"num_classes": 10}, 1),  # a prime
-])
+@pytest.mark.parametrize(
+    ("preset", "n", "overrides", "channels"),
+    [
+        ("cifar10", 1, {}, 3),
+        ("photos32", 3, {"learned_variance": True}, 6),  # odd batch
+        ("digits", 1, {"out_channels": 5}, 5),
+        ("digits", 7, {"num_classes": 10}, 1),  # a prime
+    ],
+)
 def test_shape_layout_and_zero_output_at_the_start(preset, n, overrides, channels):
     model = UNet.from_preset(preset, **overrides)
     size = model.config["image_size"]
@@ -79,12 +85,26 @@ def test_initial_weights():
 def test_state_dict_names_are_stable():
     names = set(UNet(**TINY, num_classes=2).state_dict())
     assert names >= {
-        "conv_in.weight", "time_embedding.linear1.weight", "time_embedding.linear2.bias", "label_embedding.weight",
-        "down.0.blocks.0.norm1.weight", "down.0.blocks.0.conv1.weight", "down.0.blocks.0.time_projection.weight",
-        "down.0.downsample.conv.weight", "down.1.blocks.0.shortcut.weight", "down.1.attentions.0.norm.weight",
-        "mid.block1.conv2.bias", "mid.attention.qkv.weight", "mid.attention.proj_out.weight",
-        "up.0.blocks.1.norm2.weight", "up.0.attentions.1.qkv.bias", "up.0.upsample.conv.weight",
-        "up.1.blocks.1.conv2.weight", "norm_out.weight", "conv_out.weight", "conv_out.bias",
+        "conv_in.weight",
+        "time_embedding.linear1.weight",
+        "time_embedding.linear2.bias",
+        "label_embedding.weight",
+        "down.0.blocks.0.norm1.weight",
+        "down.0.blocks.0.conv1.weight",
+        "down.0.blocks.0.time_projection.weight",
+        "down.0.downsample.conv.weight",
+        "down.1.blocks.0.shortcut.weight",
+        "down.1.attentions.0.norm.weight",
+        "mid.block1.conv2.bias",
+        "mid.attention.qkv.weight",
+        "mid.attention.proj_out.weight",
+        "up.0.blocks.1.norm2.weight",
+        "up.0.attentions.1.qkv.bias",
+        "up.0.upsample.conv.weight",
+        "up.1.blocks.1.conv2.weight",
+        "norm_out.weight",
+        "conv_out.weight",
+        "conv_out.bias",
     }
     assert len(names) == 129
 
@@ -114,8 +134,7 @@ def test_presets_can_be_overridden(preset):
 def test_timestep_embedding_against_the_formula():
     t, channels = [0, 1, 500, 999], 12
     half = channels // 2
-    expected = [[f(s * math.exp(-math.log(10000.0) * k / (half - 1))) for f in (math.sin, math.cos) for k in range(half)]
-                for s in t]
+    expected = [[f(s * math.exp(-math.log(10000.0) * k / (half - 1))) for f in (math.sin, math.cos) for k in range(half)] for s in t]
     expected = torch.tensor(expected, dtype=torch.float64)
     assert_close(timestep_embedding(torch.tensor(t), channels, torch.float64), expected, rtol=0, atol=1e-12)
     # An angle of up to 999 has an error of up to 999 * 2^-24 in fp32.
@@ -310,17 +329,20 @@ def test_compiles_to_one_graph(backend, num_classes):
 # Errors
 
 
-@pytest.mark.parametrize(("x_shape", "t", "labels", "error", "message"), [
-    ((3, 2, 8), torch.zeros(3).long(), None, ValueError, r"x_t must have shape \(N, 2, H, W\), got \(3, 2, 8\)"),
-    ((3, 4, 8, 8), torch.zeros(3).long(), None, ValueError, r"x_t must have shape \(N, 2, H, W\), got \(3, 4, 8, 8\)"),
-    ((3, 2, 8, 7), torch.zeros(3).long(), None, ValueError, "divisible by 2, got 8 x 7"),
-    ((3, 2, 8, 8), torch.zeros(2).long(), None, ValueError, r"t must have shape \(3,\), got \(2,\)"),
-    ((3, 2, 8, 8), torch.zeros(3, 1).long(), None, ValueError, r"t must have shape \(3,\), got \(3, 1\)"),
-    ((3, 2, 8, 8), torch.tensor(0), None, ValueError, r"t must have shape \(3,\), got \(\)"),
-    ((3, 2, 8, 8), torch.zeros(3).int(), None, TypeError, "t must have dtype torch.int64 .* got torch.int32"),
-    ((3, 2, 8, 8), torch.zeros(3).long(), torch.zeros(2).long(), ValueError, r"labels must have shape \(3,\), got \(2,\)"),
-    ((3, 2, 8, 8), torch.zeros(3).long(), torch.zeros(3), TypeError, "labels must have dtype torch.int64, got torch.float32"),
-])
+@pytest.mark.parametrize(
+    ("x_shape", "t", "labels", "error", "message"),
+    [
+        ((3, 2, 8), torch.zeros(3).long(), None, ValueError, r"x_t must have shape \(N, 2, H, W\), got \(3, 2, 8\)"),
+        ((3, 4, 8, 8), torch.zeros(3).long(), None, ValueError, r"x_t must have shape \(N, 2, H, W\), got \(3, 4, 8, 8\)"),
+        ((3, 2, 8, 7), torch.zeros(3).long(), None, ValueError, "divisible by 2, got 8 x 7"),
+        ((3, 2, 8, 8), torch.zeros(2).long(), None, ValueError, r"t must have shape \(3,\), got \(2,\)"),
+        ((3, 2, 8, 8), torch.zeros(3, 1).long(), None, ValueError, r"t must have shape \(3,\), got \(3, 1\)"),
+        ((3, 2, 8, 8), torch.tensor(0), None, ValueError, r"t must have shape \(3,\), got \(\)"),
+        ((3, 2, 8, 8), torch.zeros(3).int(), None, TypeError, "t must have dtype torch.int64 .* got torch.int32"),
+        ((3, 2, 8, 8), torch.zeros(3).long(), torch.zeros(2).long(), ValueError, r"labels must have shape \(3,\), got \(2,\)"),
+        ((3, 2, 8, 8), torch.zeros(3).long(), torch.zeros(3), TypeError, "labels must have dtype torch.int64, got torch.float32"),
+    ],
+)
 def test_forward_errors(x_shape, t, labels, error, message):
     with pytest.raises(error, match=message):
         UNet(**TINY, num_classes=3)(torch.zeros(x_shape), t, labels=labels)
@@ -334,24 +356,27 @@ def test_forward_errors_of_dtype_and_of_labels_without_classes():
         model(torch.zeros(3, 2, 8, 8), t, t)
 
 
-@pytest.mark.parametrize(("overrides", "error", "message"), [
-    ({"channel_mult": ()}, ValueError, "channel_mult must have at least one level"),
-    ({"channel_mult": (1, 0)}, ValueError, "each entry of channel_mult must be at least 1, got 0"),
-    ({"channel_mult": (1, 1.5)}, TypeError, "each entry of channel_mult must be an int, got float"),
-    ({"channel_mult": (1, 2, 2, 2, 2)}, ValueError, r"image_size must be divisible by 2\*\*\(levels - 1\) = 16, got 8"),
-    ({"base_channels": 9, "norm_groups": 3}, ValueError, "base_channels must be even and at least 4"),
-    ({"base_channels": True}, TypeError, "base_channels must be an int, got bool"),
-    ({"norm_groups": 3}, ValueError, "norm_groups must divide the channels of every level, got 3 and 8"),
-    ({"norm_eps": 0.0}, ValueError, "norm_eps must be positive"),
-    ({"attention_resolutions": (5,)}, ValueError, r"attention_resolutions must be among \[8, 4\], got \[5\]"),
-    ({"num_heads": 3}, ValueError, "num_heads must divide the channels of every level with attention, got 3 and 16"),
-    ({"head_channels": 5}, ValueError, "head_channels must divide .* got 5 and 16"),
-    ({"head_channels": 4, "num_heads": 2}, ValueError, "give num_heads or head_channels, not both"),
-    ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
-    ({"dropout": "0"}, TypeError, "dropout must be a number, got str"),
-    ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-    ({"learned_variance": 1}, TypeError, "learned_variance must be a bool, got int"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"channel_mult": ()}, ValueError, "channel_mult must have at least one level"),
+        ({"channel_mult": (1, 0)}, ValueError, "each entry of channel_mult must be at least 1, got 0"),
+        ({"channel_mult": (1, 1.5)}, TypeError, "each entry of channel_mult must be an int, got float"),
+        ({"channel_mult": (1, 2, 2, 2, 2)}, ValueError, r"image_size must be divisible by 2\*\*\(levels - 1\) = 16, got 8"),
+        ({"base_channels": 9, "norm_groups": 3}, ValueError, "base_channels must be even and at least 4"),
+        ({"base_channels": True}, TypeError, "base_channels must be an int, got bool"),
+        ({"norm_groups": 3}, ValueError, "norm_groups must divide the channels of every level, got 3 and 8"),
+        ({"norm_eps": 0.0}, ValueError, "norm_eps must be positive"),
+        ({"attention_resolutions": (5,)}, ValueError, r"attention_resolutions must be among \[8, 4\], got \[5\]"),
+        ({"num_heads": 3}, ValueError, "num_heads must divide the channels of every level with attention, got 3 and 16"),
+        ({"head_channels": 5}, ValueError, "head_channels must divide .* got 5 and 16"),
+        ({"head_channels": 4, "num_heads": 2}, ValueError, "give num_heads or head_channels, not both"),
+        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": "0"}, TypeError, "dropout must be a number, got str"),
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"learned_variance": 1}, TypeError, "learned_variance must be a bool, got int"),
+    ],
+)
 def test_config_errors(overrides, error, message):
     with pytest.raises(error, match=message):
         UNet(**{**TINY, **overrides})

@@ -1,4 +1,5 @@
 """The UNet on group_norm and attention: the numbers of their reference twins, its dropout's noise, and what it keeps for backward."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -46,7 +47,9 @@ def everything(model, dtype=torch.float32, upstream=UPSTREAM, **options):
 
 
 def on_references():
-    return mock.patch.multiple(layers, group_norm=partial(group_norm, backend="reference"), attention=partial(attention, backend="reference"))
+    return mock.patch.multiple(
+        layers, group_norm=partial(group_norm, backend="reference"), attention=partial(attention, backend="reference")
+    )
 
 
 def test_output_and_every_gradient_are_those_of_the_reference_twins():
@@ -76,6 +79,7 @@ def test_the_limit_notices_wrong_weights():
 
 def test_operators_are_those_of_plain_pytorch():
     """The twins themselves, in float64, against the layers written out with PyTorch's own functions."""
+
     def norm(x, groups, weight, bias, *, eps, activation, pre_bias, dropout):
         x = x if pre_bias is None else x + pre_bias[:, :, None, None]
         x = F.group_norm(x, groups, weight, bias, eps)
@@ -107,7 +111,9 @@ def test_masks_depend_on_the_noise_alone():
 
 def test_every_block_has_a_mask_of_its_own():
     seen = []
-    with mock.patch.object(layers, "group_norm", lambda *a, dropout=None, **k: seen.append(dropout) or group_norm(*a, dropout=dropout, **k)):
+    with mock.patch.object(
+        layers, "group_norm", lambda *a, dropout=None, **k: seen.append(dropout) or group_norm(*a, dropout=dropout, **k)
+    ):
         network()(*inputs(), dropout=KEY)
     given = [dropout for dropout in seen if dropout is not None]
     assert len(given) == len({noise for _, noise in given}) == 8  # residual blocks

@@ -1,4 +1,5 @@
 """Planned passes of the UNet: what UNet.forward gives, for every architecture, and when there is no plan."""
+
 import copy
 import io
 
@@ -20,7 +21,9 @@ SMALL = dict(in_channels=2, base_channels=8, norm_groups=4, image_size=8)
 ARCHITECTURES = [
     dict(channel_mult=(1,), num_blocks=1, attention_resolutions=()),  # one level: nothing is resampled
     dict(channel_mult=(1, 2, 3), num_blocks=2, attention_resolutions=(4, 8), num_heads=2),
-    dict(channel_mult=(2, 2), num_blocks=1, attention_resolutions=(4,), head_channels=4, learned_variance=True),  # shortcuts that are the input
+    dict(
+        channel_mult=(2, 2), num_blocks=1, attention_resolutions=(4,), head_channels=4, learned_variance=True
+    ),  # shortcuts that are the input
     dict(channel_mult=(1, 2), num_blocks=1, attention_resolutions=(), num_classes=3, dropout=0.5),
 ]
 
@@ -224,7 +227,11 @@ def test_other_data_and_autocast_are_not_planned():
     assert ReverseStep(net, table, images(2)).plan is not None and ReverseStep(net, table, images(2), planned=False).plan is None
 
 
-@pytest.mark.parametrize("make", [lambda net: lambda x, t: net(x, t), lambda net: Inherited(**net.config).eval(), torch.compile], ids=["a function", "a subclass", "compiled"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda net: lambda x, t: net(x, t), lambda net: Inherited(**net.config).eval(), torch.compile],
+    ids=["a function", "a subclass", "compiled"],
+)
 def test_the_library_plans_for_its_own_network_alone(make):
     table = make_table(GaussianDiffusion(NoiseSchedule.linear(20)), steps=2)
     assert ReverseStep(make(network(**ARCHITECTURES[0])), table, images(2)).plan is None

@@ -1,4 +1,5 @@
 """The UNet beside what surrounds it: weights of another dtype than the data's, NumPy's numbers, PyTorch's default device, other layouts."""
+
 import copy
 import json
 

@@ -2,6 +2,7 @@
 
 Its statistics are in test_noise_statistics.py.
 """
+
 import json
 import math
 import pickle

@@ -1,4 +1,5 @@
 """Statistics of the noise. Keys are fixed, so a test passes or fails for ever; |z| < 4 fails one good generator in 16,000."""
+
 import math
 
 import pytest

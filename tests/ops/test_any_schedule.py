@@ -3,6 +3,7 @@ chosen against them: garbage in registers and shared memory, late copies, approx
 
 By default one seed and small calls. PTXSIM_SEEDS=20 pytest tests/ops/test_any_schedule.py takes more seeds, and further calls with them.
 """
+
 import os
 
 import pytest
@@ -52,9 +53,20 @@ def in_every_order(call, seed, monkeypatch):
     return results
 
 
-GROUP_NORM = [Case(2, 12, 20, 4, dropout=0.3), Case(2, 40, 16, 4, True, torch.bfloat16, dropout=0.3), Case(1, 4, 4096, 1, True)]  # the last in two launches
+GROUP_NORM = [
+    Case(2, 12, 20, 4, dropout=0.3),
+    Case(2, 40, 16, 4, True, torch.bfloat16, dropout=0.3),
+    Case(1, 4, 4096, 1, True),
+]  # the last in two launches
 if MORE:
-    GROUP_NORM += [Case(2, 6, 1, 2), Case(1, 2056, 2, 8, True), Case(3, 32, 64, 8, True), Case(2, 1040, 3, 2), Case(1, 16, 9000, 4, True), Case(2, 12, 49, 4, True, torch.float16)]
+    GROUP_NORM += [
+        Case(2, 6, 1, 2),
+        Case(1, 2056, 2, 8, True),
+        Case(3, 32, 64, 8, True),
+        Case(2, 1040, 3, 2),
+        Case(1, 16, 9000, 4, True),
+        Case(2, 12, 49, 4, True, torch.float16),
+    ]
 
 
 @pytest.mark.parametrize("case", GROUP_NORM, ids=str)
@@ -89,7 +101,9 @@ def test_attention(shape, dtype, seed, planned, monkeypatch):
     check(found[0], qkv, scale, grad_out)
 
 
-@pytest.mark.parametrize("name, given", NAMES if MORE else [(name, "Noise") for name in ("q_sample", "simple_loss", "p_step", "gaussian_kl mean", "vlb_terms")])
+@pytest.mark.parametrize(
+    "name, given", NAMES if MORE else [(name, "Noise") for name in ("q_sample", "simple_loss", "p_step", "gaussian_kl mean", "vlb_terms")]
+)
 def test_triton(name, given, seed, monkeypatch):
     """Nothing in them is approximate: with any seed their bits are those without one."""
     pytest.importorskip("triton", reason="Triton is not installed, so its kernels cannot be compiled")

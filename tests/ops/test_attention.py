@@ -2,6 +2,7 @@
 
 The CUDA kernels are proved in the simulator by test_attention_cuda.py.
 """
+
 from __future__ import annotations
 
 import math
@@ -233,8 +234,11 @@ def test_choice(tensor, lacks, expected):
 def test_candidates_give_the_same_and_leave_nothing_behind():
     """What the autotuner would time, with the CPU's kernel in the place of CUDA's."""
     qkv = make((2, 16, 2, 8)).requires_grad_()
-    with mock.patch.dict(MODULE.backends.implementations, cuda=MODULE._forward_cpu), mock.patch.dict("ddpm_fast.backends.TAKES", cuda=("cpu",)), \
-            mock.patch("ddpm_fast.backends.missing", lambda _: ""):
+    with (
+        mock.patch.dict(MODULE.backends.implementations, cuda=MODULE._forward_cpu),
+        mock.patch.dict("ddpm_fast.backends.TAKES", cuda=("cpu",)),
+        mock.patch("ddpm_fast.backends.missing", lambda _: ""),
+    ):
         plain = [call()[0] for call in MODULE.candidates(qkv, 0.3, False).values()]
         MODULE._op.backward[MODULE._forward_cpu] = MODULE._backward_cpu
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 The simulator stops at races, at accesses out of bounds or misaligned and at reads of what was never written, the results too.
 """
+
 import re
 import shutil
 import subprocess
@@ -95,7 +96,9 @@ def test_fp32_error_does_not_grow_with_the_number_of_keys():
     exact_out, _, exact_grad = with_gradient(qkv.double(), scale, grad_out)
     out, _, grad = with_gradient(qkv, scale, grad_out)
     found = [result.out, *result.grad_qkv.unbind(2)]
-    for name, x, plain, exact in zip(("out", "grad_q", "grad_k", "grad_v"), found, (out, *grad.unbind(2)), (exact_out, *exact_grad.unbind(2))):
+    for name, x, plain, exact in zip(
+        ("out", "grad_q", "grad_k", "grad_v"), found, (out, *grad.unbind(2)), (exact_out, *exact_grad.unbind(2))
+    ):
         assert_as_accurate(x[:, :64], plain[:, :64], exact[:, :64], what=name)
 
 
@@ -185,8 +188,12 @@ def test_ptx_is_deterministic_and_does_not_spill(arch, file, tmp_path):
         pytest.skip("ptxas is not on PATH")
     path = tmp_path / "attention.ptx"
     path.write_text(text)
-    done = subprocess.run(["ptxas", f"-arch={arch}", "-v", str(path), "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True)
-    found = re.findall(r"Function properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores.*\n.*Used (\d+) registers", done.stderr)
+    done = subprocess.run(
+        ["ptxas", f"-arch={arch}", "-v", str(path), "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=True
+    )
+    found = re.findall(
+        r"Function properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores.*\n.*Used (\d+) registers", done.stderr
+    )
     assert len(found) == len(re.findall(r"\.entry", text)) == {"attention.cu": 12, "attention_backward.cu": 30}[file]
     for name, stack, spills, registers in found:
         assert int(registers) <= 255
@@ -243,7 +250,16 @@ def test_launchers_refuse_what_they_cannot_run():
 def on_device(qkv, scale, grad_out):
     samples, tokens, _, heads, channels = qkv.shape
     shape = (samples, tokens, heads, channels)
-    common = dict(samples=samples, tokens=tokens, heads=heads, head_channels=channels, scale=scale, qkv=qkv, device=0, stream=torch.cuda.current_stream().cuda_stream)
+    common = dict(
+        samples=samples,
+        tokens=tokens,
+        heads=heads,
+        head_channels=channels,
+        scale=scale,
+        qkv=qkv,
+        device=0,
+        stream=torch.cuda.current_stream().cuda_stream,
+    )
     out, grad_qkv = torch.full_like(grad_out, torch.nan), torch.full_like(qkv, torch.nan)
     logsumexp = torch.full((samples, heads, tokens), torch.nan, device="cuda")
     workspace = torch.empty(plan(shape, qkv.dtype, backward=True)["workspace"], device="cuda")

@@ -1,4 +1,5 @@
 """The chooser between kernels: which candidate it takes, when it does not time, and that it leaves everything else as it was."""
+
 import gc
 import math
 import threading
@@ -61,7 +62,14 @@ UNTOUCHABLE = dict.fromkeys(("ours", "torch"), raises(AssertionError("called")))
 
 @pytest.mark.parametrize(
     "ours, theirs, expected",
-    [(2.0, 1.0, "torch"), (1.0, 2.0, "ours"), (1.0, 1.0, "ours"), (0.5 * (1 + MARGIN), 1.0, "ours"), (2 * MARGIN - 1, 1.0, "torch"), (1e-5, 2e-5, "ours")],
+    [
+        (2.0, 1.0, "torch"),
+        (1.0, 2.0, "ours"),
+        (1.0, 1.0, "ours"),
+        (0.5 * (1 + MARGIN), 1.0, "ours"),
+        (2 * MARGIN - 1, 1.0, "torch"),
+        (1e-5, 2e-5, "ours"),
+    ],
 )
 def test_the_faster_is_chosen_once_and_a_tie_is_the_default(clock, ours, theirs, expected):
     assert chosen(clock.pair(ours, theirs)) == expected
@@ -144,7 +152,9 @@ def test_half_of_the_digits_of_the_largest_value_are_allowed(clock, dtype):
         values = [torch.tensor([128.0, x]).to(dtype) for x in (0.0, share * allowed)]
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
-            assert chosen({n: clock.candidate(n, s, x) for n, s, x in zip(("ours", "torch"), (2.0, 1.0), values)}, (dtype, share)) == expected
+            assert (
+                chosen({n: clock.candidate(n, s, x) for n, s, x in zip(("ours", "torch"), (2.0, 1.0), values)}, (dtype, share)) == expected
+            )
 
 
 def test_a_candidate_that_fails_is_ruled_out_and_the_default_s_failure_is_told(clock):
@@ -174,7 +184,10 @@ def test_switched_off_it_is_the_default_whatever_is_remembered(clock):
             assert chosen(UNTOUCHABLE) == chosen(UNTOUCHABLE, ("new",)) == "ours" and autotune.why_off() == "switched off"
             raise ZeroDivisionError
         torch.use_deterministic_algorithms(True)
-        assert chosen(UNTOUCHABLE) == chosen(UNTOUCHABLE, ("new",)) == "ours" and autotune.why_off() == "torch.use_deterministic_algorithms(True)"
+        assert (
+            chosen(UNTOUCHABLE) == chosen(UNTOUCHABLE, ("new",)) == "ours"
+            and autotune.why_off() == "torch.use_deterministic_algorithms(True)"
+        )
     finally:
         autotune.enable()
         torch.use_deterministic_algorithms(False)

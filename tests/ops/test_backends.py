@@ -1,4 +1,5 @@
 """Which implementation is chosen, what a missing one says, and how ops are listed."""
+
 import pytest
 import torch
 from machine import ISAS

@@ -1,4 +1,5 @@
 """conv3x3: the CPU kernel against float64, its bits, weights that change, what is left to PyTorch, errors."""
+
 from __future__ import annotations
 
 import functools

@@ -1,4 +1,5 @@
 """gaussian_kl: against torch.distributions, numerical integration and float64; near equality, at extremes, its gradients."""
+
 import math
 
 import pytest
@@ -46,7 +47,9 @@ def test_agrees_with_numerical_integration(parameters):
     # ∫ p log(p/q): the trapezoid rule is exact to rounding for Gaussians, here over ±12 deviations.
     m1, l1, m2, l2 = parameters
     x = torch.linspace(m1 - 12 * math.exp(l1 / 2), m1 + 12 * math.exp(l1 / 2), 2001, dtype=torch.float64)
-    p, q = (torch.distributions.Normal(*torch.tensor([m, math.exp(log_var / 2)], dtype=torch.float64)) for m, log_var in ((m1, l1), (m2, l2)))
+    p, q = (
+        torch.distributions.Normal(*torch.tensor([m, math.exp(log_var / 2)], dtype=torch.float64)) for m, log_var in ((m1, l1), (m2, l2))
+    )
     integral = torch.trapezoid(p.log_prob(x).exp() * (p.log_prob(x) - q.log_prob(x)), x)
     got = gaussian_kl(*(torch.tensor([v], dtype=torch.float64) for v in parameters))
     assert_close_to_exact(got, integral[None], rtol=1e-12, atol=1e-13)
@@ -98,7 +101,10 @@ def test_equal_extreme_log_variances_give_zero(logvar):
         assert (grad == 0).all()
 
 
-@pytest.mark.parametrize(("logvar1", "logvar2", "expected"), [(-1000.0, 0.0, 499.5), (0.0, 1000.0, 499.5), (80.0, 0.0, 0.5 * math.exp(80)), (200.0, 0.0, math.inf)])
+@pytest.mark.parametrize(
+    ("logvar1", "logvar2", "expected"),
+    [(-1000.0, 0.0, 499.5), (0.0, 1000.0, 499.5), (80.0, 0.0, 0.5 * math.exp(80)), (200.0, 0.0, math.inf)],
+)
 def test_extreme_differences_of_log_variance(logvar1, logvar2, expected):
     zero = torch.zeros(1)
     kl = gaussian_kl(zero, torch.tensor([logvar1]), zero, torch.tensor([logvar2]))
@@ -154,7 +160,9 @@ def test_shapes_broadcast():
     zero = torch.zeros(1, 1, 1, dtype=torch.float64)
     full = gaussian_kl(mean1, logvar1, zero.expand(2, 3, 4), zero.expand(2, 3, 4))
     assert_bits_equal(gaussian_kl(mean1, logvar1, zero, zero), full)
-    assert_bits_equal(gaussian_kl(mean1, logvar1[:, :1, :1], zero, zero), gaussian_kl(mean1, logvar1[:, :1, :1].expand(2, 3, 4).contiguous(), zero, zero))
+    assert_bits_equal(
+        gaussian_kl(mean1, logvar1[:, :1, :1], zero, zero), gaussian_kl(mean1, logvar1[:, :1, :1].expand(2, 3, 4).contiguous(), zero, zero)
+    )
 
 
 def test_gradient_of_a_broadcast_argument_is_summed():

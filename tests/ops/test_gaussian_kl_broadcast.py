@@ -1,4 +1,5 @@
 """gaussian_kl of operands that are broadcast, or expanded before: the gradient is autograd's of the formula, in every pattern."""
+
 import itertools
 
 import pytest

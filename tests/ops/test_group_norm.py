@@ -2,6 +2,7 @@
 
 The CUDA kernels are proved in the simulator by test_group_norm_cuda.py and its neighbours.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -116,6 +117,7 @@ def test_gradcheck_twice():
 @every_layout
 def test_second_derivative_of_the_kernels(layout):
     """A gradient's gradient goes through the reference."""
+
     def second(tensors):
         x = tensors["x"].detach().requires_grad_()
         y = group_norm(x, 2, activation="silu")
@@ -147,7 +149,9 @@ def test_mean_ten_thousand_deviations_away(shape, layout, backend):
 def test_very_wide_groups(shape, mean, backend):
     """Sums over a million channels lose nothing."""
     tensors = {"x": (torch.randn(shape) + mean).to(backend.device)}
-    got, baseline, exact = (run({"x": x}, 1, b) for x, b in ((tensors["x"], backend.name), (tensors["x"], "reference"), (tensors["x"].double(), "reference")))
+    got, baseline, exact = (
+        run({"x": x}, 1, b) for x, b in ((tensors["x"], backend.name), (tensors["x"], "reference"), (tensors["x"].double(), "reference"))
+    )
     for name, x in got.items():
         assert_as_accurate(x, baseline[name], exact[name], factor=3.0, floor=8.0, what=name)
 

@@ -1,4 +1,5 @@
 """csrc/cuda/group_norm_backward.cu in the simulator: all gradients against autograd in float64, as test_group_norm_cuda.py does forward."""
+
 import pytest
 import torch
 from group_norm_inputs import CUT, FLAGS, SHAPES

@@ -3,6 +3,7 @@
 The simulator stops at accesses out of bounds or misaligned, at reads of what was never written (the workspace and shared memory
 begin so) and at races in shared memory. Backward and wrong kernels: test_group_norm_backward_cuda.py, test_group_norm_wrong_cuda.py.
 """
+
 import re
 import shutil
 

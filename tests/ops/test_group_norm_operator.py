@@ -1,4 +1,5 @@
 """group_norm as an operator: registration, torch.compile, forward mode, torch.func; and the messages of its errors."""
+
 from __future__ import annotations
 
 import math

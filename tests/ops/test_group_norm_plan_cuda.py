@@ -1,4 +1,5 @@
 """How group_norm's CUDA launchers cut the work: every element in one tile, blocks that the hardware takes, and enough of them."""
+
 import itertools
 import math
 

@@ -1,4 +1,5 @@
 """Divergences of infinite log-variances, as an overflow in 16 bits gives them: plus infinity, never minus, and NaN only of NaN."""
+
 import math
 
 import pytest
@@ -52,7 +53,9 @@ def test_divergence_and_gradients(backend, dtype, reduction):
     rest[7] = False
     for row, case in enumerate(CASES):
         value = kl[row, 7] if reduction is None else kl[row]
-        torch.testing.assert_close(value.cpu().float(), torch.tensor(case[3]), rtol=0, atol=0, equal_nan=True, msg=lambda m, c=case: f"{c}: {m}")
+        torch.testing.assert_close(
+            value.cpu().float(), torch.tensor(case[3]), rtol=0, atol=0, equal_nan=True, msg=lambda m, c=case: f"{c}: {m}"
+        )
         for name, grad, want in zip(("mean1", "logvar1", "logvar2"), grads, case[4:], strict=True):
             # 1/33 · 33 may differ from 1 by a rounding.
             torch.testing.assert_close(
@@ -81,7 +84,9 @@ def test_compiled_triton_kernels_give_what_the_cpu_kernels_do():
         pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process")
     from simulator import simulated
 
-    logvar1, logvar2, mean1 = (torch.tensor([[case[i] for case in CASES] + [large[i] if i < 2 else 0.0 for large in LARGE]]) for i in range(3))
+    logvar1, logvar2, mean1 = (
+        torch.tensor([[case[i] for case in CASES] + [large[i] if i < 2 else 0.0 for large in LARGE]]) for i in range(3)
+    )
 
     def results(backend):
         leaves = [x.clone().requires_grad_() for x in (mean1, logvar1, torch.zeros_like(mean1), logvar2)]

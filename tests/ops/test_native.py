@@ -1,4 +1,5 @@
 """The binding: a kernel is called with the names of its struct's fields, and what does not fit is refused with its name."""
+
 from __future__ import annotations
 
 import gc
@@ -23,7 +24,9 @@ KERNELS = [*re.findall(r"K\((\w+), (\w+)\)", (CSRC / "cpu" / "kernels.h").read_t
 
 def q_sample(**changes):
     x = torch.arange(10.0).reshape(2, 5)
-    arguments = dict(sizes=x, x_start=x, t=torch.tensor([0, 1]), signal=torch.ones(2), sigma=torch.zeros(2), noise=Noise(1), out=torch.empty(2, 5))
+    arguments = dict(
+        sizes=x, x_start=x, t=torch.tensor([0, 1]), signal=torch.ones(2), sigma=torch.zeros(2), noise=Noise(1), out=torch.empty(2, 5)
+    )
     return {name: value for name, value in (arguments | changes).items() if value is not ...}
 
 
@@ -77,7 +80,9 @@ def test_layouts_and_numbers_are_checked(changes, error, message):
 
 def kl(operand, **changes):
     x = torch.zeros(2, 3)
-    return dict(sizes=x, mean1=(x, 3, 1), logvar1=(x, 3, 1), mean2=operand, logvar2=(x, 3, 1), reduced=False, kl=torch.empty(2, 3)) | changes
+    return (
+        dict(sizes=x, mean1=(x, 3, 1), logvar1=(x, 3, 1), mean2=operand, logvar2=(x, 3, 1), reduced=False, kl=torch.empty(2, 3)) | changes
+    )
 
 
 @pytest.mark.parametrize("operand", [
@@ -88,7 +93,15 @@ def test_an_operand_lies_as_is_said(operand):
         native.cpu_gaussian_kl(**kl(operand))
 
 
-@pytest.mark.parametrize("operand", [(torch.zeros(2, 3), 3, 1), (torch.zeros(2, 1).expand(2, 3), 1, 0), (torch.zeros(1, 3).expand(2, 3), 0, 1), (torch.zeros(2, 6)[:, :3], 6, 1)])
+@pytest.mark.parametrize(
+    "operand",
+    [
+        (torch.zeros(2, 3), 3, 1),
+        (torch.zeros(2, 1).expand(2, 3), 1, 0),
+        (torch.zeros(1, 3).expand(2, 3), 0, 1),
+        (torch.zeros(2, 6)[:, :3], 6, 1),
+    ],
+)
 def test_operands_that_are_broadcast_are_read_where_they_lie(operand):
     arguments = kl(operand)
     native.cpu_gaussian_kl(**arguments)
@@ -97,7 +110,19 @@ def test_operands_that_are_broadcast_are_read_where_they_lie(operand):
 
 def test_a_direction_takes_its_own_fields_alone():
     x = torch.zeros(1, 2, 3)
-    common = dict(channels_last=False, samples=1, channels=2, pixels=3, groups=1, eps=1e-5, silu=False, dropout=None, x=x, mean=x[:, 0, :1], rstd=x[:, 1, :1])
+    common = dict(
+        channels_last=False,
+        samples=1,
+        channels=2,
+        pixels=3,
+        groups=1,
+        eps=1e-5,
+        silu=False,
+        dropout=None,
+        x=x,
+        mean=x[:, 0, :1],
+        rstd=x[:, 1, :1],
+    )
     with pytest.raises(TypeError, match="cpu_group_norm: y is missing"):
         native.cpu_group_norm(**common)
     with pytest.raises(TypeError, match="cpu_group_norm has no argument grad_x"):

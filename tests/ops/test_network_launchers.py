@@ -3,6 +3,7 @@
 The tensors are the CPU's; the order and the types of the bindings' arguments are what is tested. Where there is a GPU the other tests
 see the results.
 """
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -46,8 +47,9 @@ def test_group_norm(everything, layout):
     with pytest.raises(RuntimeError, match=f"group_norm: CUDA launch failed for {SIZES}."):
         group_norm(x, 4, *parameters, **rows, **options, backend="cuda")
     module = _group_norm
-    with mock.patch.dict(module.backends.implementations, cuda=module._forward_cpu), mock.patch.dict(
-        module._op.backward, {module._forward_cpu: module._backward_cuda}
+    with (
+        mock.patch.dict(module.backends.implementations, cuda=module._forward_cpu),
+        mock.patch.dict(module._op.backward, {module._forward_cpu: module._backward_cuda}),
     ):
         y = group_norm(x, 4, *parameters, **rows, **options, backend="cuda")
         with pytest.raises(RuntimeError, match=f"group_norm_backward: CUDA launch failed for {SIZES}."):
@@ -60,9 +62,12 @@ def test_attention(dtype):
     with pytest.raises(RuntimeError, match="attention: CUDA launch failed for 2 samples of 5 tokens, 2 heads of 8 channels: ."):
         attention(qkv, backend="cuda")
     module = _attention
-    with mock.patch.dict(module.backends.implementations, cuda=module._forward_cpu), mock.patch.dict(
-        module._op.backward, {module._forward_cpu: module._backward_cuda}
+    with (
+        mock.patch.dict(module.backends.implementations, cuda=module._forward_cpu),
+        mock.patch.dict(module._op.backward, {module._forward_cpu: module._backward_cuda}),
     ):
         out = attention(qkv, backend="cuda")
-        with pytest.raises(RuntimeError, match="attention_backward: CUDA launch failed for 2 samples of 5 tokens, 2 heads of 8 channels: ."):
+        with pytest.raises(
+            RuntimeError, match="attention_backward: CUDA launch failed for 2 samples of 5 tokens, 2 heads of 8 channels: ."
+        ):
             out.sum().backward()

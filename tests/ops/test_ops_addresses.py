@@ -2,6 +2,7 @@
 
 The calls are op_cases.py's; the results of writing into tensors are in test_ops_destinations.py.
 """
+
 import numpy as np
 import pytest
 import torch
@@ -183,12 +184,17 @@ def test_strides_of_zero_and_gaps_count_as_what_they_reach():
     memory = torch.randn(3, 2, 20)
     gaps = memory[..., ::4]  # its last element is three before the end
     with pytest.raises(ValueError, match="out must not share memory"):
-        q_sample(**arguments | dict(noise=gaps), out=memory.view(-1)[116 - 29 : 117].view(SHAPE).contiguous().set_(memory.untyped_storage(), 87, SHAPE))
+        q_sample(
+            **arguments | dict(noise=gaps),
+            out=memory.view(-1)[116 - 29 : 117].view(SHAPE).contiguous().set_(memory.untyped_storage(), 87, SHAPE),
+        )
     free = torch.empty(0).set_(torch.cat([memory.view(-1), torch.zeros(30)]).untyped_storage(), 117, SHAPE)
     q_sample(**arguments | dict(noise=gaps), out=free)
     one = torch.zeros(40)
     spread = one[:1].expand(3).view(3, 1, 1).expand(SHAPE)  # a single element
-    assert_bits_equal(q_sample(**arguments | dict(noise=spread), out=one[1:31].view(SHAPE)), q_sample(**arguments | dict(noise=torch.zeros(SHAPE))))
+    assert_bits_equal(
+        q_sample(**arguments | dict(noise=spread), out=one[1:31].view(SHAPE)), q_sample(**arguments | dict(noise=torch.zeros(SHAPE)))
+    )
     with pytest.raises(ValueError, match="out must not share memory"):
         q_sample(**arguments | dict(noise=spread), out=one[:30].view(SHAPE))
 

@@ -1,4 +1,5 @@
 """What ops and the diffusion take besides ordinary tensors: no samples at all, NumPy's integers, None, another default device or dtype."""
+
 import contextlib
 
 import numpy as np
@@ -195,7 +196,13 @@ def test_defaults_change_no_result(backend, kind):
         norm = group_norm(y, 2, weight, weight, activation="silu", dropout=(0.5, KEY), backend=backend)
         tokens = attention(y.flatten(2).transpose(1, 2).repeat(1, 1, 3), 2, backend=backend)
         (grad,) = torch.autograd.grad([norm, tokens], y, [noise, torch.ones_like(tokens)])
-        others = dict(norm=norm, tokens=tokens, grad=grad, randn=randn((2, 5), KEY, backend=backend), halves=KEY.materialize((2, 5), dtype=torch.float16))
+        others = dict(
+            norm=norm,
+            tokens=tokens,
+            grad=grad,
+            randn=randn((2, 5), KEY, backend=backend),
+            halves=KEY.materialize((2, 5), dtype=torch.float16),
+        )
         return [*found, others, dict(integers=KEY.integers(5, 9), uniform=KEY.uniform(3))]
 
     expected = results()

@@ -2,6 +2,7 @@
 
 The calls are op_cases.py's.
 """
+
 import warnings
 
 import op_cases
@@ -18,7 +19,9 @@ SHAPE = (4, 3, 5, 7)
 WITH_NOISE = [name for name, given in NAMES if given == "Noise"]
 
 
-@pytest.mark.parametrize("dtype, requires_grad", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True), (torch.float64, True)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, requires_grad", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True), (torch.float64, True)], ids=str
+)
 @every_case
 def test_opcheck(name, given, dtype, requires_grad):
     case = make(name, given, (3, 2, 5), dtype)
@@ -42,7 +45,9 @@ def test_operator_checks_what_the_function_checks(name, given):
         results = getattr(torch.ops.ddpm_fast, case.op)(*wrong.for_operator())
         assert all([x.isnan().all() for x in (results if isinstance(results, tuple) else (results,))])
         return
-    with pytest.raises(ValueError, match=r"t must lie in 0\.\.\d+, got t\[0\] = 1000000|reduction must be None or 'mean_per_sample', got 'sum'"):
+    with pytest.raises(
+        ValueError, match=r"t must lie in 0\.\.\d+, got t\[0\] = 1000000|reduction must be None or 'mean_per_sample', got 'sum'"
+    ):
         getattr(torch.ops.ddpm_fast, case.op)(*wrong.for_operator())
 
 
@@ -131,7 +136,9 @@ def test_compiles_for_any_batch_size(name, given):
     compiler, graphs = count_compilations("aot_eager")
     cases = [make(name, given, (size, 3, 5, 7)) for size in (4, 6, 9)]
     names = [part for part, x in cases[0].arguments.items() if isinstance(x, torch.Tensor)]
-    compiled = torch.compile(lambda *tensors: cases[0](**dict(zip(names, tensors, strict=True))), fullgraph=True, dynamic=True, backend=compiler)
+    compiled = torch.compile(
+        lambda *tensors: cases[0](**dict(zip(names, tensors, strict=True))), fullgraph=True, dynamic=True, backend=compiler
+    )
     first = None
     for case in cases:
         for x, y in zip(compiled(*(case.arguments[part] for part in names)), case(), strict=True):

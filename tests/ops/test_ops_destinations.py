@@ -1,4 +1,5 @@
 """Tensors to write into: q_sample(out=), p_step(x_next=, x_start=), randn(out=). The plain call's bits, or an error that says why not."""
+
 import pytest
 import torch
 from numerics import assert_bits_equal
@@ -148,7 +149,9 @@ def test_compiled_with_a_target(name, in_place):
 
 def test_traced_with_a_target():
     case = make("q_sample", "Noise", (3, 2, 5))
-    traced = make_fx(lambda x, target: q_sample(**case.arguments | dict(x_start=x), out=target))(case.arguments["x_start"], torch.empty(3, 2, 5))
+    traced = make_fx(lambda x, target: q_sample(**case.arguments | dict(x_start=x), out=target))(
+        case.arguments["x_start"], torch.empty(3, 2, 5)
+    )
     assert "ddpm_fast.q_sample" in traced.code
     target = torch.empty(3, 2, 5)
     traced(case.arguments["x_start"], target)

@@ -2,6 +2,7 @@
 
 And what a Noise means under vmap. The formulas' derivatives themselves are tested in test_ops_gradients.py.
 """
+
 import pytest
 import torch
 from numerics import assert_bits_equal
@@ -14,7 +15,14 @@ from ddpm_fast.ops import attention, group_norm
 SHAPE = (4, 2, 3, 3)
 DIFFUSION_OPS = {
     name: (lambda name=name: make(name, "tensor" if name.startswith(TAKE_NOISE) else None, SHAPE))
-    for name in ("q_sample", "simple_loss", "p_step learned, multistep and guided", "gaussian_kl", "gaussian_kl mean", "vlb_terms learned, clipped, erf")
+    for name in (
+        "q_sample",
+        "simple_loss",
+        "p_step learned, multistep and guided",
+        "gaussian_kl",
+        "gaussian_kl mean",
+        "vlb_terms learned, clipped, erf",
+    )
 }
 every_op = pytest.mark.parametrize("name", [*DIFFUSION_OPS, "group_norm", "attention"])
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
@@ -24,7 +32,11 @@ def function_and_x(name):
     """A function of a batch (N, ...), and of the noise and rows that go with it, that maps samples to samples; and its first argument."""
     if name == "group_norm":
         weight = torch.randn(2)
-        return lambda x, row: group_norm(x, 1, weight, weight, activation="silu", pre_bias=row, scale=row), torch.randn(SHAPE), (torch.randn(4, 2),)
+        return (
+            lambda x, row: group_norm(x, 1, weight, weight, activation="silu", pre_bias=row, scale=row),
+            torch.randn(SHAPE),
+            (torch.randn(4, 2),),
+        )
     if name == "attention":
         return lambda x: attention(x.flatten(2).transpose(1, 2).repeat(1, 1, 3)), torch.randn(SHAPE), ()
     case = DIFFUSION_OPS[name]()
@@ -89,7 +101,16 @@ def test_second_derivatives_and_directions(name, layout):
 
 
 def network(**options):
-    model = UNet(3, base_channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), image_size=8, norm_groups=4, **{"dropout": 0.0} | options)
+    model = UNet(
+        3,
+        base_channels=8,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attention_resolutions=(4,),
+        image_size=8,
+        norm_groups=4,
+        **{"dropout": 0.0} | options,
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
@@ -116,7 +137,9 @@ def test_per_sample_gradients_of_the_network_draw_the_batchs_noise(layout):
     for n in range(len(X)):
         of_one = loss(model, noise[n : n + 1])(dict(model.named_parameters()), X[n], T[n])
         for (name, g), expected in zip(got.items(), torch.autograd.grad(of_one, list(model.parameters())), strict=True):
-            torch.testing.assert_close(g[n], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-7, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                g[n], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-7, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_an_ensemble_of_networks():
@@ -157,8 +180,13 @@ def test_a_noise_is_drawn_as_randomness_says(draw):
     with pytest.raises(RuntimeError, match="vmap: a Noise would give every call the same values; pass randomness='different'"):
         vmap(draw)(X, T)
     at = lambda n: lambda x, t: draw_from(draw, KEY.at(first_sample=KEY.first_sample + n), x, t)  # noqa: E731
-    assert_bits_equal(vmap(draw, randomness="different")(X, T), torch.stack([vmap(at(n), randomness="same")(X[n : n + 1], T[n : n + 1])[0] for n in range(4)]))
-    assert_bits_equal(vmap(draw, randomness="same")(X, T), torch.stack([vmap(draw, randomness="same")(X[n : n + 1], T[n : n + 1])[0] for n in range(4)]))
+    assert_bits_equal(
+        vmap(draw, randomness="different")(X, T),
+        torch.stack([vmap(at(n), randomness="same")(X[n : n + 1], T[n : n + 1])[0] for n in range(4)]),
+    )
+    assert_bits_equal(
+        vmap(draw, randomness="same")(X, T), torch.stack([vmap(draw, randomness="same")(X[n : n + 1], T[n : n + 1])[0] for n in range(4)])
+    )
     with pytest.raises(RuntimeError, match="with chunk_size a Noise cannot tell the chunks apart"):
         vmap(draw, randomness="different", chunk_size=2)(X, T)
 

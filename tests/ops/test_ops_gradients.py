@@ -2,6 +2,7 @@
 
 Each op's own gradients are checked against float64 in its own file. The calls are op_cases.py's.
 """
+
 import pytest
 import torch
 from interpreter import INTERPRETED
@@ -172,7 +173,9 @@ def test_recomputation_by_checkpoint(name, given):
     expected = gradients(case, grads)
     for use_reentrant in (False, True):
         watched = case.watched()
-        results = checkpoint(lambda *inputs: case(**dict(zip(case.leaves, inputs, strict=True))), *watched.inputs(), use_reentrant=use_reentrant)
+        results = checkpoint(
+            lambda *inputs: case(**dict(zip(case.leaves, inputs, strict=True))), *watched.inputs(), use_reentrant=use_reentrant
+        )
         torch.autograd.backward(results, grads)
         for leaf, x in zip(case.leaves, watched.inputs(), strict=True):
             assert_bits_equal(x.grad, expected[leaf], leaf)
@@ -209,7 +212,9 @@ def test_many_gradients_at_once(name, given, dtype):
     exact = [gradients(case.in_float64(), [g.double() for g in grads]) for grads in each]
     baseline = [gradients(case.given(backend="reference"), grads) for grads in each]
     watched = case.watched()
-    found = torch.autograd.grad(watched(), watched.inputs(), [torch.stack(grads) for grads in zip(*each, strict=True)], is_grads_batched=True)
+    found = torch.autograd.grad(
+        watched(), watched.inputs(), [torch.stack(grads) for grads in zip(*each, strict=True)], is_grads_batched=True
+    )
     for leaf, x in zip(case.leaves, found, strict=True):
         for i in range(3):
             assert_as_accurate(x[i], baseline[i][leaf], exact[i][leaf], floor=4.0, what=f"{leaf}, gradient {i}")

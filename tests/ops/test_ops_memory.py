@@ -1,4 +1,5 @@
 """Peak extra memory of every differentiable op: its outputs only. How that is measured, and where it can fail: peak_memory.py."""
+
 import json
 import os
 import subprocess

@@ -3,6 +3,7 @@
 Where a tolerance has a floor, it is in ulps of each element (tests/support/numerics.py). What hypothesis draws small sizes of, the other
 test files have in large.
 """
+
 from __future__ import annotations
 
 import math
@@ -71,7 +72,15 @@ def compare(ours, twin, arguments, leaves, seed, floor):
         assert_as_accurate(g, b, e, floor=floor, what="the value" if i == 0 else f"gradient {i - 1}")
 
 
-@given(shape=shapes, dtype=dtypes, out_dtype=dtypes, doubled=st.booleans(), key=keys, coefficients=st.tuples(st.floats(-2, 2), st.floats(-2, 2)), seed=seeds)
+@given(
+    shape=shapes,
+    dtype=dtypes,
+    out_dtype=dtypes,
+    doubled=st.booleans(),
+    key=keys,
+    coefficients=st.tuples(st.floats(-2, 2), st.floats(-2, 2)),
+    seed=seeds,
+)
 @every
 def test_simple_loss(shape, dtype, out_dtype, doubled, key, coefficients, seed):
     out = numbers((shape[0], shape[1] * (1 + doubled), shape[2]), seed, dtype=out_dtype)
@@ -96,7 +105,18 @@ def test_p_step(shape, dtype, out_dtype, kind, clip, key, generated, guided, mul
     table[0, COLUMNS.index("noise")] = 0.0
     x_t, previous, z = (numbers(shape, seed + i, dtype=dtype) for i in (3, 4, 5))
     noise = key if generated else z
-    arguments = [x_t, out, timesteps(shape[0], seed), table, noise, kind, clip, previous if multistep else None, without if guided else None, 1.5]
+    arguments = [
+        x_t,
+        out,
+        timesteps(shape[0], seed),
+        table,
+        noise,
+        kind,
+        clip,
+        previous if multistep else None,
+        without if guided else None,
+        1.5,
+    ]
     leaves = [0, 1, *([] if generated else [4]), *([7] if multistep else []), *([8] if guided else [])]
 
     def ours(x_t, out, t, table, noise, kind, clip, previous, without, scale):
@@ -142,7 +162,13 @@ def test_vlb_terms(shape, dtype, out_dtype, kind, clip, levels, cdf, detach_mean
     )  # fmt: skip
 
 
-@given(shape=shapes, dtype=dtypes, spread=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=4, max_size=4), mean=st.booleans(), seed=seeds)
+@given(
+    shape=shapes,
+    dtype=dtypes,
+    spread=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=4, max_size=4),
+    mean=st.booleans(),
+    seed=seeds,
+)
 @every
 def test_gaussian_kl(shape, dtype, spread, mean, seed):
     """Each operand broadcast along any of the dimensions, its gradient summed over them.
@@ -161,11 +187,16 @@ def test_gaussian_kl(shape, dtype, spread, mean, seed):
     exact = value_and_gradients(twin, whole, range(4), upstream.double())
     terms = [gaussian_kl_reference(*whole), *exact[1:]]
     terms[4] = terms[2].abs() + (terms[2] + terms[4]).abs()  # ½ (e^d - 1) and ½ distance²
-    magnitudes = [terms[0].flatten(1).mean(1) if mean else terms[0], *(x.abs().sum_to_size(g.shape) for x, g in zip(terms[1:], got[1:], strict=True))]
+    magnitudes = [
+        terms[0].flatten(1).mean(1) if mean else terms[0],
+        *(x.abs().sum_to_size(g.shape) for x, g in zip(terms[1:], got[1:], strict=True)),
+    ]
     for i, (g, e, magnitude) in enumerate(zip(got, exact, magnitudes, strict=True)):
         allowed = 10 * 2.0**-23 * magnitude + 0.5 * torch.finfo(dtype).eps * e.sum_to_size(g.shape).abs()
         error = (g.double() - e.sum_to_size(g.shape)).abs()
-        assert (error <= allowed + torch.finfo(dtype).tiny).all(), f"output {i}: {float((error - allowed).max()):.2e} beyond what is allowed"
+        assert (error <= allowed + torch.finfo(dtype).tiny).all(), (
+            f"output {i}: {float((error - allowed).max()):.2e} beyond what is allowed"
+        )
 
 
 @given(mean=st.floats(-1e3, 1e3), logvar=st.floats(-80, 80), d=st.floats(-80, 80), step=st.floats(0, 1), dtype=dtypes)
@@ -177,7 +208,12 @@ def test_gaussian_kl_is_never_negative_and_zero_at_equality(mean, logvar, d, ste
     assert value.isnan().item() is False and value.item() >= 0
 
 
-@given(raw=st.one_of(st.floats(-100, 100), st.floats(-1e30, 1e30)), kind=st.sampled_from(KINDS), dtype=st.sampled_from([torch.float32, torch.bfloat16]), key=keys)
+@given(
+    raw=st.one_of(st.floats(-100, 100), st.floats(-1e30, 1e30)),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    key=keys,
+)
 @every
 def test_p_step_of_any_variance(raw, kind, dtype, key):
     """Log-variances of ±100, and a learned one beyond: past e^±88 the deviation may be infinite or 0, but nothing is NaN, and the
@@ -231,7 +267,9 @@ def test_what_is_not_finite_stays_in_its_sample(name, given, bad, dtype, isa):
     """Of results and gradients, whichever input it comes from."""
     case = make(name, given, (3, 2, 700), dtype)
     whole = everything(case)
-    for part in [part for part, x in case.arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and part not in TABLES]:
+    for part in [
+        part for part, x in case.arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and part not in TABLES
+    ]:
         broken = case.arguments[part].clone()
         broken.flatten(1)[1, 0] = bad
         hurt = everything(case.given(**{part: broken}))

@@ -2,6 +2,7 @@
 
 The calls are op_cases.py's. torch.compile and tracing are in test_ops_compile.py, gradients in test_ops_gradients.py.
 """
+
 import multiprocessing
 import queue
 import threading

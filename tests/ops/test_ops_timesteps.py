@@ -1,4 +1,5 @@
 """The range check of t: whatever carries it, and wherever the op runs, a t outside the tables raises or gives NaN. Never memory beside them."""
+
 import pytest
 import torch
 from numerics import assert_bits_equal
@@ -67,7 +68,11 @@ def test_a_t_outside_raises_under_torch_func(name):
         with pytest.raises(ValueError, match="t must lie in"):
             torch.func.grad(lambda x: case(t=t, **{first: x})[0].sum())(x)  # noqa: B023 - called here
         with pytest.raises(ValueError, match="t must lie in"):
-            torch.func.vmap(torch.func.grad(lambda x, t: case.map(lambda part, y: y if part in TABLES else y[:1])(t=t[None], **{first: x[None]})[0].sum()))(x, t)
+            torch.func.vmap(
+                torch.func.grad(
+                    lambda x, t: case.map(lambda part, y: y if part in TABLES else y[:1])(t=t[None], **{first: x[None]})[0].sum()
+                )
+            )(x, t)
     inside = torch.tensor([0, 1, steps - 1, 2])
     got, want = torch.func.vmap(each)(inside), torch.stack([each(t) for t in inside])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -89,6 +94,10 @@ def test_the_diffusions_own_formulas_check_t():
     diffusion = GaussianDiffusion(NoiseSchedule.linear(10, 1e-3, 0.3))
     x = torch.randn(SHAPE)
     for t in (torch.nn.Parameter(torch.tensor([0, 1, 2, -1]), requires_grad=False), torch.tensor([0, 1, 2, 10]).as_subclass(Subclass)):
-        for call in (lambda t: diffusion.q_mean_variance(x, t), lambda t: diffusion.q_posterior(x, x, t), lambda t: diffusion.p_mean_variance(x, x, t)):
+        for call in (
+            lambda t: diffusion.q_mean_variance(x, t),
+            lambda t: diffusion.q_posterior(x, x, t),
+            lambda t: diffusion.p_mean_variance(x, x, t),
+        ):
             with pytest.raises(ValueError, match=r"t must lie in 0..9, got t\[3\]"):
                 call(t)

@@ -1,4 +1,5 @@
 """p_step: every backend against float64 for each variance and option, and against the method's own mean and variance."""
+
 import math
 
 import pytest
@@ -107,7 +108,9 @@ def test_guidance_of_scale_one_is_no_guidance_and_of_zero_the_other_output():
 def test_a_fixed_variance_does_not_read_the_second_half(backend):
     x_t, out, t, table, noise = case((3, 2, 13), torch.float32, backend.device)
     doubled = torch.cat([out, torch.full_like(out, torch.nan)], 1)
-    for a, b in zip(p_step(x_t, doubled, t, table, noise, backend=backend.name), p_step(x_t, out, t, table, noise, backend=backend.name), strict=True):
+    for a, b in zip(
+        p_step(x_t, doubled, t, table, noise, backend=backend.name), p_step(x_t, out, t, table, noise, backend=backend.name), strict=True
+    ):
         assert_bits_equal(a, b)
 
 
@@ -185,7 +188,9 @@ def test_ddim_without_noise_is_the_published_update(prediction):
 def test_ddim_with_full_noise_is_ancestral_sampling_with_the_small_variance():
     # With η = 1 DDIM's σ² is β̃ and its mean the posterior's: the two tables are one sampler.
     diffusion, x_t, out, t, noise = diffusion_case("epsilon", "fixed_small")
-    ddim, ddpm = (p_step(x_t, out, t, make(diffusion), noise)[0] for make in (lambda d: ddim_table(d, eta=1.0).table, lambda d: ddpm_table(d).table))
+    ddim, ddpm = (
+        p_step(x_t, out, t, make(diffusion), noise)[0] for make in (lambda d: ddim_table(d, eta=1.0).table, lambda d: ddpm_table(d).table)
+    )
     assert_close_to_exact(ddim, ddpm, atol=1e-11)
     columns = ddim_table(diffusion, eta=1.0).table
     assert_close_to_exact(columns[1:, 5].exp(), diffusion.schedule.posterior_variance[1:], rtol=1e-13)
@@ -251,6 +256,12 @@ def test_strided_step_reads_the_model_on_the_schedule_it_was_trained_on(predicti
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
-    arguments = {"x_t": torch.zeros(2, 3), "model_output": torch.zeros(2, 3), "t": torch.tensor([0, 1]), "table": torch.zeros(4, 8), "noise": Noise(0)}
+    arguments = {
+        "x_t": torch.zeros(2, 3),
+        "model_output": torch.zeros(2, 3),
+        "t": torch.tensor([0, 1]),
+        "table": torch.zeros(4, 8),
+        "noise": Noise(0),
+    }
     with pytest.raises(error, match=message):
         p_step(**(arguments | change))

@@ -2,6 +2,7 @@
 
 Gradients are in test_q_sample_grad.py; torch.compile, processes and threads in test_ops_compile.py and test_ops_system.py.
 """
+
 import math
 
 import pytest
@@ -128,7 +129,9 @@ def test_nan_and_infinity_stay_in_their_element(value, backend):
     x[1, 1025] = value
     out = q_sample(x, t, signal, sigma, KEY, backend=backend.name)
     assert (~out.isfinite()).nonzero().tolist() == [[1, 1025]]
-    assert_as_accurate(out.cpu(), q_sample_reference(x, t, signal, sigma, KEY).cpu(), exact(x, t, signal, sigma, randn(x.shape, KEY).to(x.device)).cpu())
+    assert_as_accurate(
+        out.cpu(), q_sample_reference(x, t, signal, sigma, KEY).cpu(), exact(x, t, signal, sigma, randn(x.shape, KEY).to(x.device)).cpu()
+    )
 
 
 def test_inputs_are_not_written_to():
@@ -198,7 +201,11 @@ ERRORS = [
     (lambda a: dict(signal=[0.5]), TypeError, "signal must be a tensor, got list"),
     (lambda a: dict(signal=a["signal"].double()), TypeError, r"signal must be torch\.float32 for torch\.float32 data, got torch\.float64"),
     (lambda a: dict(sigma=a["sigma"].half()), TypeError, r"sigma must be torch\.float32 for torch\.float32 data, got torch\.float16"),
-    (lambda a: dict(x_start=a["x_start"].double()), TypeError, r"signal must be torch\.float64 for torch\.float64 data, got torch\.float32"),
+    (
+        lambda a: dict(x_start=a["x_start"].double()),
+        TypeError,
+        r"signal must be torch\.float64 for torch\.float64 data, got torch\.float32",
+    ),
     (lambda a: dict(signal=a["signal"][None]), ValueError, r"signal must have shape \(T,\), got \(1, 1000\)"),
     (lambda a: dict(sigma=a["sigma"][:10]), ValueError, r"sigma must have shape \(1000,\), got \(10,\)"),
     (lambda a: dict(signal=torch.ones(2000)[::2]), ValueError, "signal must be contiguous"),

@@ -1,4 +1,5 @@
 """Gradients of q_sample: signal[t]·g to x_start and sigma[t]·g to a noise tensor, from every path there is to them."""
+
 import pytest
 import torch
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
@@ -76,7 +77,9 @@ def test_second_derivatives(backend):
     baseline = second_derivatives(x, t, signal, sigma, noise, "reference")
     for value, base, truth in zip(actual, baseline, (common * a, common * b), strict=True):
         assert_as_accurate(value.cpu(), base.cpu(), truth.cpu())
-    in_float64 = second_derivatives(*(value.double() if value.is_floating_point() else value for value in (x, t, signal, sigma, noise)), None)
+    in_float64 = second_derivatives(
+        *(value.double() if value.is_floating_point() else value for value in (x, t, signal, sigma, noise)), None
+    )
     for value, truth in zip(in_float64, (common * a, common * b), strict=True):
         assert_close_to_exact(value, truth, rtol=1e-10, atol=1e-12)
 

@@ -1,4 +1,5 @@
 """randn: every backend and instruction set writes the reference's bits, in every dtype, from any number of threads."""
+
 import numpy as np
 import pytest
 import torch
@@ -125,14 +126,22 @@ def assert_nan_equal(actual, expected):
     [
         (lambda: randn((2, 3), torch.zeros(2, 3)), TypeError, "noise must be a Noise, got Tensor"),
         (lambda: randn((2, 3), 0), TypeError, "noise must be a Noise, got int"),
-        (lambda: randn((2, 3), KEY, dtype=torch.int32), TypeError, r"dtype must be float32, bfloat16, float16 or float64, got torch\.int32"),
+        (
+            lambda: randn((2, 3), KEY, dtype=torch.int32),
+            TypeError,
+            r"dtype must be float32, bfloat16, float16 or float64, got torch\.int32",
+        ),
         (lambda: randn((), KEY), ValueError, r"shape must be \(N, \.\.\.\) with no negative size, got \(\)"),
         (lambda: randn((2, -1), KEY), ValueError, r"shape must be \(N, \.\.\.\) with no negative size, got \(2, -1\)"),
         (lambda: randn((1, 2**34 + 1), KEY), ValueError, r"a sample may have at most 2\^34 elements, got 17179869185"),
         (lambda: randn((2, 3), KEY, backend="tpu"), ValueError, "backend must be one of reference, cpu, triton, cuda, got 'tpu'"),
         (lambda: randn((2, 3), KEY, device="meta", backend="cpu"), ValueError, "backend 'cpu' of randn takes CPU tensors, got meta"),
         (lambda: randn((2, 3), KEY, backend="cuda"), ValueError, "randn has no cuda backend; it has reference, cpu, triton"),
-        (lambda: randn((2, 3), KEY, dtype=torch.float64, backend="cpu"), ValueError, r"takes float32, bfloat16 or float16, got torch\.float64"),
+        (
+            lambda: randn((2, 3), KEY, dtype=torch.float64, backend="cpu"),
+            ValueError,
+            r"takes float32, bfloat16 or float16, got torch\.float64",
+        ),
     ],
     ids=lambda value: value.replace("\\", "") if isinstance(value, str) else "",
 )

@@ -3,6 +3,7 @@
 Nothing that must be rounded by itself is contracted, no array or spilled register lies in local memory but where docs/kernels.md
 says so, and tensors are read and written 16 bytes at a time.
 """
+
 import functools
 import importlib.util
 import re
@@ -22,7 +23,12 @@ from ddpm_fast.backends import native, native_missing
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 KERNELS = {"group_norm": 18, "group_norm_backward": 20, "attention": 12, "attention_backward": 30}
-TRITON = [("q_sample", "Noise"), ("simple_loss", "Noise"), ("p_step learned, multistep and guided", "Noise"), ("vlb_terms", None)]  # one of a kind
+TRITON = [
+    ("q_sample", "Noise"),
+    ("simple_loss", "Noise"),
+    ("p_step learned, multistep and guided", "Noise"),
+    ("vlb_terms", None),
+]  # one of a kind
 SPILLS = {("sm_90", "16attention_kernelIfLi256E"), ("sm_90", "30attention_backward_keys_kernelIfLi256ELi2E")}
 
 

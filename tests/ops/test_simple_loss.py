@@ -1,4 +1,5 @@
 """simple_loss: every backend against float64, its gradient, the half it must not read, and what it refuses."""
+
 import pytest
 import torch
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
@@ -79,7 +80,9 @@ def test_variance_half_is_not_read_and_gets_no_gradient(backend):
 
 
 @pytest.mark.backends("simple_loss")
-@pytest.mark.parametrize(("out_dtype", "data_dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("out_dtype", "data_dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+)
 def test_output_and_data_may_differ_in_dtype(backend, out_dtype, data_dtype):
     # Autocast gives a half-precision output for fp32 data.
     out, x_start, t, tables, noise = case((3, 2, 13), data_dtype, backend.device)
@@ -146,7 +149,11 @@ def test_global_random_state_is_not_touched():
         ({"model_output": [0.0]}, TypeError, "the model output must be a tensor, got list"),
         ({"model_output": torch.zeros(2, 3).int()}, TypeError, "the model output must be float32, .* got torch.int32"),
         ({"x_start": torch.zeros(2, 3).int()}, TypeError, "x_start must be float32, .* got torch.int32"),
-        ({"x_start": torch.zeros(2), "model_output": torch.zeros(2), "noise": torch.zeros(2)}, ValueError, r"x_start must have shape \(N, C, ...\), got \(2,\)"),
+        (
+            {"x_start": torch.zeros(2), "model_output": torch.zeros(2), "noise": torch.zeros(2)},
+            ValueError,
+            r"x_start must have shape \(N, C, ...\), got \(2,\)",
+        ),
         ({"t": torch.tensor([0, T])}, ValueError, r"t must lie in 0..6, got t\[1\] = 7"),
         ({"t": torch.tensor([-1, 0])}, ValueError, r"t must lie in 0..6, got t\[0\] = -1"),
         ({"t": torch.tensor([0])}, ValueError, r"t must have shape \(2,\), got \(1,\)"),
@@ -161,6 +168,12 @@ def test_global_random_state_is_not_touched():
 )
 def test_bad_arguments_are_named(change, error, message):
     tables = {name: torch.ones(T) for name in ("weight", "x_start_coef", "noise_coef")}
-    arguments = {"model_output": torch.zeros(2, 3), "x_start": torch.zeros(2, 3), "t": torch.tensor([0, 1]), **tables, "noise": torch.zeros(2, 3)}
+    arguments = {
+        "model_output": torch.zeros(2, 3),
+        "x_start": torch.zeros(2, 3),
+        "t": torch.tensor([0, 1]),
+        **tables,
+        "noise": torch.zeros(2, 3),
+    }
     with pytest.raises(error, match=message):
         simple_loss(**(arguments | change))

@@ -1,4 +1,5 @@
 """The eight columns of a step's table stand in the same order in Python, C++ and Triton."""
+
 import re
 from pathlib import Path
 

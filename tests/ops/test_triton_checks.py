@@ -1,4 +1,5 @@
 """That the proofs of the Triton kernels can fail: kernels made wrong on purpose are caught. And how many variants are compiled."""
+
 import importlib
 import re
 import shutil
@@ -126,7 +127,13 @@ def test_variants_are_told_apart_as_triton_does(monkeypatch):
     assert {("*fp32", "D"), ("*fp32", ""), ("i64", None), ("u64", None)} <= set(seen)
 
 
-LAUNCHED = [("q_sample", "Noise"), ("simple_loss", "tensor"), ("p_step learned, multistep and guided", "Noise"), ("gaussian_kl mean", None), ("vlb_terms", None)]
+LAUNCHED = [
+    ("q_sample", "Noise"),
+    ("simple_loss", "tensor"),
+    ("p_step learned, multistep and guided", "Noise"),
+    ("gaussian_kl mean", None),
+    ("vlb_terms", None),
+]
 
 
 @pytest.mark.parametrize("name, given", LAUNCHED)
@@ -135,7 +142,9 @@ def test_the_launcher_itself_compiles_what_the_simulator_ran(name, given, monkey
     import triton
     from triton.backends.compiler import GPUTarget
 
-    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 80, 32))
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: GPUTarget("cuda", 80, 32)
+    )
     case = make(name, given, (2, 1, 1, 1504))
     with simulated(80, run=False) as launches:
         everything(case, backend="triton")
@@ -158,7 +167,9 @@ def test_the_launcher_itself_compiles_what_the_simulator_ran(name, given, monkey
         everything(case, backend="triton")
     assert compiled
     # The code ends where the files' names begin: Triton's cache goes by the source, and may give what another checkout compiled.
-    code = [[kernel.asm["ptx"].partition("\n\t.file")[0] for kernel in side] for side in (compiled, [launch.compiled for launch in launches])]
+    code = [
+        [kernel.asm["ptx"].partition("\n\t.file")[0] for kernel in side] for side in (compiled, [launch.compiled for launch in launches])
+    ]
     assert code[0] == code[1] and all("ret;" in text for text in code[0])
 
 
@@ -169,7 +180,7 @@ def test_an_unaltered_copy_passes(altered):
 
 
 def test_a_wild_t_is_caught_where_it_is_not_masked(altered):
-    kernels = altered("_tile.py", "mask=known, other=float(\"nan\")", "")
+    kernels = altered("_tile.py", 'mask=known, other=float("nan")', "")
     with pytest.raises(MemoryFault):
         outcome(kernels, "q_sample", t=torch.tensor([0, 10**9, 1]))
 
@@ -202,9 +213,57 @@ def test_contraction_would_be_noticed(monkeypatch):
 
 
 # Batches and image sizes as they come in training and sampling, and small ones.
-LARGE = [(n, c, h, h) for n, c, h in ((1, 3, 32), (2, 3, 32), (3, 3, 32), (16, 3, 32), (17, 3, 32), (100, 3, 32), (128, 3, 32), (1, 1, 28), (7, 1, 28), (64, 1, 28), (1, 3, 64), (3, 3, 64), (8, 3, 64), (5, 3, 96), (2, 3, 128), (9, 4, 64), (16, 4, 32), (33, 4, 32), (2, 3, 256), (1, 3, 512))]
+LARGE = [
+    (n, c, h, h)
+    for n, c, h in (
+        (1, 3, 32),
+        (2, 3, 32),
+        (3, 3, 32),
+        (16, 3, 32),
+        (17, 3, 32),
+        (100, 3, 32),
+        (128, 3, 32),
+        (1, 1, 28),
+        (7, 1, 28),
+        (64, 1, 28),
+        (1, 3, 64),
+        (3, 3, 64),
+        (8, 3, 64),
+        (5, 3, 96),
+        (2, 3, 128),
+        (9, 4, 64),
+        (16, 4, 32),
+        (33, 4, 32),
+        (2, 3, 256),
+        (1, 3, 512),
+    )
+]
 ODD = [(n, c, h, w) for n, c, h, w in ((1, 3, 31, 33), (2, 1, 37, 41), (5, 3, 29, 29), (4, 3, 30, 30), (3, 3, 35, 62), (1, 1, 101, 103))]
-SMALL = [(n, 1, h, h) for n, h in ((1, 8), (64, 8), (100, 8), (3, 4), (7, 2), (1, 1), (500, 1), (2, 16), (33, 16), (10, 9), (11, 10), (3, 12), (4, 13), (9, 14), (5, 20), (6, 24), (2, 25), (8, 27), (3, 6), (12, 7))]
+SMALL = [
+    (n, 1, h, h)
+    for n, h in (
+        (1, 8),
+        (64, 8),
+        (100, 8),
+        (3, 4),
+        (7, 2),
+        (1, 1),
+        (500, 1),
+        (2, 16),
+        (33, 16),
+        (10, 9),
+        (11, 10),
+        (3, 12),
+        (4, 13),
+        (9, 14),
+        (5, 20),
+        (6, 24),
+        (2, 25),
+        (8, 27),
+        (3, 6),
+        (12, 7),
+    )
+]
 
 
 def variants(name, shapes, monkeypatch):

@@ -2,6 +2,7 @@
 
 Each op's own tests run there too, with backend="triton" (conftest.py's `backends`).
 """
+
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from op_cases import every_case, everything, make, upstreams
 
 from ddpm_fast.backends import missing
 
-pytestmark = pytest.mark.skipif(bool(missing("triton")) or not torch.cuda.is_available(), reason=f"backend triton on a device: {missing('triton') or 'interpreted'}")
+pytestmark = pytest.mark.skipif(
+    bool(missing("triton")) or not torch.cuda.is_available(), reason=f"backend triton on a device: {missing('triton') or 'interpreted'}"
+)
 SHAPES = [(6, 2, 7, 13), (131, 1, 1, 3), (2, 1, 1, 1504), (16, 3, 64, 64)]
 
 

@@ -3,6 +3,7 @@
 The interpreter takes the place of the compiler for a whole process (TRITON_INTERPRET=1 before Triton is imported), so the
 same test files run again in a process of their own, where CPU tensors go to the Triton kernels.
 """
+
 import os
 import re
 import subprocess

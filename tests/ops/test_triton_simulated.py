@@ -4,6 +4,7 @@ The calls are op_cases.py's; the simulator stops at accesses that are out of bou
 written. How much is moved, and by how many instructions, is in test_triton_traffic.py; test_triton_interpreted.py is the wider
 sweep over shapes and options.
 """
+
 import contextlib
 import importlib
 
@@ -116,7 +117,14 @@ def test_words_are_the_generators(seed, arch):
     counters[:, 0], counters[:, 1] = 0, -1
     counters[:, 2] = torch.tensor([0x243F6A88, 0x85A308D3 - 2**32, 0x13198A2E, 0x03707344])
     words = torch.empty_like(counters)
-    run_triton(words_kernel, (1,), dict(words_ptr=words, counters_ptr=counters, seed=seed), dict(BLOCK=128), arch=arch, uninitialised_outputs=("words_ptr",))
+    run_triton(
+        words_kernel,
+        (1,),
+        dict(words_ptr=words, counters_ptr=counters, seed=seed),
+        dict(BLOCK=128),
+        arch=arch,
+        uninitialised_outputs=("words_ptr",),
+    )
     unsigned = [c.long() & 0xFFFFFFFF for c in counters]
     expected = philox_reference(*unsigned, seed & 0xFFFFFFFF, seed >> 32)
     for word, known in zip(words, expected, strict=True):
@@ -191,7 +199,20 @@ class _Log(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-MAKES_ROOM = {"empty", "empty_like", "new_empty", "detach", "view", "expand", "as_strided", "select", "unbind", "slice", "alias", "_unsafe_view"}
+MAKES_ROOM = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "detach",
+    "view",
+    "expand",
+    "as_strided",
+    "select",
+    "unbind",
+    "slice",
+    "alias",
+    "_unsafe_view",
+}
 
 
 def test_the_log_sees_what_runs():
@@ -200,7 +221,14 @@ def test_the_log_sees_what_runs():
     assert {"index", "sum", "_local_scalar_dense"} <= set(log.called)
 
 
-@pytest.mark.parametrize("name, given", [(name, given) for name, given in NAMES if name in ("q_sample", "simple_loss", "p_step", "gaussian_kl", "vlb_terms", "gaussian_kl mean")])
+@pytest.mark.parametrize(
+    "name, given",
+    [
+        (name, given)
+        for name, given in NAMES
+        if name in ("q_sample", "simple_loss", "p_step", "gaussian_kl", "vlb_terms", "gaussian_kl mean")
+    ],
+)
 @pytest.mark.parametrize("shape, tiles", [((3, 2, 5), 1), ((2, 1, 1500), 2)], ids=["one tile", "two tiles"])
 def test_launches_and_nothing_else(name, given, shape, tiles, monkeypatch):
     """No gather, no synchronisation: beside its launches an op only makes room for results (and a sum over tiles)."""
@@ -318,7 +346,9 @@ def test_results_are_written_where_they_are_wanted():
     x_t, previous = arguments.pop("x_t").clone(), arguments.pop("x_start_previous").clone()
     without, scale, _ = (arguments.pop(k) for k in ("without", "scale", "with_x_start"))
     with simulated(80):
-        got = p_step(x_t=x_t, x_start_previous=previous, guidance=(without, scale), x_next=x_t, x_start=previous, backend="triton", **arguments)
+        got = p_step(
+            x_t=x_t, x_start_previous=previous, guidance=(without, scale), x_next=x_t, x_start=previous, backend="triton", **arguments
+        )
     assert got[0] is x_t and got[1] is previous
     for a, b in zip(got, expected, strict=True):
         assert_bits_equal(a, b)

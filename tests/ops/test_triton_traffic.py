@@ -1,4 +1,5 @@
 """What the compiled Triton kernels move and need: bytes, sectors, width of accesses, registers. traffic.py counts."""
+
 import pytest
 import torch
 from interpreter import INTERPRETED
@@ -19,7 +20,11 @@ def vector_bytes(launch):
     return sum(traffic.bytes_by_width.get(16, 0) for traffic in (launch.report.global_load, launch.report.global_store))
 
 
-@pytest.mark.parametrize("dtype, arch", [(torch.float32, 80), (torch.bfloat16, 80), (torch.float16, 90)], ids=["float32 sm_80", "bfloat16 sm_80", "float16 sm_90"])
+@pytest.mark.parametrize(
+    "dtype, arch",
+    [(torch.float32, 80), (torch.bfloat16, 80), (torch.float16, 90)],
+    ids=["float32 sm_80", "bfloat16 sm_80", "float16 sm_90"],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_traffic_is_what_it_must_be(name, dtype, arch):
     for row in measure(name, dtype, arch):

@@ -4,6 +4,7 @@ No time is taken, and no processor has to have the instruction set: what is read
 prints. A loop counts where its arithmetic is on whole registers, of the width that its instruction set has. Kernels that are written
 with vector types (randn, group_norm, conv3x3) cannot be left scalar and are not read.
 """
+
 from __future__ import annotations
 
 import functools
@@ -127,7 +128,17 @@ def compiled(source: str, folder, csrc, *flags: str) -> Counter:
     (folder / "q_sample.cpp").write_text(source)
     options = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *flags]
     target = folder / "q_sample.o"
-    command = [*shlex.split(COMPILER), *options, "-DDDPM_ISA=portable", "-I", str(csrc / "cpu"), "-c", str(folder / "q_sample.cpp"), "-o", str(target)]
+    command = [
+        *shlex.split(COMPILER),
+        *options,
+        "-DDDPM_ISA=portable",
+        "-I",
+        str(csrc / "cpu"),
+        "-c",
+        str(folder / "q_sample.cpp"),
+        "-o",
+        str(target),
+    ]
     subprocess.run(command, check=True)
     return disassembled(str(target))["q_sample", "portable"]
 

@@ -1,4 +1,5 @@
 """vlb_terms: the bound's terms against an independent float64 version; the decoder; what must not leak; gradients."""
+
 import math
 
 import pytest
@@ -54,7 +55,13 @@ def straightforward_term(diffusion, out, x_start, x_t, t, clip=False):
         else:
             log_variance = math.log(beta if diffusion.variance == "fixed_large" and t else floored)
         if t > 0:
-            total += 0.5 * (log_variance - math.log(small) - 1 + math.exp(math.log(small) - log_variance) + (true_mean - mean) ** 2 / math.exp(log_variance))
+            total += 0.5 * (
+                log_variance
+                - math.log(small)
+                - 1
+                + math.exp(math.log(small) - log_variance)
+                + (true_mean - mean) ** 2 / math.exp(log_variance)
+            )
         else:
             scale, half = math.exp(log_variance / 2), 1 / (diffusion.levels - 1)
             above = 1.0 if x0 > 0.999 else normal_cdf((x0 + half - mean) / scale, diffusion.cdf)
@@ -164,7 +171,9 @@ def test_detached_mean_leaves_the_value_and_the_variance_gradient(backend, varia
 @given(mean=st.floats(-3, 3), log_scale=st.floats(-12, 4), levels=st.sampled_from([2, 17, 256]), cdf=st.sampled_from(["tanh", "erf"]))
 def test_probabilities_of_all_levels_sum_to_one(mean, log_scale, levels, cdf):
     x = torch.linspace(-1, 1, levels, dtype=torch.float64)
-    log_p = discretized_gaussian_log_likelihood(x, torch.tensor(mean, dtype=torch.float64), torch.tensor(log_scale, dtype=torch.float64), levels, cdf)
+    log_p = discretized_gaussian_log_likelihood(
+        x, torch.tensor(mean, dtype=torch.float64), torch.tensor(log_scale, dtype=torch.float64), levels, cdf
+    )
     # The sum telescopes: Φ at a shared edge cancels if both bins compute the same edge. A rounding of the edge, 2^-53, is worth
     # that over the scale times the density; the floor adds at most 1e-12 a level.
     rounding = levels * (2.0**-52 + 2.0**-53 * 4 * math.exp(-log_scale) * 0.4)
@@ -230,7 +239,10 @@ def test_kernels_keep_the_precision_of_narrow_bins(backend, cdf):
         return value.detach().cpu(), grad * torch.cat([deviation, torch.ones_like(deviation)], 1)  # of the mean in deviations
 
     got = value_and_gradient(
-        lambda out: vlb_terms(*(x.to(backend.device) for x in (out, x_start, x_start, t, table.float())), variance="learned", cdf=cdf, backend=backend.name), out
+        lambda out: vlb_terms(
+            *(x.to(backend.device) for x in (out, x_start, x_start, t, table.float())), variance="learned", cdf=cdf, backend=backend.name
+        ),
+        out,
     )
     options = ("learned", False, 256, cdf, False)
     exact = value_and_gradient(lambda out: vlb_terms_reference(out, x_start.double(), x_start.double(), t, table, *options), out.double())
@@ -246,7 +258,9 @@ def test_tanh_cdf_is_close_to_the_exact_one():
     z = torch.linspace(-6, 6, 10001, dtype=torch.float64)
     largest = (0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) - torch.special.ndtr(z)).abs().max()
     x = torch.linspace(-1, 1, 256, dtype=torch.float64)
-    tanh, erf = (discretized_gaussian_log_likelihood(x, x + 0.01, torch.tensor(-3.0, dtype=torch.float64), 256, cdf).exp() for cdf in ("tanh", "erf"))
+    tanh, erf = (
+        discretized_gaussian_log_likelihood(x, x + 0.01, torch.tensor(-3.0, dtype=torch.float64), 256, cdf).exp() for cdf in ("tanh", "erf")
+    )
     assert 0 < (tanh - erf).abs().max() <= 2 * largest < 5e-4
 
 
@@ -279,7 +293,12 @@ def test_decoder_variance_at_zero_and_what_the_other_rule_costs():
     sigma = math.sqrt(schedule.posterior_variance[1].item())
     bin_mass = normal_cdf(-1 / 255 / sigma, "erf") - normal_cdf(-3 / 255 / sigma, "erf")
     assert pinned.item() == pytest.approx(-math.log2(bin_mass), rel=1e-9)
-    other = -discretized_gaussian_log_likelihood(x_start, x_start + 2 / 255, torch.tensor(0.5 * math.log(1e-20), dtype=torch.float64), 256, "erf") / LN2
+    other = (
+        -discretized_gaussian_log_likelihood(
+            x_start, x_start + 2 / 255, torch.tensor(0.5 * math.log(1e-20), dtype=torch.float64), 256, "erf"
+        )
+        / LN2
+    )
     assert other.item() == pytest.approx(39.863, abs=1e-3)
     assert other.item() - pinned.item() > 35
     large = GaussianDiffusion(schedule, "x_start", "fixed_large", cdf="erf").vlb_terms(x_start + 2 / 255, x_start, x_start, t)
@@ -337,6 +356,12 @@ def test_a_broken_sample_does_not_touch_the_others(backend, row, bad):
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
-    arguments = {"model_output": torch.zeros(2, 3), "x_start": torch.zeros(2, 3), "x_t": torch.zeros(2, 3), "t": torch.tensor([0, 1]), "table": torch.zeros(4, 8)}
+    arguments = {
+        "model_output": torch.zeros(2, 3),
+        "x_start": torch.zeros(2, 3),
+        "x_t": torch.zeros(2, 3),
+        "t": torch.tensor([0, 1]),
+        "table": torch.zeros(4, 8),
+    }
     with pytest.raises(error, match=message):
         vlb_terms(**(arguments | change))

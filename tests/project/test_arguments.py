@@ -1,4 +1,5 @@
 """Every argument of the public functions of schedules, diffusion, sampling and the bound, of the wrong type: one line that names it."""
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +36,22 @@ NUMBER = (MANY, "1" * 10**5, "1", True, [1.0, 2.0], 1j, float("nan"), torch.ones
 FLAG = (MANY, torch.from_numpy(MANY), "x", 1, None, 0.0, [True], torch.tensor(True))
 CHOICE = (MANY, "n" * 10**5, None, 3, "nope", ["linear"], {})
 FUNCTION = (None, 3, "x", X)
-BETAS = (MANY, None, 3, 0.1, "x", ["x"], [1j], [True], [[0.1]], [0.1, 2.0], [0.1, None], torch.tensor([0.1j]), torch.tensor([1, 0]), torch.zeros(0))
+BETAS = (
+    MANY,
+    None,
+    3,
+    0.1,
+    "x",
+    ["x"],
+    [1j],
+    [True],
+    [[0.1]],
+    [0.1, 2.0],
+    [0.1, None],
+    torch.tensor([0.1j]),
+    torch.tensor([1, 0]),
+    torch.zeros(0),
+)
 TIMESTEPS = (MANY, 3, "x", [0.5], ["x"], [True], [[1]], [3, 1], [0, 6], [-1, 2], np.array([0.0, 1.0]), [None], {})
 STEPS = (MANY, "3", 1.5, True, [0.5, 1.0], [3, 1], ["x"], [True, False], 0, 7, 1j, {}, torch.tensor([0.5]), [[1]])
 LABELS = (3, 1.0, "x", [0, 1], T.float(), T.int(), T[:1], T.view(2, 1), torch.tensor([0, 4]), torch.tensor([-1, 0]), np.array([0, 1]))
@@ -144,7 +160,11 @@ OUTPUTS = (None, 3.0, [X], (X, X), X.int(), X[:1], torch.zeros(2, 3, 4), "x", np
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("options", [{}, dict(sampler="dpmpp_2m"), dict(threshold=0.9), dict(guidance=2.0, labels=torch.tensor([0, 1])), dict(graph=True)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(sampler="dpmpp_2m"), dict(threshold=0.9), dict(guidance=2.0, labels=torch.tensor([0, 1])), dict(graph=True)],
+    ids=str,
+)
 def test_a_model_that_returns_something_else_is_told_so(options, learned):
     diffusion = GaussianDiffusion(SCHEDULE, "epsilon", "learned_range" if learned else "fixed_large")
 
@@ -189,7 +209,9 @@ def test_integers_of_numpy_and_torch_are_integers(of):
     assert bound.terms.shape == (2, 3)
 
 
-@pytest.mark.parametrize("steps", [np.array([0, 2, 5]), torch.tensor([0, 2, 5]), np.array([0, 2, 5], np.uint16), (0, 2, 5), range(0, 6, 2)], ids=str)
+@pytest.mark.parametrize(
+    "steps", [np.array([0, 2, 5]), torch.tensor([0, 2, 5]), np.array([0, 2, 5], np.uint16), (0, 2, 5), range(0, 6, 2)], ids=str
+)
 def test_lists_of_steps_may_be_arrays(steps):
     assert Sampler(model, DIFFUSION, steps=steps).table.timesteps.tolist() == [int(step) for step in steps]
 

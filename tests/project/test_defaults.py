@@ -1,4 +1,5 @@
 """PyTorch's default device and dtype are the caller's: the library names the device of every tensor that it makes."""
+
 import ast
 import copy
 from pathlib import Path
@@ -62,7 +63,12 @@ def losses_and_gradients():
 def samples():
     chain, network = diffusion(), copy.deepcopy(NETWORK).eval()
     known = X, torch.arange(8, device="cpu") < 4
-    for options in (dict(), dict(sampler="ddim", steps=3, eta=0.5), dict(sampler="dpmpp_2m", steps=4, spacing="logsnr", threshold=0.9), dict(steps=[0, 2, 5])):
+    for options in (
+        dict(),
+        dict(sampler="ddim", steps=3, eta=0.5),
+        dict(sampler="dpmpp_2m", steps=4, spacing="logsnr", threshold=0.9),
+        dict(steps=[0, 2, 5]),
+    ):
         yield df.sample(network, chain, (2, 1, 8, 8), 3, **options)
         yield make_table(chain, **{name: value for name, value in options.items() if name != "threshold"}).table
     yield df.sample(network, chain, (2, 1, 8, 8), 3, known=known)
@@ -99,7 +105,9 @@ def features():
     yield train()(X)
 
 
-PARTS = dict(schedules=schedules, losses_and_gradients=losses_and_gradients, samples=samples, bounds=bounds, training=training, features=features)
+PARTS = dict(
+    schedules=schedules, losses_and_gradients=losses_and_gradients, samples=samples, bounds=bounds, training=training, features=features
+)
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
@@ -131,10 +139,19 @@ def test_every_tensor_of_the_package_is_made_on_a_named_device():
     unnamed = []
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text("utf-8"))
-        modules = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"] if "nn.Module" in path.read_text("utf-8") else []
+        modules = (
+            [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+            if "nn.Module" in path.read_text("utf-8")
+            else []
+        )
         exempt = {id(call) for init in modules for call in ast.walk(init)}
         for node in ast.walk(tree):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"):
+            if not (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id == "torch"
+            ):
                 continue
             if node.func.attr in FACTORIES and not any(keyword.arg == "device" for keyword in node.keywords) and id(node) not in exempt:
                 unnamed.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: torch.{node.func.attr}")

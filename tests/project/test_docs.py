@@ -1,4 +1,5 @@
 """docs/math.md names functions and tests: every one of them must exist."""
+
 import re
 from pathlib import Path
 

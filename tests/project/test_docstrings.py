@@ -1,4 +1,5 @@
 """Docstrings begin with a noun or a verb: "Hash of the weights", not "Of the weights"."""
+
 import ast
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
     assert {path for path in STILL if not found.get(path)} == set(), "they are rewritten or gone: take them off the list"
 
 
-@pytest.mark.parametrize("text", ['"""Of the weights."""', 'def f():\n    """Whether it is."""', 'class A:\n    def f(self):\n        """Its parts, by name."""'])
+@pytest.mark.parametrize(
+    "text", ['"""Of the weights."""', 'def f():\n    """Whether it is."""', 'class A:\n    def f(self):\n        """Its parts, by name."""']
+)
 def test_a_riddle_is_seen(text):
     assert list(beginnings(text))
     assert not list(beginnings(text.replace('"""', '"""Hash ', 1)))

@@ -1,4 +1,5 @@
 """The package's imports have no cycle, those inside functions included: what a module needs lies below it."""
+
 from __future__ import annotations
 
 import ast
@@ -16,7 +17,10 @@ def imports(path: Path, modules: dict[str, Path]) -> set[str]:
     """Modules of the package that a file imports anywhere, but for what is there for type checkers alone."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
     typing_only = {
-        inner for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) for inner in ast.walk(node)
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
         if node in typing_only:
@@ -25,7 +29,9 @@ def imports(path: Path, modules: dict[str, Path]) -> set[str]:
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports name their module in full"
-            found.update(name if (name := f"{node.module}.{alias.name}") in modules or alias.name == "_C" else node.module for alias in node.names)
+            found.update(
+                name if (name := f"{node.module}.{alias.name}") in modules or alias.name == "_C" else node.module for alias in node.names
+            )
     return found & modules.keys()
 
 
@@ -80,11 +86,17 @@ def test_a_cycle_is_seen(tmp_path):
     assert set(cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("path", sorted(path for folder in ("benchmarks", "examples") for path in (PACKAGE.parent / folder).glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in ("benchmarks", "examples") for path in (PACKAGE.parent / folder).glob("*.py")),
+    ids=lambda path: path.name,
+)
 def test_scripts_import_what_is_there(path):
     """Benchmarks and examples need more than the tests do, so that no test runs all of them."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE.name:
             module = importlib.import_module(node.module)
             for alias in node.names:
-                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), f"{node.module} has no {alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    f"{node.module} has no {alias.name}"
+                )

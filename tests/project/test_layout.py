@@ -1,4 +1,5 @@
 """Where test files lie: in folders as the package's, each by itself, with a name that no other has."""
+
 import ast
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,14 @@ def test_no_test_module_is_imported():
 
 
 @pytest.mark.parametrize(
-    "text", ["import test_x", "from test_x import y", "def f():\n    from ops import test_x", "import ops.test_x as y", "importlib.import_module('test_x')"]
+    "text",
+    [
+        "import test_x",
+        "from test_x import y",
+        "def f():\n    from ops import test_x",
+        "import ops.test_x as y",
+        "importlib.import_module('test_x')",
+    ],
 )
 def test_every_way_of_importing_is_seen(text):
     assert "test_x" in imported(text)

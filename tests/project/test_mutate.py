@@ -1,4 +1,5 @@
 """Bugs planted in the kernels are caught by the tests: a sample of mutations.py. ``python tests/mutate.py`` runs all."""
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,5 @@
 """What ``import ddpm_fast`` gives: the names that are promised, the rest when it is asked for, and nothing internal."""
+
 import subprocess
 import sys
 
@@ -29,7 +30,9 @@ def test_data_training_and_evaluation_come_when_asked_for():
 
 
 def test_dir_has_what_is_promised_alone():
-    assert [name for name in dir(ddpm_fast) if not name.startswith("__")] == sorted(name for name in ddpm_fast.__all__ if not name.startswith("__"))
+    assert [name for name in dir(ddpm_fast) if not name.startswith("__")] == sorted(
+        name for name in ddpm_fast.__all__ if not name.startswith("__")
+    )
 
 
 def test_another_name_is_no_attribute():

@@ -1,4 +1,5 @@
 """The comparison itself: it accepts what it must and bites where it must."""
+
 import pytest
 import torch
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact

@@ -1,4 +1,5 @@
 """PyTorch's private hooks still do what ddpm_fast/_pytorch.py says of them, and nothing else uses any."""
+
 import ast
 from pathlib import Path
 
@@ -118,10 +119,18 @@ def test_a_draw_raises_as_vmap_asks():
 
 
 def private(node):
-    return isinstance(node, ast.Attribute) and node.attr in ("_C", "_functorch", "_current_level", "_dynamo") and isinstance(node.value, ast.Name)
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr in ("_C", "_functorch", "_current_level", "_dynamo")
+        and isinstance(node.value, ast.Name)
+    )
 
 
 def test_no_other_file_uses_private_hooks():
     package = Path(ddpm_fast.__file__).parent
-    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if any(private(node) and node.value.id in ("torch", "forward_ad") for node in ast.walk(ast.parse(path.read_text())))}
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if any(private(node) and node.value.id in ("torch", "forward_ad") for node in ast.walk(ast.parse(path.read_text())))
+    }
     assert found == {"_pytorch.py"}

@@ -1,4 +1,5 @@
 """The README's Python is a program that runs, and does what its comments say."""
+
 import re
 from pathlib import Path
 

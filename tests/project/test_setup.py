@@ -1,4 +1,5 @@
 """What building says of its environment before CMake is started."""
+
 import runpy
 import shutil
 from pathlib import Path
@@ -19,7 +20,11 @@ def check_compiler(monkeypatch):
 
 @pytest.mark.parametrize(
     "value, message",
-    [(" ", "CXX must name a compiler or be unset, got ' '"), ("\t", "CXX must name a compiler"), ("nothing --fast", r"found no C\+\+ compiler \(looked for nothing\)")],
+    [
+        (" ", "CXX must name a compiler or be unset, got ' '"),
+        ("\t", "CXX must name a compiler"),
+        ("nothing --fast", r"found no C\+\+ compiler \(looked for nothing\)"),
+    ],
 )
 def test_cxx_that_names_no_compiler(check_compiler, monkeypatch, value, message):
     monkeypatch.setenv("CXX", value)

@@ -1,4 +1,5 @@
 """The memory path of the machine: address windows, checked loads and stores, race checks and traffic counters."""
+
 from __future__ import annotations
 
 import warnings
@@ -20,8 +21,7 @@ from .memory import (
 )
 from .races import CTA, STRONG, THREAD, WARP
 
-WINDOWS = {SHARED_BASE >> 40: ("shared", SHARED_BASE), LOCAL_BASE >> 40: ("local", LOCAL_BASE),
-           PARAM_BASE >> 40: ("param", PARAM_BASE)}
+WINDOWS = {SHARED_BASE >> 40: ("shared", SHARED_BASE), LOCAL_BASE >> 40: ("local", LOCAL_BASE), PARAM_BASE >> 40: ("param", PARAM_BASE)}
 
 
 def _distinct(keys):
@@ -51,7 +51,7 @@ class Access:
             return [(space, address, g, None)]
         window = address >> np.uint64(40)
         out = []
-        for w in ([window[0]] if (window == window[0]).all() else np.unique(window)):
+        for w in [window[0]] if (window == window[0]).all() else np.unique(window):
             name, base = WINDOWS.get(int(w), ("global", 0))
             if address.size == 1 or (window == w).all():
                 return [(name, address - np.uint64(base), g, None)]
@@ -90,11 +90,8 @@ class Access:
             near = "; " + self.device.nearest(error.address)
         elif space == "shared":
             blocks = self.kernel.shared_blocks + [(self.launch.dynamic_base, self.launch.shared_bytes, "dynamic")]
-            near = "; shared variables: " + ", ".join(
-                f"{name} [{start}, {start + size})" for start, size, name in blocks
-            )
-        text = (f"{error.kind} {space} {verb} of {nbytes} bytes at {error.address:#x} by "
-                f"{self.whereabouts(thread)}{near}")
+            near = "; shared variables: " + ", ".join(f"{name} [{start}, {start + size})" for start, size, name in blocks)
+        text = f"{error.kind} {space} {verb} of {nbytes} bytes at {error.address:#x} by {self.whereabouts(thread)}{near}"
         if error.kind != "uninitialised":
             raise MemoryFault(text)
         if mode == "error":
@@ -150,9 +147,10 @@ class Access:
                 held = mem.gather(where[lanes] + k * width, width) if others is None else v[others]
                 differ |= held != v[lanes]
             return differ
+
         self.race(space, flat, nbytes, g, kind, changed)
         if flat.size == 1 and g.n > 1:
-            values = [v[-1:] for v in values]           # the last thread wins
+            values = [v[-1:] for v in values]  # the last thread wins
         for k, v in enumerate(values):
             mem.scatter(flat + k * width if k else flat, width, v)
 
@@ -170,9 +168,11 @@ class Access:
             self.order.strong(space, flat, index, kind)
         if found:
             at, other, thread, distance, pc = found
-            text = (f"{space}-memory race: {kind} of {nbytes} bytes at {self.address_in(space, int(flat[at])):#x} by "
-                    f"{self.whereabouts(int(index[at]))} and {other} by {self.who_is(thread, distance)} at {self.place(int(pc))} "
-                    f"with no barrier between")
+            text = (
+                f"{space}-memory race: {kind} of {nbytes} bytes at {self.address_in(space, int(flat[at])):#x} by "
+                f"{self.whereabouts(int(index[at]))} and {other} by {self.who_is(thread, distance)} at {self.place(int(pc))} "
+                f"with no barrier between"
+            )
             if self.launch.races == "error":
                 raise RaceError(text)
             if self.pc not in self.launch.warned:
@@ -186,8 +186,15 @@ class Access:
         """A thread of the grid, or the warp, CTA or grid of which it and others accessed the same bytes."""
         cta, who = thread // self.padded - self.first, thread % self.padded
         block = f" of block {self.cta_coordinates(cta)}"
-        return (f"thread {who}{block}" if distance == THREAD else f"threads of warp {who // 32}{block}" if distance == WARP else
-                f"several warps{block}" if distance == CTA else "threads of several blocks")
+        return (
+            f"thread {who}{block}"
+            if distance == THREAD
+            else f"threads of warp {who // 32}{block}"
+            if distance == WARP
+            else f"several warps{block}"
+            if distance == CTA
+            else "threads of several blocks"
+        )
 
     def count_global(self, kind, flat, nbytes, g, index=None):
         traffic = getattr(self.report, "global_" + kind)

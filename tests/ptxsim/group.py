@@ -1,4 +1,5 @@
 """A set of threads that execute together."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 class Group:
     """Threads that execute together. `full`: all living threads; `all`: every lane of the batch; `whole`: warps that access
     memory as one."""
+
     __slots__ = ("_index", "all", "full", "mask", "n", "sparse", "warps", "whole")
 
     def __init__(self, mask, alive, n=None, whole=False):

@@ -1,4 +1,5 @@
 """The public API: modules, kernel lookup, argument packing and launches."""
+
 from __future__ import annotations
 
 import functools
@@ -80,7 +81,7 @@ class Module:
         return program
 
     @classmethod
-    @functools.lru_cache(maxsize=16)                # several tests run the kernels of one file
+    @functools.lru_cache(maxsize=16)  # several tests run the kernels of one file
     def from_ptx(cls, text):
         return cls(text)
 
@@ -88,6 +89,7 @@ class Module:
     def from_cuda(cls, source, arch="sm_80", include=(), flags=()):
         """Compile a .cu file (or CUDA C++ text) with nvcc."""
         from .nvcc import compile_ptx
+
         return cls.from_ptx(compile_ptx(source, arch, include, flags))
 
     @property
@@ -112,10 +114,7 @@ class Module:
         exact = [e for e in hits if readable[e].split("(")[0].split("<")[0].split(" ")[-1].split("::")[-1] == name]
         hits = exact if len(exact) == 1 else hits
         if len(hits) != 1:
-            raise KeyError(
-                f"{'no' if not hits else 'more than one'} kernel matches {name!r}; "
-                f"candidates: {sorted(readable.values())}"
-            )
+            raise KeyError(f"{'no' if not hits else 'more than one'} kernel matches {name!r}; candidates: {sorted(readable.values())}")
         return hits[0]
 
     def load(self, device):
@@ -137,18 +136,34 @@ class Module:
                     data = immediate(item, np.dtype(dtype)).tobytes()
                 else:
                     raise UnsupportedInstruction(f"initialiser of {v.name}")
-                raw[k * width:(k + 1) * width] = data
+                raw[k * width : (k + 1) * width] = data
             if not v.extern:
                 DeviceArray(device, symbols[v.name], (v.size,), np.uint8).copy_from(np.frombuffer(bytes(raw), np.uint8))
-        device.modules[id(self.program)] = (self.program, symbols)      # holding the program keeps its id unique
+        device.modules[id(self.program)] = (self.program, symbols)  # holding the program keeps its id unique
         return symbols
 
     def variable(self, device, name, shape, dtype):
         """A `__device__` or `__constant__` variable as a DeviceArray."""
         return DeviceArray(device, self.load(device)[name], shape, dtype)
 
-    def launch(self, name, grid, block, args, shared_bytes=0, *, device=None, uninitialised="error", races="error",
-               same_value_writes=(), exited_threads="error", shuffle_check=True, schedule=None, batch_threads=32768, max_branches=50_000_000):
+    def launch(
+        self,
+        name,
+        grid,
+        block,
+        args,
+        shared_bytes=0,
+        *,
+        device=None,
+        uninitialised="error",
+        races="error",
+        same_value_writes=(),
+        exited_threads="error",
+        shuffle_check=True,
+        schedule=None,
+        batch_threads=32768,
+        max_branches=50_000_000,
+    ):
         """Run a kernel to completion and return its Report.
 
         grid, block: int or up to three ints. args: DeviceArray, numbers, bytes or NumPy scalars, one per parameter.
@@ -173,13 +188,11 @@ class Module:
         threads, blocks = int(np.prod(run.block)), int(np.prod(run.grid, dtype=np.int64))
         most = int(np.prod(kernel.entry.limits.get(".maxntid", (1024,))))
         if not 0 < threads <= most or run.block != _triple(kernel.entry.limits.get(".reqntid", run.block)):
-            raise ValueError(
-                f"{name}: block {run.block} breaks the declared limits {kernel.entry.limits or {'.maxntid': most}}"
-            )
+            raise ValueError(f"{name}: block {run.block} breaks the declared limits {kernel.entry.limits or {'.maxntid': most}}")
         run.params = Space("param", max(kernel.param_bytes, 16))
         run.params.state[:] = ALLOCATED | INITIALISED
         for p, offset, value in zip(kernel.entry.params, kernel.param_offsets, args):
-            run.params.data[offset:offset + p.size] = np.frombuffer(_pack(p, value), np.uint8)
+            run.params.data[offset : offset + p.size] = np.frombuffer(_pack(p, value), np.uint8)
         run.dynamic_base = -(-kernel.shared_bytes // 128) * 128
         run.shared_size = run.dynamic_base + run.shared_bytes if run.shared_bytes else kernel.shared_bytes
         run.uninitialised, run.races, run.same_value_writes = uninitialised, races, same_value_writes
@@ -191,7 +204,7 @@ class Module:
         run.report = Report(name, run.grid, run.block)
         run.threads_at, run.warps_at = [0] * len(kernel.steps), [0] * len(kernel.steps)
         run.divergence, run.warned = 0, set()
-        run.now, run.messages, run.global_races = 1, {}, {}             # see Order
+        run.now, run.messages, run.global_races = 1, {}, {}  # see Order
         if races != "off":
             run.global_races["global"] = RaceDetector(GlobalMarks, run.device.heap.size, kernel.granules["global"])
         run.touched = {kind: np.zeros(run.device.heap.size >> 5, bool) for kind in ("load", "store")}

@@ -1,4 +1,5 @@
 """Comparison, selection, moves and address conversion."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -47,11 +48,14 @@ def setp(k, ins):
     sources = [(a, t) for a in ins.args[1:3]] + [(a, "pred") for a in ins.args[3:]]
     if isinstance(ins.args[0], Pair):
         dsts = [ins.args[0].first, ins.args[0].second]
-        if t.endswith("x2"):                                # one predicate per half
+        if t.endswith("x2"):  # one predicate per half
             split = lambda r, *c: tuple(np.ascontiguousarray(combine(r[:, j], *c) if c else r[:, j]) for j in (0, 1))
             return emit(k, dsts, sources, lambda a, b, *c: split(compare(a, b), *c))
-        both = (lambda a, b, c: (combine(compare(a, b), c), combine(~compare(a, b), c))) if combine else \
-            (lambda a, b: (compare(a, b), ~compare(a, b)))
+        both = (
+            (lambda a, b, c: (combine(compare(a, b), c), combine(~compare(a, b), c)))
+            if combine
+            else (lambda a, b: (compare(a, b), ~compare(a, b)))
+        )
         return emit(k, dsts, sources, both)
     return emit(k, ins.args[0], sources, (lambda a, b, c: combine(compare(a, b), c)) if combine else compare)
 
@@ -71,23 +75,20 @@ def set_(k, ins):
         if r.ndim == 2:
             return np.where(r, np.uint16(0xFFFF), np.uint16(0)).reshape(-1).view(U32)
         return np.where(r, DTYPES[dt].type(-1 if dt[0] == "s" else (1 << 8 * SIZES[dt]) - 1), DTYPES[dt].type(0))
+
     return emit(k, ins.args[0], sources, fn)
 
 
 @op("selp")
 def selp(k, ins):
     t = ins.op[-1]
-    return emit(
-        k, ins.args[0], [(ins.args[1], t), (ins.args[2], t), (ins.args[3], "pred")], lambda a, b, p: np.where(p, a, b)
-    )
+    return emit(k, ins.args[0], [(ins.args[1], t), (ins.args[2], t), (ins.args[3], "pred")], lambda a, b, p: np.where(p, a, b))
 
 
 @op("slct")
 def slct(k, ins):
     t, ct = ins.op[-2:]
-    return emit(
-        k, ins.args[0], [(ins.args[1], t), (ins.args[2], t), (ins.args[3], ct)], lambda a, b, c: np.where(c >= 0, a, b)
-    )
+    return emit(k, ins.args[0], [(ins.args[1], t), (ins.args[2], t), (ins.args[3], ct)], lambda a, b, c: np.where(c >= 0, a, b))
 
 
 @op("mov")
@@ -102,15 +103,12 @@ def mov(k, ins):
         "%globaltimer_hi",
     ):
         slot = k.target(dst)  # an instruction count stands for time
-        return lambda m, g: m.put_compact(
-            slot, np.array([0 if src.name.endswith("_hi") else sum(m.launch.warps_at)], U64), g
-        )
-    if isinstance(dst, Vec):                            # unpack
+        return lambda m, g: m.put_compact(slot, np.array([0 if src.name.endswith("_hi") else sum(m.launch.warps_at)], U64), g)
+    if isinstance(dst, Vec):  # unpack
         n = len(dst.items)
         part = UNSIGNED[SIZES[t] // n]
-        return emit(k, dst.items, [(src, t)], lambda x: tuple(
-            np.ascontiguousarray(x.view(part).reshape(-1, n)[:, j]) for j in range(n)))
-    if isinstance(src, Vec):                            # pack
+        return emit(k, dst.items, [(src, t)], lambda x: tuple(np.ascontiguousarray(x.view(part).reshape(-1, n)[:, j]) for j in range(n)))
+    if isinstance(src, Vec):  # pack
         n = len(src.items)
         if SIZES[t] // n not in UNSIGNED or SIZES[t] > 8:
             k.unsupported()
@@ -122,15 +120,14 @@ def mov(k, ins):
             for j, p in enumerate(parts[1:], 1):
                 out = out | p.astype(whole) << whole.type(j * 8 * p.itemsize)
             return out
+
         return emit(k, dst, [(a, part) for a in src.items], join)
     return emit(k, dst, [(src, t)], lambda x: x)
 
 
 @op("cvta")
 def cvta(k, ins):
-    space = next(
-        (p.split("::")[0] for p in ins.op if p.split("::")[0] in ("global", "shared", "local", "const", "param")), None
-    )
+    space = next((p.split("::")[0] for p in ins.op if p.split("::")[0] in ("global", "shared", "local", "const", "param")), None)
     base = {"shared": SHARED_BASE, "local": LOCAL_BASE, "param": PARAM_BASE}.get(space, 0)
     dst, src = ins.args
     if isinstance(src, Name) and k.slot(src.name) is None and not src.name.startswith("%"):
@@ -145,13 +142,15 @@ def cvta(k, ins):
 
 @op("isspacep")
 def isspacep(k, ins):
-    window = {"shared": SHARED_BASE >> 40, "local": LOCAL_BASE >> 40, "param": PARAM_BASE >> 40}.get(
-        ins.op[1].split("::")[0]
-    )
+    window = {"shared": SHARED_BASE >> 40, "local": LOCAL_BASE >> 40, "param": PARAM_BASE >> 40}.get(ins.op[1].split("::")[0])
     if ins.op[1] == "const":
         k.unsupported()
-    return emit(k, ins.args[0], [(ins.args[1], "u64")],
-                lambda x: (x >> np.uint64(40) == np.uint64(window)) if window else x >> np.uint64(40) > np.uint64(3))
+    return emit(
+        k,
+        ins.args[0],
+        [(ins.args[1], "u64")],
+        lambda x: (x >> np.uint64(40) == np.uint64(window)) if window else x >> np.uint64(40) > np.uint64(3),
+    )
 
 
 @op("mapa")

@@ -1,4 +1,5 @@
 """Integer arithmetic, logic and bit manipulation."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -49,6 +50,7 @@ def with_carry(k, dst, sources, fn, uses, sets):
         m.put_compact(d, r, g)
         if sets:
             m.put_compact(slot, out.astype(U32), g)
+
     return run
 
 
@@ -106,22 +108,19 @@ def mul24(k, ins):
     cut = lambda x: (x << x.dtype.type(8)) >> x.dtype.type(8)
     shift = 0 if ins.op[1] == "lo" else 16
     product = lambda a, b: (cut(a).astype(double_width(a.dtype)) * cut(b) >> a.dtype.type(shift)).astype(a.dtype)
-    return emit(
-        k, ins.args[0], [(a, t) for a in ins.args[1:]], lambda a, b, *c: product(a, b) + c[0] if c else product(a, b)
-    )
+    return emit(k, ins.args[0], [(a, t) for a in ins.args[1:]], lambda a, b, *c: product(a, b) + c[0] if c else product(a, b))
 
 
 @op("sad")
 def sad(k, ins):
-    return emit(
-        k, ins.args[0], [(a, ins.op[-1]) for a in ins.args[1:]], lambda a, b, c: np.where(a < b, b - a, a - b) + c
-    )
+    return emit(k, ins.args[0], [(a, ins.op[-1]) for a in ins.args[1:]], lambda a, b, c: np.where(a < b, b - a, a - b) + c)
 
 
 def _logic(bits, preds):
     def build(k, ins):
         t = ins.op[-1]
         return emit(k, ins.args[0], [(a, t) for a in ins.args[1:]], preds if t == "pred" else bits)
+
     return build
 
 
@@ -140,9 +139,10 @@ def shift(k, ins):
         return emit(k, ins.args[0], [(ins.args[1], t), (ins.args[2], t)], ufunc)
     last = np.uint32(bits - 1)
 
-    def fn(a, b):                                       # amounts beyond the width act like the width
+    def fn(a, b):  # amounts beyond the width act like the width
         r = ufunc(a, np.minimum(b, last).astype(a.dtype))
         return r if a.dtype.kind == "i" and ufunc is np.right_shift else np.where(b > last, a.dtype.type(0), r)
+
     return emit(k, ins.args[0], [(ins.args[1], t), (ins.args[2], "u32")], fn)
 
 
@@ -154,6 +154,7 @@ def shf(k, ins):
         n = (c & np.uint32(31) if wrap else np.minimum(c, np.uint32(32))).astype(U64)
         both = (b.astype(U64) << np.uint64(32)) | a
         return ((both << n) >> np.uint64(32) if left else both >> n).astype(U32)
+
     return emit(k, ins.args[0], [(a, "u32") for a in ins.args[1:]], fn)
 
 
@@ -172,6 +173,7 @@ def lop3(k, ins):
         for j in terms:
             out = out | (a if j & 4 else ~a) & (b if j & 2 else ~b) & (c if j & 1 else ~c)
         return ~out if invert else out
+
     return emit(k, ins.args[0], [(a, "u32") for a in ins.args[1:4]], fn)
 
 
@@ -188,6 +190,7 @@ def prmt(k, ins):
             byte = np.where(selector & np.uint32(8), (byte >> np.uint32(7)) * np.uint32(255), byte)
             out = out | byte << np.uint32(8 * j)
         return out
+
     return emit(k, ins.args[0], [(a, "u32") for a in ins.args[1:]], fn)
 
 
@@ -203,8 +206,9 @@ def bfe(k, ins):
         wide = a.astype(double_width(a.dtype) if a.itemsize < 8 else a.dtype)
         kind = wide.dtype
         moved = wide >> position.astype(kind)
-        rest = np.where(length == 0, 0, 64 - length.astype(I64)).astype(kind)       # sign- or zero-extend `length` bits
+        rest = np.where(length == 0, 0, 64 - length.astype(I64)).astype(kind)  # sign- or zero-extend `length` bits
         return np.where(length == 0, kind.type(0), (moved << rest) >> rest).astype(a.dtype)
+
     return emit(k, ins.args[0], [(ins.args[1], t), (ins.args[2], "u32"), (ins.args[3], "u32")], fn)
 
 
@@ -215,11 +219,10 @@ def bfi(k, ins):
     def fn(a, b, position, length):
         p = np.minimum(position & np.uint32(255), np.uint32(63)).astype(U64)
         n = np.minimum(length & np.uint32(255), np.uint32(64)).astype(U64)
-        ones = np.where(
-            n >= 64, np.uint64(0xFFFFFFFFFFFFFFFF), (np.uint64(1) << np.minimum(n, np.uint64(63))) - np.uint64(1)
-        )
+        ones = np.where(n >= 64, np.uint64(0xFFFFFFFFFFFFFFFF), (np.uint64(1) << np.minimum(n, np.uint64(63))) - np.uint64(1))
         mask = np.where((position & np.uint32(255)) > 63, np.uint64(0), ones << p)
         return ((b.astype(U64) & ~mask) | (a.astype(U64) << p) & mask).astype(a.dtype)
+
     return emit(k, ins.args[0], [(ins.args[1], t), (ins.args[2], t), (ins.args[3], "u32"), (ins.args[4], "u32")], fn)
 
 
@@ -243,6 +246,7 @@ def clz(k, ins):
             x = np.where(x < 0, ~x, x).view(UNSIGNED[x.itemsize])
         n = bit_length(x)
         return np.where(n == 0, np.uint32(0xFFFFFFFF), bits - n if "shiftamt" in ins.op else n - np.uint32(1))
+
     return emit(k, ins.args[0], [(ins.args[1], t)], fn)
 
 
@@ -259,6 +263,7 @@ def dp4a(k, ins):
     def fn(a, b, c):
         x, y = (v.view(kind).reshape(-1, 4).astype(I32) for v, kind in zip((a, b), kinds))
         return (x * y).sum(axis=1, dtype=I32).view(U32) + c
+
     return emit(k, ins.args[0], [(a, "u32") for a in ins.args[1:]], fn)
 
 
@@ -270,4 +275,5 @@ def brev(k, ins):
             mask = one(sum(((1 << step) - 1) << j for j in range(0, n, 2 * step)))
             x = ((x >> one(step)) & mask) | ((x & mask) << one(step))
         return x.byteswap()
+
     return emit(k, ins.args[0], [(ins.args[1], ins.op[-1])], fn)

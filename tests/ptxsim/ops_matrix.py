@@ -1,4 +1,5 @@
 """Matrix instructions: ldmatrix, stmatrix, mma.sync, wmma. `multiply_accumulate` says how a tensor core adds."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -37,8 +38,8 @@ def ldmatrix(k, ins):
 
     def run(m, g):
         warps = whole_warps(m, g)
-        address = np.broadcast_to(m.address_of(base, offset, g), g.n).reshape(-1, 32)[:, :8 * count].reshape(-1)
-        lanes = warps[:, :8 * count].reshape(-1)
+        address = np.broadcast_to(m.address_of(base, offset, g), g.n).reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        lanes = warps[:, : 8 * count].reshape(-1)
         mask = np.zeros(m.total, bool)
         mask[lanes] = True
         sub = Group(mask, m.living, whole=True)
@@ -60,6 +61,7 @@ def ldmatrix(k, ins):
             rows = np.ascontiguousarray(rows).reshape(-1, 8).view(np.uint8)
             m.race("shared", flat, 16, sub, "write", rows_changed(space, flat, rows))
             space.write_rows(flat, rows)
+
     return warp_synchronous(k, None, run)
 
 
@@ -72,8 +74,8 @@ def unpack_elements(words, t):
 
 
 PRODUCTS_AT_ONCE = {"f16": 8, "bf16": 8, "tf32": 4}
-EXTRA_BITS = 1                                                  # that alignment keeps below the last bit of a float32
-ZERO, NOT_FINITE = -4096, 8192                                  # their exponents: the second outweighs the first
+EXTRA_BITS = 1  # that alignment keeps below the last bit of a float32
+ZERO, NOT_FINITE = -4096, 8192  # their exponents: the second outweighs the first
 
 
 def exponents(x):
@@ -116,16 +118,16 @@ def add_products(left, right, exponent, c, half):
     # float32 and int32 hold all that is needed unless numbers are tiny (where they are all zero it does not matter) or huge
     ordinary = not np.any((largest > ZERO + 1000) & (largest < -100) | (largest > 120))
     real, integer, smallest = (F32, I32, -126) if ordinary else (F64, I64, -149)
-    last = np.maximum(largest - np.int16(23 + EXTRA_BITS), np.int16(smallest))   # exponent of the last bit that is kept
+    last = np.maximum(largest - np.int16(23 + EXTRA_BITS), np.int16(smallest))  # exponent of the last bit that is kept
     scale = powers(-last).astype(real)
     with np.errstate(all="ignore"):
-        products = left.astype(real) * right                                     # exact, or below the last bit
+        products = left.astype(real) * right  # exact, or below the last bit
         total = np.add.reduce((products * scale).astype(integer), axis=0, dtype=integer)
         total = (total + (c * scale).astype(integer)).astype(F64)
         if not half:
             total = (total.view(U64) & ~np.uint64((1 << 53 - 24) - 1)).view(F64)
         total *= powers(last)
-        if not ordinary:                                                         # infinities and NaN as IEEE has them
+        if not ordinary:  # infinities and NaN as IEEE has them
             plain = products.sum(0) + c
             total = np.where(np.isfinite(plain), total, plain)
         return total.astype(F16).astype(F32) if half else total.astype(F32)
@@ -136,8 +138,14 @@ def mma(k, ins):
     """mma.sync m16n8kK: fragments are gathered to matrices of (K, 16) and (K, 8) for each warp."""
     shape, types = next(p for p in ins.op if p.startswith("m16") or p.startswith("m8")), ins.op[-4:]
     dt, at, bt, ct = types
-    depth = {("m16n8k16", "f16"): 16, ("m16n8k16", "bf16"): 16, ("m16n8k8", "f16"): 8, ("m16n8k8", "bf16"): 8,
-             ("m16n8k8", "tf32"): 8, ("m16n8k4", "tf32"): 4}.get((shape, at))
+    depth = {
+        ("m16n8k16", "f16"): 16,
+        ("m16n8k16", "bf16"): 16,
+        ("m16n8k8", "f16"): 8,
+        ("m16n8k8", "bf16"): 8,
+        ("m16n8k8", "tf32"): 8,
+        ("m16n8k4", "tf32"): 4,
+    }.get((shape, at))
     orders = [p for p in ins.op if p in ("row", "col")]
     if depth is None or at != bt or dt not in ("f32", "f16") or ct != dt or orders != ["row", "col"]:
         k.unsupported()
@@ -145,21 +153,19 @@ def mma(k, ins):
     slots = [k.target(x) for x in d]
     a, b = ([k.source(x, U32)[0] for x in v] for v in (a, b))
     c = [k.source(x, F32 if ct == "f32" else U32)[0] for x in c]
-    per = 1 if at == "tf32" else 2                              # elements of a register along K
+    per = 1 if at == "tf32" else 2  # elements of a register along K
     flops = 2 * 16 * 8 * depth
 
     def run(m, g):
         warps = whole_warps(m, g)
-        take = lambda slots, dtype=U32: np.stack([np.broadcast_to(m.value(s, dtype, g), g.n) for s in slots]).reshape(
-            len(slots), -1, 8, 4
-        )
+        take = lambda slots, dtype=U32: np.stack([np.broadcast_to(m.value(s, dtype, g), g.n) for s in slots]).reshape(len(slots), -1, 8, 4)
         fa, fb = unpack_elements(take(a), at), unpack_elements(take(b), at)  # register, warp, group, quad lane, element
         n = len(warps)
         left = fa.reshape(-1, 2, n, 8, 4, per).transpose(0, 4, 5, 1, 3, 2).reshape(depth, 16, n)
         right = fb.transpose(0, 3, 4, 1, 2).reshape(depth, 8 * n)
         if dt == "f32":
             held = take(c, F32)
-        else:                                                   # two columns of a row in a register
+        else:  # two columns of a row in a register
             held = packed(np.ascontiguousarray(take(c)).reshape(-1), F16).astype(F32).reshape(2, n, 8, 4, 2).transpose(0, 4, 1, 2, 3)
         held = held.reshape(2, 2, n, 8, 4).transpose(0, 3, 2, 4, 1).reshape(16, 8 * n)  # (row half, column parity, warp, row, quad lane)
         total = multiply_accumulate(left, right, held, at, half=dt == "f16")
@@ -167,7 +173,8 @@ def mma(k, ins):
         m.report.mma_flops += flops * n
         m.report.mma_instructions += n
         for j, slot in enumerate(slots):
-            m.put_compact(slot, total[j] if dt == "f32" else ENCODE["f16x2"](total[2 * j:2 * j + 2].T), g)
+            m.put_compact(slot, total[j] if dt == "f32" else ENCODE["f16x2"](total[2 * j : 2 * j + 2].T), g)
+
     return warp_synchronous(k, None, run)
 
 
@@ -206,9 +213,7 @@ def wmma(k, ins):
         if load:
             values = [m.load(space, a, SIZES[t], 1, g)[0] for a in places]
             if halves:
-                values = [
-                    values[2 * j].astype(U32) | values[2 * j + 1].astype(U32) << np.uint32(16) for j in range(4)
-                ] * (len(slots) // 4)
+                values = [values[2 * j].astype(U32) | values[2 * j + 1].astype(U32) << np.uint32(16) for j in range(4)] * (len(slots) // 4)
             for slot, v in zip(slots, values):
                 m.put_compact(slot, v, g)
             return
@@ -217,6 +222,7 @@ def wmma(k, ins):
             values = [(v >> np.uint32(16 * j)).astype(U16) for v in values for j in (0, 1)]
         for a, v in zip(places, values):
             m.store(space, a, SIZES[t], [v], g)
+
     return warp_synchronous(k, None, run)
 
 
@@ -231,20 +237,18 @@ def wmma_mma(k, ins):
         n = len(whole_warps(m, g))
 
         def matrix(regs, t):
-            words = np.stack([np.broadcast_to(m.value(s, U32, g), g.n) for s in regs[:8 if t == "f32" else 4]], axis=1)
-            held = (
-                words.view(F32)
-                if t == "f32"
-                else DECODE[t](np.ascontiguousarray(words).view(F16 if t == "f16" else U16))
-            )
+            words = np.stack([np.broadcast_to(m.value(s, U32, g), g.n) for s in regs[: 8 if t == "f32" else 4]], axis=1)
+            held = words.view(F32) if t == "f32" else DECODE[t](np.ascontiguousarray(words).view(F16 if t == "f16" else U16))
             return held.reshape(n, 32, 8).transpose(0, 2, 1).reshape(n, 16, 16)
+
         right, held = matrix(b, at).transpose(1, 0, 2).reshape(16, -1), matrix(c, ct).transpose(1, 0, 2).reshape(16, -1)
         out = multiply_accumulate(np.ascontiguousarray(matrix(a, at).transpose(2, 1, 0)), right, held, at, half=dt == "f16")
         out = out.reshape(16, n, 16).transpose(1, 0, 2)
-        m.report.mma_flops += 2 * 16 ** 3 * n
+        m.report.mma_flops += 2 * 16**3 * n
         m.report.mma_instructions += n
         held = out.reshape(n, 8, 32).transpose(0, 2, 1).reshape(n * 32, 8)
         held = np.ascontiguousarray(held if dt == "f32" else held.astype(F16)).view(U32)
         for j, slot in enumerate(slots):
             m.put_compact(slot, np.ascontiguousarray(held[:, j]), g)
+
     return warp_synchronous(k, None, run)

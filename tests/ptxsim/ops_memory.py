@@ -1,4 +1,5 @@
 """Loads, stores, atomics and cp.async."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -34,6 +35,7 @@ def with_fences(ins, run):
         run(m, g)
         if "release" not in ins.op:
             m.order.fence(g.index)
+
     return fenced
 
 
@@ -58,6 +60,7 @@ def ld(k, ins):
     def run(m, g):
         for slot, v in zip(slots, m.load(space, m.address_of(base, offset, g), width, len(slots), g, kind)):
             m.put_compact(slot, v.view(signed) if signed else v, g)
+
     return with_fences(ins, run)
 
 
@@ -73,6 +76,7 @@ def st(k, ins):
 
     def run(m, g):
         m.store(space, m.address_of(base, offset, g), width, [m.value(s, t, g) for s, t in slots], g, kind)
+
     return with_fences(ins, run)
 
 
@@ -80,9 +84,16 @@ def _float_sum(t):
     return np.add if t in ("f32", "f64") else lambda a, b: ENCODE[t](DECODE[t](a) + DECODE[t](b))
 
 
-ATOMIC = {"min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-          "exch": lambda a, b: b, "inc": lambda a, b: np.where(a >= b, a.dtype.type(0), a + a.dtype.type(1)),
-          "dec": lambda a, b: np.where((a == 0) | (a > b), b, a - a.dtype.type(1))}
+ATOMIC = {
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda a, b: b,
+    "inc": lambda a, b: np.where(a >= b, a.dtype.type(0), a + a.dtype.type(1)),
+    "dec": lambda a, b: np.where((a == 0) | (a > b), b, a - a.dtype.type(1)),
+}
 
 
 def atomic_update(view, index, name, t, b, c, need_old):
@@ -97,7 +108,7 @@ def atomic_update(view, index, name, t, b, c, need_old):
     first = np.concatenate(([True], where[1:] != where[:-1]))
     start = np.maximum.accumulate(np.where(first, np.arange(len(where)), 0))
     old = np.empty(len(index), view.dtype)
-    if name == "add" and not is_float(t):                  # exclusive prefix sums, modulo 2**bits
+    if name == "add" and not is_float(t):  # exclusive prefix sums, modulo 2**bits
         total = np.cumsum(b[order], dtype=view.dtype) - b[order]
         old[order] = view[where] + (total - total[start])
         np.add.at(view, index, b)
@@ -106,7 +117,7 @@ def atomic_update(view, index, name, t, b, c, need_old):
     by_rank = np.argsort(rank, kind="stable")
     bounds = np.searchsorted(rank[by_rank], np.arange(rank.max() + 2))
     for r in range(len(bounds) - 1):
-        lanes = order[by_rank[bounds[r]:bounds[r + 1]]]
+        lanes = order[by_rank[bounds[r] : bounds[r + 1]]]
         held = view[index[lanes]]
         old[lanes] = held
         if name == "cas":
@@ -126,7 +137,7 @@ def atom(k, ins):
     lanes = lambda a: a.items if isinstance(a, Vec) else (a,)
     slots = [k.target(a) for a in lanes(ins.args[0])] if returns else [None] * len(lanes(args[1]))
     space, base, offset = k.address(args[0], space_of(ins))
-    sources = [[k.source(a, DTYPES[t]) for a in lanes(v)] for v in args[1:(3 if name == "cas" else 2)]]
+    sources = [[k.source(a, DTYPES[t]) for a in lanes(v)] for v in args[1 : (3 if name == "cas" else 2)]]
     width = SIZES[t]
 
     def run(m, g):
@@ -143,16 +154,15 @@ def atom(k, ins):
                 m.report.global_atomics += sub.n * len(slots)
                 for kind in ("load", "store"):
                     m.launch.touched[kind][flat >> 5] = True
-            for j in range(len(slots)):                     # each element of a vector is atomic by itself
+            for j in range(len(slots)):  # each element of a vector is atomic by itself
                 b, *c = [v[j] if chosen is None or v[j].size == 1 else v[j][chosen] for v in values]
-                got = atomic_update(
-                    mem.data_as[width].view(DTYPES[t]), flat // width + j, name, t, b, c[0] if c else None, need[j]
-                )
+                got = atomic_update(mem.data_as[width].view(DTYPES[t]), flat // width + j, name, t, b, c[0] if c else None, need[j])
                 if need[j]:
                     old[j][slice(None) if chosen is None else chosen] = got
         for j, slot in enumerate(slots):
             if need[j]:
                 m.put_compact(slot, old[j], g)
+
     return with_fences(ins, run)
 
 
@@ -161,8 +171,10 @@ def cp_async(k, ins):
     """cp.async: the source is read at issue (or with a seed at the wait), the data lands when a wait covers its group; until then the bytes of
     the destination count as uninitialised."""
     if ins.op[:3] == ("cp", "async", "commit_group"):
+
         def commit(m, g):
             m.commits = m.commits + g.mask
+
         return commit
     if ins.op[:3] in (("cp", "async", "wait_group"), ("cp", "async", "wait_all")):
         pending = ins.args[0].value if ins.op[2] == "wait_group" else 0
@@ -186,9 +198,7 @@ def cp_async(k, ins):
         wanted = np.full(g.n, size)
         if limit:
             v = m.value(*limit, g)
-            wanted = np.broadcast_to(
-                np.where(v, 0, size) if v.dtype is BOOL else np.minimum(v, size).astype(np.int64), g.n
-            )
+            wanted = np.broadcast_to(np.where(v, 0, size) if v.dtype is BOOL else np.minimum(v, size).astype(np.int64), g.n)
         space, flat = m._flat("shared", m.address_of(to, to_offset, g), size, g, ALLOCATED)
         rows = np.zeros((g.n, size), np.uint8)
         for count in np.unique(wanted):
@@ -203,7 +213,7 @@ def cp_async(k, ins):
             step = size if count == size else 1
             for j in range(0, count, step):
                 mem, there = m._flat("global", address[chosen] + np.uint64(j), step, sub, ALLOCATED | INITIALISED)
-                rows[chosen, j:j + step] = mem.read_rows(there, step)
+                rows[chosen, j : j + step] = mem.read_rows(there, step)
                 if j == 0:
                     m.count_global("load", there, int(count), sub)
                 if step == size or j % 4 == 0:
@@ -213,14 +223,17 @@ def cp_async(k, ins):
         space.state[flat[:, None] + np.arange(size)] = ALLOCATED
         late = None if m.seed is None else (address.view(np.int64) - GLOBAL_BASE, wanted)
         m.copies.append((g.index, m.commits[g.index], flat, rows, late))
+
     return run
 
 
 def rows_changed(space, flat, rows):
     """The `changed` test of the race detector for whole rows of bytes."""
+
     def changed(lanes, others):
         held = space.read_rows(flat[lanes], rows.shape[1]) if others is None else rows[others]
         return (held != rows[lanes]).any(axis=1)
+
     return changed
 
 

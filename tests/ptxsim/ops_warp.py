@@ -1,4 +1,5 @@
 """Warp-wide operations: shuffles, votes, matches, reductions."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,7 +21,7 @@ def warp_synchronous(k, member, run):
         members = fetch(m.regs[slot], U32)
         now = m.warp_group(g, members)
         if now.n and members.size > 1 and (rows_of(members, m) != members[::32, None])[now.mask.reshape(-1, 32)].any():
-            for one in np.unique(members[now.mask]):            # several member masks side by side in a warp
+            for one in np.unique(members[now.mask]):  # several member masks side by side in a warp
                 run(m, Group(now.mask & (members == one), m.living))
         elif now is g:
             return run(m, g)
@@ -33,6 +34,7 @@ def warp_synchronous(k, member, run):
         if rest.any():
             m.enqueue(pc + 1, rest)
         return -1
+
     return step
 
 
@@ -59,21 +61,18 @@ def shfl(k, ins):
             source = lane.astype(I32) - shift.astype(I32)
             ok = source >= top.astype(I32)
         else:
-            source = {"down": lane + shift, "bfly": lane ^ shift, "idx": (lane & segment) | (shift & ~segment)}[
-                mode
-            ].astype(I32)
+            source = {"down": lane + shift, "bfly": lane ^ shift, "idx": (lane & segment) | (shift & ~segment)}[mode].astype(I32)
             ok = source <= top.astype(I32)
         origin = (m.lanes - lane) + np.where(ok, source, lane)
         bad = g.mask & ~g.mask[origin]
         if bad.any() and m.launch.shuffle_check:
             thread = int(bad.argmax())
-            raise BarrierError(
-                f"shfl.sync reads lane {int(origin[thread]) & 31}, which does not take part: {m.whereabouts(thread)}"
-            )
+            raise BarrierError(f"shfl.sync reads lane {int(origin[thread]) & 31}, which does not take part: {m.whereabouts(thread)}")
         value = fetch(m.regs[a], U32)
         m.put(slots[0], value if value.size == 1 else value[origin], g)
         if len(slots) > 1:
             m.put(slots[1], np.broadcast_to(ok, m.total), g)
+
     return warp_synchronous(k, ins.args[4], run)
 
 
@@ -95,6 +94,7 @@ def vote(k, ins):
             "ballot": lambda: ballot(p),
         }[mode]()
         m.put(slot, np.repeat(out, 32), g)
+
     return warp_synchronous(k, ins.args[2], run)
 
 
@@ -122,6 +122,7 @@ def match(k, ins):
             if len(slots) > 1:
                 m.put(slots[1], agree, g)
         m.put(slots[0], bits, g)
+
     return warp_synchronous(k, ins.args[2], run)
 
 
@@ -144,6 +145,7 @@ def redux(k, ins):
     def run(m, g):
         x = np.where(g.mask.reshape(-1, 32), rows_of(fetch(m.regs[source[0]], source[1]), m), source[1].type(unit))
         m.put(slot, np.repeat(fn.reduce(x, axis=1, dtype=source[1]), 32), g)
+
     return warp_synchronous(k, ins.args[2], run)
 
 
@@ -155,4 +157,5 @@ def elect(k, ins):
         leader = g.mask.reshape(-1, 32).argmax(axis=1)
         m.put(slots[0], np.repeat(leader, 32).astype(U32), g)
         m.put(slots[1], (m.lanes & 31) == np.repeat(leader, 32), g)
+
     return warp_synchronous(k, ins.args[1], run)

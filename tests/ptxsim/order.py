@@ -1,4 +1,5 @@
 """Which accesses to memory are ordered before what a thread does next, by PTX's memory consistency model."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -21,17 +22,17 @@ class Order:
 
     def __init__(self, ctas, warps, first_thread, now, messages):
         threads = 32 * warps * ctas
-        self.ctas, self.warps, self.now = ctas, warps, now      # warps of a CTA; the clock
-        self.first_thread, self.size = first_thread, 32 * warps     # number of lane 0's thread in the grid; threads of a CTA
-        self.start = first_thread + np.arange(threads) // self.size * self.size      # the first thread of each lane's CTA
-        self.cta = np.zeros(ctas * warps, np.int64)             # per warp: knows all of its CTA's accesses up to this time,
-        self.warp = np.zeros(ctas * warps, np.int64)            # and all of its own warp's up to this, the same or later
-        self.lane = None        # (threads, 32): and of each lane of its warp, once there was a bar.warp.sync of some lanes
-        self.other = None       # (CTAs, warps, warps): and of each warp of its CTA, once there was a barrier of some warps
-        self.messages = messages                                # address of a strong write -> {(first, last thread): time}
-        self.fenced = None                                      # per lane: time of its last fence, once there was one
-        self.heard, self.own = {}, {}                           # lane -> ranges not fenced yet, and all that it has acquired
-        self.acquired = Acquired(), Acquired()                  # the same by CTA and by warp, for those who learn it from a barrier
+        self.ctas, self.warps, self.now = ctas, warps, now  # warps of a CTA; the clock
+        self.first_thread, self.size = first_thread, 32 * warps  # number of lane 0's thread in the grid; threads of a CTA
+        self.start = first_thread + np.arange(threads) // self.size * self.size  # the first thread of each lane's CTA
+        self.cta = np.zeros(ctas * warps, np.int64)  # per warp: knows all of its CTA's accesses up to this time,
+        self.warp = np.zeros(ctas * warps, np.int64)  # and all of its own warp's up to this, the same or later
+        self.lane = None  # (threads, 32): and of each lane of its warp, once there was a bar.warp.sync of some lanes
+        self.other = None  # (CTAs, warps, warps): and of each warp of its CTA, once there was a barrier of some warps
+        self.messages = messages  # address of a strong write -> {(first, last thread): time}
+        self.fenced = None  # per lane: time of its last fence, once there was one
+        self.heard, self.own = {}, {}  # lane -> ranges not fenced yet, and all that it has acquired
+        self.acquired = Acquired(), Acquired()  # the same by CTA and by warp, for those who learn it from a barrier
 
     # -- barriers
     def barrier(self, mask, alive, arrived=None):
@@ -100,7 +101,7 @@ class Order:
         if self.fenced is None and not self.messages:
             return
         for at, lane in zip(flat.tolist(), lanes.tolist()):
-            where = at, self.first_thread if space == "shared" else None           # of this batch's shared memory
+            where = at, self.first_thread if space == "shared" else None  # of this batch's shared memory
             if kind != "strong write" and where in self.messages:
                 merge(self.heard.setdefault(lane, {}), self.messages[where])
             if kind != "strong read" and self.fenced is not None and self.fenced[lane]:
@@ -111,8 +112,14 @@ class Order:
         thread = self.first_thread + lane
         for ranges in self._known_by(lane, time):
             merge(message, ranges)
-        merge(message, {(thread, thread): time, (thread & ~31, thread | 31): min(time, int(self.warp[warp])),
-                        (start, start + self.size - 1): min(time, int(self.cta[warp]))})
+        merge(
+            message,
+            {
+                (thread, thread): time,
+                (thread & ~31, thread | 31): min(time, int(self.warp[warp])),
+                (start, start + self.size - 1): min(time, int(self.cta[warp])),
+            },
+        )
 
     def _known_by(self, lane, time):
         """What `lane` had acquired at `time`, its last fence or later, by itself and from those that it met at barriers."""
@@ -148,7 +155,7 @@ class Acquired:
     """What the threads of each group have acquired, in the order of time: (first, last thread) -> time."""
 
     def __init__(self):
-        self.events, self.merged = {}, {}       # group -> [(time, ranges)]; group -> (how many of them, all of those merged)
+        self.events, self.merged = {}, {}  # group -> [(time, ranges)]; group -> (how many of them, all of those merged)
 
     def __bool__(self):
         return bool(self.events)
@@ -159,7 +166,7 @@ class Acquired:
     def until(self, group, time):
         events = self.events.get(group, ())
         count, merged = self.merged.get(group, (0, {}))
-        if count and events[count - 1][0] > time:       # of an earlier time than was asked for before: rare
+        if count and events[count - 1][0] > time:  # of an earlier time than was asked for before: rare
             count, merged = 0, {}
         while count < len(events) and events[count][0] <= time:
             merge(merged, events[count][1])

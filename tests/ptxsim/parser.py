@@ -3,23 +3,48 @@
 The parser knows the shape of PTX (scopes, declarations, operands, `.loc`) but not the meaning of any opcode;
 that lives in `instructions.py`.
 """
+
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-SIZES = {"pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4,
-         "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "b128": 16}
+SIZES = {
+    "pred": 1,
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "f16x2": 4,
+    "bf16x2": 4,
+    "tf32": 4,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+    "b128": 16,
+}
 
 _COMMENT = re.compile(r'"(?:[^"\\\n]|\\.)*"|/\*.*?\*/|//[^\n]*', re.S)
-_TOKEN = re.compile(r'''
+_TOKEN = re.compile(
+    r"""
     "(?:[^"\\]|\\.)*"                                       # string
   | %[A-Za-z_$][\w$]*(?:\.[xyzw](?![\w$]))?                 # register
   | 0[fF][0-9a-fA-F]{8} | 0[dD][0-9a-fA-F]{16} | 0[xX][0-9a-fA-F]+U?
   | \d+\.\d*(?:[eE][-+]?\d+)? | \d+[eE][-+]?\d+ | \d+U?
   | \.?[A-Za-z_$][\w$]*(?:(?:\.|::)[\w$]+)*                 # opcode, directive, symbol
   | [{}\[\]();:,|+\-!@=<>]
-''', re.X)
+""",
+    re.X,
+)
 _LINE_DIRECTIVES = {".version", ".target", ".address_size", ".file", ".loc"}
 _LINKAGE = {".visible", ".extern", ".weak", ".common"}
 _SPACES = {".global", ".const", ".shared", ".local", ".param", ".reg"}
@@ -32,6 +57,7 @@ class PtxSyntaxError(ValueError):
 @dataclass(frozen=True)
 class Name:
     """A register, variable, function or label, with an optional byte offset (`sym+8`) or negation (`!%p`)."""
+
     name: str
     offset: int = 0
     negated: bool = False
@@ -40,6 +66,7 @@ class Name:
 @dataclass(frozen=True)
 class Imm:
     """An immediate: kind is 'int', 'f32' (value = bit pattern), 'f64' (bit pattern) or 'float' (decimal)."""
+
     kind: str
     value: object
 
@@ -47,6 +74,7 @@ class Imm:
 @dataclass(frozen=True)
 class Mem:
     """`[base+offset]`, offset in bytes."""
+
     base: object
     offset: int = 0
 
@@ -54,12 +82,14 @@ class Mem:
 @dataclass(frozen=True)
 class Vec:
     """`{a, b}` or a parenthesised call list."""
+
     items: tuple
 
 
 @dataclass(frozen=True)
 class Pair:
     """`d|p`: the two destinations of setp and shfl.sync."""
+
     first: object
     second: object
 
@@ -69,19 +99,19 @@ class Variable:
     space: str
     type: str
     name: str
-    size: int            # bytes; 0 for an unsized extern array
-    align: int           # bytes
+    size: int  # bytes; 0 for an unsized extern array
+    align: int  # bytes
     init: list | None = None
     extern: bool = False
 
 
 @dataclass
 class Instruction:
-    op: tuple            # ("ld", "global", "v4", "b32")
+    op: tuple  # ("ld", "global", "v4", "b32")
     args: list
     guard: Name | None
-    line: int            # line of the PTX text, 1-based
-    loc: str             # "file:line" of the source, or ""
+    line: int  # line of the PTX text, 1-based
+    loc: str  # "file:line" of the source, or ""
     scope: Scope
 
     @property
@@ -112,9 +142,9 @@ class Function:
     params: list
     returns: list
     scope: Scope | None = None
-    body: list = field(default_factory=list)       # Instruction
-    targets: dict = field(default_factory=dict)    # .branchtargets lists
-    limits: dict = field(default_factory=dict)     # .maxntid, .reqntid, .minnctapersm -> ints
+    body: list = field(default_factory=list)  # Instruction
+    targets: dict = field(default_factory=dict)  # .branchtargets lists
+    limits: dict = field(default_factory=dict)  # .maxntid, .reqntid, .minnctapersm -> ints
     line: int = 0
 
 
@@ -123,7 +153,7 @@ class Program:
     functions: dict = field(default_factory=dict)
     variables: list = field(default_factory=list)
     target: str = ""
-    lines: list = field(default_factory=list)      # the PTX text, for messages
+    lines: list = field(default_factory=list)  # the PTX text, for messages
 
 
 class _Parser:
@@ -137,7 +167,7 @@ class _Parser:
             line += text.count("\n", last, m.start())
             last = m.start()
             token = m.group()
-            pieces = re.findall(r"\.[^.]+", token) if token[0] == "." else [token]       # `.reg.b16` is two directives
+            pieces = re.findall(r"\.[^.]+", token) if token[0] == "." else [token]  # `.reg.b16` is two directives
             self.tokens += pieces
             self.line_of += [line] * len(pieces)
         self.pos, self.files, self.loc, self.callers = 0, {}, "", {}
@@ -179,7 +209,7 @@ class _Parser:
         self.callers.pop(here, None)
         if "inlined_at" in words:
             k = words.index("inlined_at")
-            self.callers[here] = tuple(words[k + 1:k + 4])
+            self.callers[here] = tuple(words[k + 1 : k + 4])
         for _ in range(32):
             if top not in self.callers:
                 break
@@ -220,7 +250,7 @@ class _Parser:
                 self.program.variables.append(var)
                 self.expect(";")
             else:
-                while self.next() != ";":       # .pragma, .alias
+                while self.next() != ";":  # .pragma, .alias
                     pass
         return self.program
 
@@ -231,7 +261,7 @@ class _Parser:
             word = self.next()[1:]
             if word == "align":
                 value = int(self.next())
-                if kind is None:                # after the type it describes the pointee
+                if kind is None:  # after the type it describes the pointee
                     align = value
             elif word in ("v2", "v4"):
                 lanes = int(word[1])
@@ -314,7 +344,7 @@ class _Parser:
             elif token == ";":
                 self.pos += 1
             elif token.startswith("."):
-                while self.next() != ";":       # .pragma
+                while self.next() != ";":  # .pragma
                     pass
             elif self.peek(1) == ":":
                 self.pos += 2
@@ -402,7 +432,7 @@ class _Parser:
             if token[:2] not in ("0x", "0X") and re.search(r"[.eE]", token):
                 return Imm("float", sign * float(token))
             return Imm("int", sign * int(token.rstrip("U"), 0))
-        if self.peek() == "(":                  # generic(symbol)
+        if self.peek() == "(":  # generic(symbol)
             self.pos += 1
             inner = self.operand()
             self.expect(")")

@@ -1,4 +1,5 @@
 """The race detector: who read and wrote each granule of shared and global memory, and which of it is not ordered."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,7 +7,7 @@ import numpy as np
 from .order import U32
 
 EVERY_LANE = np.int64(0xFFFFFFFF)
-THREAD, WARP, CTA, GRID = range(4)          # how far apart the threads are that a record stands for
+THREAD, WARP, CTA, GRID = range(4)  # how far apart the threads are that a record stands for
 READS, STRONG = {"read", "strong read"}, {"strong read", "strong write", "atomic"}
 
 
@@ -17,8 +18,8 @@ class SharedMarks:
     """
 
     def __init__(self, granules, order):
-        self.when = np.zeros((granules, order.warps), np.int64)         # time << 32 | bits of the lanes
-        self.latest, self.who = np.zeros(granules, np.int64), np.zeros(granules, np.int64)      # over all warps
+        self.when = np.zeros((granules, order.warps), np.int64)  # time << 32 | bits of the lanes
+        self.latest, self.who = np.zeros(granules, np.int64), np.zeros(granules, np.int64)  # over all warps
         self.pc = np.zeros(granules, np.int32)
 
     def unordered(self, order, q, lanes, whole):
@@ -64,7 +65,7 @@ class GlobalMarks:
     accessed it with nothing between that orders them."""
 
     def __init__(self, granules, order):
-        self.record = np.zeros(granules, np.int64)                      # time << 34 | distance << 32 | thread of the grid
+        self.record = np.zeros(granules, np.int64)  # time << 34 | distance << 32 | thread of the grid
         self.pc = np.zeros(granules, np.int32)
 
     def unordered(self, order, q, lanes, whole):
@@ -80,8 +81,7 @@ class GlobalMarks:
         time, distance, me = record >> 34, record >> 32 & 3, lanes + order.first_thread
         near = thread >> 5 == me >> 5
         unseen = np.where(time > order.warp[lanes >> 5], U32.type(EVERY_LANE), U32.type(0)) if whole else order.unseen(lanes, time)
-        seen = (~foreign & ~near & (distance <= WARP)
-                & order.sees_warp(lanes, np.where(foreign, 0, (thread >> 5) % order.warps), time))
+        seen = ~foreign & ~near & (distance <= WARP) & order.sees_warp(lanes, np.where(foreign, 0, (thread >> 5) % order.warps), time)
         bit = unseen >> (thread & 31).astype(U32) & np.uint32(1)
         seen |= near & (((distance == THREAD) & (bit == 0)) | ((distance == WARP) & (unseen == 0)))
         if order.own:

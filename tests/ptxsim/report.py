@@ -1,4 +1,5 @@
 """Counters of one launch and a simple roofline model."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -6,8 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 # Public peak figures: DRAM GB/s, float32 TFLOP/s, dense bf16 tensor TFLOP/s (float32 accumulate), SMs, boost GHz.
-GPUS = {"A100-80G": (2039, 19.5, 312.0, 108, 1.41), "H100-SXM": (3350, 66.9, 989.4, 132, 1.98),
-        "RTX 4090": (1008, 82.6, 165.2, 128, 2.52)}
+GPUS = {"A100-80G": (2039, 19.5, 312.0, 108, 1.41), "H100-SXM": (3350, 66.9, 989.4, 132, 1.98), "RTX 4090": (1008, 82.6, 165.2, 128, 2.52)}
 
 CLASSES = {
     "memory": "ld ldu st cp prefetch",
@@ -41,12 +41,13 @@ def float32_operations(op):
 @dataclass
 class GlobalTraffic:
     """Loads or stores of global memory. A request is one warp instruction; a sector is 32 bytes."""
+
     requests: int = 0
     sectors: int = 0
-    ideal_sectors: int = 0          # as few as each request's distinct bytes would fill
+    ideal_sectors: int = 0  # as few as each request's distinct bytes would fill
     bytes_requested: int = 0
-    bytes_by_width: dict = field(default_factory=dict)          # bytes that a thread accesses at once -> bytes in all
-    unique_bytes: int = 0           # distinct sectors of the whole launch * 32: traffic under an ideal cache
+    bytes_by_width: dict = field(default_factory=dict)  # bytes that a thread accesses at once -> bytes in all
+    unique_bytes: int = 0  # distinct sectors of the whole launch * 32: traffic under an ideal cache
 
     @property
     def bytes_moved(self):
@@ -65,6 +66,7 @@ class GlobalTraffic:
 @dataclass
 class SharedTraffic:
     """Shared-memory requests (warp instructions) and wavefronts; ideal_wavefronts is the conflict-free number."""
+
     requests: int = 0
     wavefronts: int = 0
     ideal_wavefronts: int = 0
@@ -79,22 +81,22 @@ class Report:
     kernel: str
     grid: tuple
     block: tuple
-    thread_instructions: dict = field(default_factory=dict)     # class -> executions summed over threads
-    warp_instructions: dict = field(default_factory=dict)       # class -> issues summed over warps
-    opcodes: dict = field(default_factory=dict)                 # opcode -> warp issues
+    thread_instructions: dict = field(default_factory=dict)  # class -> executions summed over threads
+    warp_instructions: dict = field(default_factory=dict)  # class -> issues summed over warps
+    opcodes: dict = field(default_factory=dict)  # opcode -> warp issues
     global_load: GlobalTraffic = field(default_factory=GlobalTraffic)
     global_store: GlobalTraffic = field(default_factory=GlobalTraffic)
     shared_load: SharedTraffic = field(default_factory=SharedTraffic)
     shared_store: SharedTraffic = field(default_factory=SharedTraffic)
     local_requests: int = 0
-    global_atomics: int = 0         # thread level
+    global_atomics: int = 0  # thread level
     shared_atomics: int = 0
     fp32_flops: int = 0
     mma_flops: int = 0
     mma_instructions: int = 0
-    barriers: int = 0               # warp level
-    shared_bytes: int = 0           # per CTA, static (with alignment, without simulator gaps) + dynamic
-    max_groups: int = 0             # most groups of threads at different PCs at one time in a batch
+    barriers: int = 0  # warp level
+    shared_bytes: int = 0  # per CTA, static (with alignment, without simulator gaps) + dynamic
+    max_groups: int = 0  # most groups of threads at different PCs at one time in a batch
 
     def finish(self, kernel, run):
         """Fold the per-PC execution counts of a launch into classes."""
@@ -133,9 +135,12 @@ class Report:
         cached. issue: PTX warp instructions over 4 schedulers per SM at boost clock (SASS counts differ).
         """
         bandwidth, fp32, tensor, sms, clock = GPUS[gpu]
-        times = {"dram": (self.global_load.unique_bytes + self.global_store.unique_bytes) / (bandwidth * 1e3),
-                 "fp32": self.fp32_flops / (fp32 * 1e6), "tensor": self.mma_flops / (tensor * 1e6),
-                 "issue": self.total_warp_instructions / (sms * 4 * clock * 1e3)}
+        times = {
+            "dram": (self.global_load.unique_bytes + self.global_store.unique_bytes) / (bandwidth * 1e3),
+            "fp32": self.fp32_flops / (fp32 * 1e6),
+            "tensor": self.mma_flops / (tensor * 1e6),
+            "issue": self.total_warp_instructions / (sms * 4 * clock * 1e3),
+        }
         bound = max(times, key=times.get)
         return {
             "model": f"{gpu} peak figures, not a measurement",
@@ -146,16 +151,18 @@ class Report:
         }
 
     def __str__(self):
-        rows = [f"{self.kernel} grid={self.grid} block={self.block}",
-                f"  instructions   {self.total_warp_instructions} warp, {self.total_thread_instructions} thread, "
-                f"lane efficiency {self.lane_efficiency:.2f}, max groups {self.max_groups}"]
+        rows = [
+            f"{self.kernel} grid={self.grid} block={self.block}",
+            f"  instructions   {self.total_warp_instructions} warp, {self.total_thread_instructions} thread, "
+            f"lane efficiency {self.lane_efficiency:.2f}, max groups {self.max_groups}",
+        ]
         for name in sorted(self.warp_instructions):
-            rows.append(
-                f"    {name:<12} {self.warp_instructions[name]:>12} warp {self.thread_instructions[name]:>14} thread"
-            )
+            rows.append(f"    {name:<12} {self.warp_instructions[name]:>12} warp {self.thread_instructions[name]:>14} thread")
         for name, t in (("global load", self.global_load), ("global store", self.global_store)):
-            rows.append(f"  {name:<14} {t.requests} requests, {t.sectors_per_request:.2f} sectors each, "
-                        f"efficiency {t.efficiency:.2f}, unique {t.unique_bytes} B")
+            rows.append(
+                f"  {name:<14} {t.requests} requests, {t.sectors_per_request:.2f} sectors each, "
+                f"efficiency {t.efficiency:.2f}, unique {t.unique_bytes} B"
+            )
         for name, t in (("shared load", self.shared_load), ("shared store", self.shared_store)):
             rows.append(f"  {name:<14} {t.requests} requests, bank-conflict degree {t.conflict_degree:.2f}")
         rows.append(f"  atomics        {self.global_atomics} global, {self.shared_atomics} shared")

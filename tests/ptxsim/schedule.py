@@ -11,6 +11,7 @@ With a seed, registers, shared and local memory and unwritten global memory begi
 float), cp.async reads its source when it is waited for instead of at issue, and the results of approximate instructions
 are an ulp off.
 """
+
 from __future__ import annotations
 
 import bisect
@@ -21,7 +22,7 @@ import numpy as np
 from .core import F32, U32, U64
 from .memory import ALLOCATED, INITIALISED
 
-VARIABLE = "PTXSIM_SCHEDULE"            # the environment's choice for launches that do not name one
+VARIABLE = "PTXSIM_SCHEDULE"  # the environment's choice for launches that do not name one
 NEVER = 1 << 60
 
 
@@ -48,7 +49,7 @@ class Reversed:
 
 class Random:
     def __init__(self, kernel, seed):
-        self.rng, self.ranks = np.random.default_rng(seed), None             # of the warps; the lowest goes first
+        self.rng, self.ranks = np.random.default_rng(seed), None  # of the warps; the lowest goes first
         self.memory = [pc for pc, (ins, _) in enumerate(kernel.flat) if ins.op[0] in MEMORY and "param" not in ins.op]
 
     def take(self, m):
@@ -64,7 +65,7 @@ class Random:
         return pc if jumped else self.memory[after] if after < len(self.memory) else NEVER
 
 
-REDRAW = 1 / 8          # chance of new ranks at a point where warps may be pre-empted
+REDRAW = 1 / 8  # chance of new ranks at a point where warps may be pre-empted
 MEMORY = {"ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "stmatrix", "wmma"}
 
 

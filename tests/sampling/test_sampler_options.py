@@ -1,4 +1,5 @@
 """What can be asked of a sampler: guidance, dynamic thresholding, inpainting, interpolation."""
+
 import math
 
 import pytest
@@ -75,7 +76,13 @@ def test_thresholded_step_is_the_step_of_the_thresholded_guess(sampler, variance
         lambda x, t: torch.cat([loud(x, t), *raw(x)], 1), GaussianDiffusion(schedule, "x_start", variance), SHAPE, 4,
         sampler=sampler, threshold=0.8, callback=lambda t, x, x_start: starts.append(x_start),
     )  # fmt: skip
-    expected = sample(lambda x, t: torch.cat([dynamic_threshold(loud(x, t), 0.8), *raw(x)], 1), GaussianDiffusion(schedule, "x_start", variance), SHAPE, 4, sampler=sampler)
+    expected = sample(
+        lambda x, t: torch.cat([dynamic_threshold(loud(x, t), 0.8), *raw(x)], 1),
+        GaussianDiffusion(schedule, "x_start", variance),
+        SHAPE,
+        4,
+        sampler=sampler,
+    )
     assert_close_to_exact(got, expected.double(), atol=1e-5)
     assert all(s.abs().max() <= 1 for s in starts)
 
@@ -165,7 +172,9 @@ def test_an_interpolation_of_a_perfect_model_ends_in_its_image(sampler, graph):
 def test_mixture_has_the_variance_of_its_noise_level():
     # Of images that are zero only the noise is left, and one step of DDIM of a model that says 0 only scales it.
     zero = torch.zeros(64, 64)
-    mixed = Sampler(lambda x, t: torch.zeros_like(x), DIFFUSION, "ddim", steps=[12], clip=False).interpolate(zero, zero, [0.0, 0.25, 0.5, 1.0], t=12)
+    mixed = Sampler(lambda x, t: torch.zeros_like(x), DIFFUSION, "ddim", steps=[12], clip=False).interpolate(
+        zero, zero, [0.0, 0.25, 0.5, 1.0], t=12
+    )
     assert (mixed.std((1, 2)) / mixed[0].std() - 1).abs().max() < 0.05
 
 

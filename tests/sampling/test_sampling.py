@@ -1,4 +1,5 @@
 """Sampling: what a sample depends on, the order of the steps, the tables by name, what is refused."""
+
 import pytest
 import torch
 from numerics import assert_bits_equal, assert_close_to_exact
@@ -13,7 +14,14 @@ from ddpm_fast.sampling.step import ReverseStep
 T = 20
 SCHEDULE = NoiseSchedule.linear(T, 1e-3, 0.3)
 DIFFUSION = GaussianDiffusion(SCHEDULE)
-SAMPLERS = [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"steps": 6}, {"sampler": "ddim", "steps": 1}, {"sampler": "dpmpp_2m", "steps": 6}]
+SAMPLERS = [
+    {},
+    {"sampler": "ddim"},
+    {"sampler": "ddim", "eta": 0.5},
+    {"steps": 6},
+    {"sampler": "ddim", "steps": 1},
+    {"sampler": "dpmpp_2m", "steps": 6},
+]
 
 
 def walk(model, table, x, noise, **options):

@@ -1,4 +1,5 @@
 """The CUDA graph of a step: replayed steps are the steps, for the weights of now, and the loop never waits for the device."""
+
 import weakref
 
 import pytest
@@ -16,7 +17,12 @@ class NoReading(TorchDispatchMode):
     """Fails on operations that make the host wait for a device."""
 
     def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        assert function.overloadpacket._qualified_op_name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"), function
+        assert function.overloadpacket._qualified_op_name not in (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::is_nonzero",
+            "aten::equal",
+        ), function
         return function(*arguments, **(kwargs or {}))
 
 
@@ -75,7 +81,11 @@ def test_a_graph_is_of_the_weights_that_it_was_recorded_with():
     net = torch.nn.Linear(5, 5)
     draw = captured(Of(net), DIFFUSION, steps=3)
     draw(SHAPE)
-    for change in (lambda: setattr(net, "weight", torch.nn.Parameter(torch.zeros(5, 5))), lambda: setattr(net.bias, "data", torch.ones(5)), net.eval):
+    for change in (
+        lambda: setattr(net, "weight", torch.nn.Parameter(torch.zeros(5, 5))),
+        lambda: setattr(net.bias, "data", torch.ones(5)),
+        net.eval,
+    ):
         change()
         assert_bits_equal(draw(SHAPE), Sampler(Of(net), DIFFUSION, steps=3)(SHAPE))
     with torch.no_grad():

@@ -1,4 +1,5 @@
 """Inputs of attention for its simulated kernels, and how near their results must come."""
+
 import torch
 from attention_simulator import with_gradient
 from numerics import assert_as_accurate, assert_close_to_exact

@@ -1,4 +1,5 @@
 """csrc/cuda/attention*.cu in the simulator: compiled once an architecture, launched under the plans that the launchers use."""
+
 from __future__ import annotations
 
 import functools
@@ -91,16 +92,17 @@ def simulate(
     grad_qkv = None
     if grad_out is not None:
         backward = plan(shape, dtype, backward=True)
-        grad, written = device.array(raw(grad_out)), device.array(raw(torch.zeros_like(qkv))) if first_block else device.empty(qkv.shape, of_data)
+        grad, written = (
+            device.array(raw(grad_out)),
+            device.array(raw(torch.zeros_like(qkv))) if first_block else device.empty(qkv.shape, of_data),
+        )
         delta = device.empty((backward["workspace"],), np.float32)
         first, *rest = backward["launches"]
         launch(sources.backward, first, [out, grad, delta, samples * tokens * heads, tokens, heads, channels])
         for one in rest:
             launch(sources.backward, one, [qkv_, grad, sums, delta, written, tokens, heads, channels, scale])
         grad_qkv = tensor(written.numpy(), dtype)
-    return Result(
-        tensor(out.numpy(), dtype), torch.from_numpy(sums.numpy()) if logsumexp else torch.empty(0), grad_qkv, reports
-    )
+    return Result(tensor(out.numpy(), dtype), torch.from_numpy(sums.numpy()) if logsumexp else torch.empty(0), grad_qkv, reports)
 
 
 def attention_formula(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:

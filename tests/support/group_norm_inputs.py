@@ -1,4 +1,5 @@
 """Inputs of group_norm, and the shapes that its CUDA kernels are simulated with."""
+
 import pytest
 import torch
 

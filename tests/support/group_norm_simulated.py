@@ -1,4 +1,5 @@
 """group_norm's CUDA kernels as the launchers would start them, in the PTX simulator, and the truth that they are held against."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,6 +21,7 @@ KEY = Noise(seed=2**63 + 5, stream=2**31 + 1, first_sample=2**32 - 1)  # the sec
 SMS = 108
 OPTIONAL = ("weight", "bias", "pre_bias", "scale", "shift")
 ROWS = ("pre_bias", "scale", "shift")
+
 
 @functools.cache
 def layout(op: str) -> np.dtype:
@@ -224,7 +226,10 @@ def _call(case: Case, tensors: dict[str, Tensor]) -> dict:
 def _to_device(case: Case, tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     """Data as (N, C, pixels, 1), the binding's channels_last."""
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
-    return {name: x[..., None].to(device).contiguous(memory_format=layout) if x.ndim == 3 else x.contiguous().to(device) for name, x in tensors.items()}
+    return {
+        name: x[..., None].to(device).contiguous(memory_format=layout) if x.ndim == 3 else x.contiguous().to(device)
+        for name, x in tensors.items()
+    }
 
 
 def _from_device(x: Tensor) -> Tensor:

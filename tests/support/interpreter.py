@@ -1,4 +1,5 @@
 """Triton's interpreter as a layer of the suite: ``TRITON_INTERPRET=1 pytest`` runs the kernels on CPU tensors, without compiling them."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """What this machine has for the tests: instruction sets, the CUDA compiler and Triton."""
+
 from __future__ import annotations
 
 import importlib.metadata

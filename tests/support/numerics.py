@@ -5,6 +5,7 @@ An ulp of a dtype at a value x is eps·max(|x|, smallest normal number): one to 
 Where another kernel's error is no measure, because its algorithm differs from processor to processor, the limit is derived: the
 formula is computed with :class:`Rounded` numbers, which carry a bound on what rounding may do to them.
 """
+
 from __future__ import annotations
 
 import copy
@@ -42,7 +43,9 @@ def assert_as_accurate(actual: Tensor, baseline: Tensor, exact: Tensor, *, facto
     _within(actual, exact, finite, allowed, f"{factor:g} x the baseline's {largest:.3e} + {floor:g} ulp", what, baseline)
 
 
-def assert_close_to_exact(actual: Tensor, exact: Tensor, *, ulps: float = 0.0, rtol: float = 0.0, atol: float = 0.0, what: str = "") -> None:
+def assert_close_to_exact(
+    actual: Tensor, exact: Tensor, *, ulps: float = 0.0, rtol: float = 0.0, atol: float = 0.0, what: str = ""
+) -> None:
     """|actual - exact| <= ulps·ulp(exact) + rtol·|exact| + atol at every element; ``exact`` is float64. Strict on NaN and inf."""
     _exact_kind(actual, exact, what)
     finite = _same_nonfinite(actual, exact, what)
@@ -151,13 +154,19 @@ def assert_within_rounding(actual: Tensor, derived: Rounded, what: str = "") -> 
 def assert_bits_equal(actual: Tensor, expected: Tensor, what: str = "") -> None:
     """The same shape, dtype and bits: -0 is not 0, and a NaN equals itself alone."""
     _same_kind(actual, expected, what)
-    a, b = (x.detach().cpu().contiguous().view(_INTEGER_VIEW[x.element_size()]) if x.dtype != torch.bool else x.cpu() for x in (actual, expected))
+    a, b = (
+        x.detach().cpu().contiguous().view(_INTEGER_VIEW[x.element_size()]) if x.dtype != torch.bool else x.cpu()
+        for x in (actual, expected)
+    )
     different = a != b
     count = int(different.sum())
     if count:
         at = _index(different.flatten().int().argmax(), actual.shape)
         bits = "" if a.dtype == torch.bool else f" (bits {_hex(a[at])} and {_hex(b[at])})"
-        _fail(what, f"{count} of {a.numel()} elements differ, the first at {at}: got {_show(actual[at])}, expected {_show(expected[at])}{bits}")
+        _fail(
+            what,
+            f"{count} of {a.numel()} elements differ, the first at {at}: got {_show(actual[at])}, expected {_show(expected[at])}{bits}",
+        )
 
 
 def _within(actual, exact, finite, allowed, rule, what, baseline=None):

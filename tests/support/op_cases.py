@@ -1,4 +1,5 @@
 """One table of calls for the tests that hold for every differentiable op: how to call it, and what of it has a gradient."""
+
 from __future__ import annotations
 
 import contextlib
@@ -83,7 +84,9 @@ def _p_step(shape, dtype, noise, kind="fixed", guided=False):
     x_t, out, t, table, _ = p_step_inputs(shape, dtype, kind=kind)
     previous, without, *_ = p_step_inputs(shape, dtype, kind=kind, seed=1)
     arguments = dict(x_t=x_t, model_output=out, t=t, table=table.to(table_dtype(dtype)), noise=noise, variance=kind, clip=guided)
-    arguments |= dict(x_start_previous=previous, without=without, scale=1.5) if guided else dict(x_start_previous=None, without=None, scale=1.0)
+    arguments |= (
+        dict(x_start_previous=previous, without=without, scale=1.5) if guided else dict(x_start_previous=None, without=None, scale=1.0)
+    )
     leaves = ("x_t", "model_output", "noise", *(("x_start_previous", "without") if guided else ()))
     return Case("p_step", _call_p_step, arguments | dict(with_x_start=True), leaves)
 
@@ -131,7 +134,11 @@ def make(name: str, given: str | None, shape: tuple[int, ...], dtype: torch.dtyp
 def step_arguments(case):
     """Of p_step itself, by name."""
     arguments = {part: x for part, x in case.arguments.items() if part not in ("without", "scale", "with_x_start")}
-    return arguments | dict(guidance=(case.arguments["without"], case.arguments["scale"])) if case.arguments["without"] is not None else arguments
+    return (
+        arguments | dict(guidance=(case.arguments["without"], case.arguments["scale"]))
+        if case.arguments["without"] is not None
+        else arguments
+    )
 
 
 def upstreams(results: tuple[Tensor, ...], seed: int = 3) -> list[Tensor]:

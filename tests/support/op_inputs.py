@@ -1,4 +1,5 @@
 """Inputs of the ops, as their own tests and op_cases.py take them: by seed, with both ends of t."""
+
 import torch
 
 from ddpm_fast.ops._p_step import COLUMNS

@@ -7,6 +7,7 @@ back to the system, for which its thresholds are set in the environment (ENVIRON
 taken but never touched is not counted, nor need it be; the counters are kept for each processor and added up in steps, which is
 worth some hundred KiB.
 """
+
 from __future__ import annotations
 
 import ctypes

@@ -1,4 +1,5 @@
 """The ranks of a torchrun, played by the threads of one process."""
+
 from __future__ import annotations
 
 import threading

@@ -3,6 +3,7 @@
 There is no device here: a step's operations are traced on fixed tensors, which like a capture fails on whatever the host would have to
 read, and keeps whatever Python knew while recording.
 """
+
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 

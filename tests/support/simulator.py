@@ -1,4 +1,5 @@
 """The PTX simulator as a device for the Triton kernels: what a launcher would start is compiled for it and run there, on CPU tensors."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,11 +1,19 @@
 """The smallest network with every kind of layer, and images for it."""
+
 import torch
 
 from ddpm_fast.models import UNet
 
 # Two levels, attention at one of them, both kinds of shortcut: the smallest network with every kind of layer.
-TINY = {"in_channels": 2, "base_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attention_resolutions": (4,),
-        "image_size": 8, "norm_groups": 4}
+TINY = {
+    "in_channels": 2,
+    "base_channels": 8,
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attention_resolutions": (4,),
+    "image_size": 8,
+    "norm_groups": 4,
+}
 
 
 def randomised(model, seed=0):

@@ -2,6 +2,7 @@
 
 Times are a model from public peak figures (ptxsim/report.py), never a measurement.
 """
+
 from __future__ import annotations
 
 import re
@@ -84,7 +85,10 @@ class Row:
     @property
     def sectors(self) -> tuple[int, int]:
         """(sectors of all requests, as few as they could be)."""
-        return tuple(self.total(lambda r, kind=kind: getattr(r.global_load, kind) + getattr(r.global_store, kind)) for kind in ("sectors", "ideal_sectors"))
+        return tuple(
+            self.total(lambda r, kind=kind: getattr(r.global_load, kind) + getattr(r.global_store, kind))
+            for kind in ("sectors", "ideal_sectors")
+        )
 
     @property
     def instructions(self) -> float:

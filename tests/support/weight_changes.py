@@ -1,4 +1,5 @@
 """The ways in which a module's weights change: some count up a tensor's version, some put another tensor there, some leave no trace."""
+
 import copy
 import ctypes
 

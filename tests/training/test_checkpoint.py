@@ -36,9 +36,7 @@ WHOLE = ["checkpoint.json", "checkpoint.safetensors"]
 
 
 # int64 beyond 2**53 would not survive a detour through floats.
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
 def test_round_trip_keeps_every_bit(tmp_path, dtype):
     x = torch.tensor([0, 1, 2**62 + 1]).to(dtype)
     base = torch.arange(24).to(dtype).view(2, 3, 4)

@@ -1,4 +1,5 @@
 """Damaged and doctored checkpoints: a sentence, or no effect on what is loaded; and nothing large is made before sizes are compared."""
+
 import json
 import random
 import shutil
@@ -31,7 +32,11 @@ def regions(run):
     path = run / "checkpoint.safetensors"
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    found = {"length": (path, 0, 8), "header": (path, 8, start), "json": (run / "checkpoint.json", 0, (run / "checkpoint.json").stat().st_size)}
+    found = {
+        "length": (path, 0, 8),
+        "header": (path, 8, start),
+        "json": (run / "checkpoint.json", 0, (run / "checkpoint.json").stat().st_size),
+    }
     entries = json.loads(data[8:start])
     for part in ("model", "ema", "optimizer", "timesteps"):
         offsets = [entry["data_offsets"] for name, entry in entries.items() if name.startswith(f"{part}.")]
@@ -121,15 +126,24 @@ def test_sizes_and_types_are_compared_before_anything_is_built(run, tmp_path, mo
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda tensors, meta: meta["train"]["network"].update(base_channels=HUGE), "its network must have base_channels 8, got 1000000000"),
+        (
+            lambda tensors, meta: meta["train"]["network"].update(base_channels=HUGE),
+            "its network must have base_channels 8, got 1000000000",
+        ),
         (lambda tensors, meta: meta["train"]["network"].update(num_blocks=HUGE), "its network must have num_blocks 1, got 1000000000"),
         (lambda tensors, meta: meta.update(optimizer="adam"), "cannot rebuild"),
         (lambda tensors, meta: meta.update(optimizer=[1]), "cannot rebuild"),
         (lambda tensors, meta: meta.update(optimizer=None), "cannot rebuild"),
         (lambda tensors, meta: meta["optimizer"].update(groups=[1]), "cannot rebuild"),
         (lambda tensors, meta: meta["optimizer"]["groups"][0].update(betas=0.9), "its optimizer must be Adam with betas .*, got betas 0.9"),
-        (lambda tensors, meta: meta["optimizer"]["groups"][0].update(amsgrad=True), "its optimizer must be Adam with amsgrad False in .*, got amsgrad True"),
-        (lambda tensors, meta: tensors.update({"optimizer.0.exp_avg": tensors["optimizer.0.exp_avg"].long()}), "state must be float32, got torch.int64"),
+        (
+            lambda tensors, meta: meta["optimizer"]["groups"][0].update(amsgrad=True),
+            "its optimizer must be Adam with amsgrad False in .*, got amsgrad True",
+        ),
+        (
+            lambda tensors, meta: tensors.update({"optimizer.0.exp_avg": tensors["optimizer.0.exp_avg"].long()}),
+            "state must be float32, got torch.int64",
+        ),
         (lambda tensors, meta: tensors.update({"optimizer.x.exp_avg": torch.zeros(1)}), "got other tensors"),
         (lambda tensors, meta: tensors.update({"optimizer.0.max_exp_avg_sq": tensors["optimizer.0.exp_avg"]}), "got other tensors"),
         (lambda tensors, meta: meta.update(ema_updates="few"), "cannot rebuild"),
@@ -145,7 +159,11 @@ def test_a_state_of_another_kind_cannot_be_resumed(run, tmp_path, change, messag
 
 def test_state_of_another_optimizer_cannot_be_resumed(tmp_path):
     # Saved by a trainer whose optimiser the user has replaced.
-    for make in (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=0.1), lambda p: torch.optim.Adam(p, amsgrad=True)):
+    for make in (
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, lr=0.1),
+        lambda p: torch.optim.Adam(p, amsgrad=True),
+    ):
         trainer = Trainer(config(), images())
         trainer.optimizer = make(trainer.model.parameters())
         trainer.train_step()

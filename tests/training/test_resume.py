@@ -1,4 +1,5 @@
 """A run that was stopped goes on as if it never had been, to the last bit, or says why it cannot."""
+
 import itertools
 import json
 import os
@@ -290,7 +291,10 @@ def kept(tmp_path_factory):
         ),
         (lambda tensors, meta: meta.pop("optimizer"), "can be sampled from but not resumed: it has no optimizer"),
         (lambda tensors, meta: tensors.pop("optimizer.3.exp_avg"), "optimizer's state must be that of .* parameters, got other"),
-        (lambda tensors, meta: meta["optimizer"].update(groups=[]), "cannot rebuild: its optimizer must be Adam with betas .* in one parameter group, got betas"),
+        (
+            lambda tensors, meta: meta["optimizer"].update(groups=[]),
+            "cannot rebuild: its optimizer must be Adam with betas .* in one parameter group, got betas",
+        ),
         (lambda tensors, meta: tensors.pop("ema.conv_in.weight"), r"does not fit the network \(ema weights .* 1 missing: conv_in.weight"),
         (lambda tensors, meta: tensors.pop("model.conv_in.weight"), "does not fit the network"),
         (lambda tensors, meta: meta["network"].update(dropout=0.5), "its network must have dropout 0.5, got 0.1"),

@@ -1,4 +1,5 @@
 """How t are drawn: the published distribution, estimates without bias, and a history that nothing spoils."""
+
 import numpy as np
 import pytest
 import torch

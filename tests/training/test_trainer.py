@@ -1,4 +1,5 @@
 """The training loop: reproducible, resumable in principle, safe on disk."""
+
 import json
 
 import pytest
@@ -59,7 +60,9 @@ def test_hybrid_loss_learns_a_variance_that_lowers_the_bound():
     assert learned < 0.95 * start  # 0.88 of it here: the mean is the same, and so is the noise
 
 
-@pytest.mark.parametrize("variance, loss", [("fixed_small", "simple"), ("fixed_large", "vlb"), ("learned", "vlb"), ("learned_range", "hybrid")])
+@pytest.mark.parametrize(
+    "variance, loss", [("fixed_small", "simple"), ("fixed_large", "vlb"), ("learned", "vlb"), ("learned_range", "hybrid")]
+)
 @pytest.mark.parametrize("prediction", ["epsilon", "x_start", "v", "mean"])
 def test_every_parameterisation_trains(prediction, variance, loss):
     trainer = Trainer(config(prediction=prediction, variance=variance, loss=loss, steps=2), images())
@@ -97,7 +100,9 @@ def test_loss_vlb_brings_its_recipe():
         TrainConfig.for_data("digits", loss="vlb", weight="p2")
 
 
-@pytest.mark.parametrize("variance, loss", [("fixed_small", "simple"), ("fixed_large", "simple"), ("learned", "hybrid"), ("learned_range", "hybrid")])
+@pytest.mark.parametrize(
+    "variance, loss", [("fixed_small", "simple"), ("fixed_large", "simple"), ("learned", "hybrid"), ("learned_range", "hybrid")]
+)
 @pytest.mark.parametrize("data", ["digits", "photos"])
 def test_a_variance_brings_the_loss_that_trains_it(data, variance, loss):
     assert TrainConfig.for_data(data, variance=variance).loss == loss
@@ -183,7 +188,15 @@ def test_checkpoint_of_something_else_is_refused(tmp_path):
 
 def test_checkpoint_with_unknown_configuration_is_refused(tmp_path):
     trainer = Trainer(config(), images())
-    meta = dict(step=1, network=trainer.model.config, levels=17, image_shape=[1, 8, 8], images=1, fingerprints=dict(train="", test=""), train={"from_the_future": 1})
+    meta = dict(
+        step=1,
+        network=trainer.model.config,
+        levels=17,
+        image_shape=[1, 8, 8],
+        images=1,
+        fingerprints=dict(train="", test=""),
+        train={"from_the_future": 1},
+    )
     save_checkpoint(tmp_path, {"x": torch.zeros(1)}, meta)
     with pytest.raises(CheckpointError, match="from_the_future"):
         load_trained(tmp_path)
@@ -211,7 +224,11 @@ def test_bad_configuration(changes, message):
     [
         (dict(variance="learned"), images(), "loss 'simple' does not train a variance, got variance 'learned'"),
         (dict(loss="hybrid"), images(), "loss 'hybrid' trains a learned variance, got variance 'fixed_large'"),
-        (dict(class_conditional=True), ImageData("plain", images().train, images().test, 17), "class_conditional needs labels, and plain has none"),
+        (
+            dict(class_conditional=True),
+            ImageData("plain", images().train, images().test, 17),
+            "class_conditional needs labels, and plain has none",
+        ),
         (dict(schedule="straight"), images(), "schedule must be one of .*, got 'straight'"),
         (dict(schedule_options=dict(slope=1.0)), images(), "schedule 'linear' does not take these options"),
         (dict(device="cuda:99"), images(), "device 'cuda:99' is not there"),
@@ -254,7 +271,9 @@ def test_loading_and_averaging_leave_the_global_generator_alone(tmp_path):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("preset, size, attention", [("photos32", 64, [16]), ("photos32", 28, [7]), ("cifar10", 64, [32]), ("digits", 16, [])])
+@pytest.mark.parametrize(
+    "preset, size, attention", [("photos32", 64, [16]), ("photos32", 28, [7]), ("cifar10", 64, [32]), ("digits", 16, [])]
+)
 def test_preset_fits_the_image_size(preset, size, attention):
     # Attention stays at the preset's level: half of the side for cifar10, a quarter for photos32.
     model = TrainConfig(preset=preset, network=dict(base_channels=32)).make_network(images(8, 3, size, 256))

@@ -2,6 +2,7 @@
 
 Never run. An ``ignore`` that is not needed is an error too, so a misspelt name that passed would be noticed.
 """
+
 from __future__ import annotations
 
 from typing import get_args
@@ -35,7 +36,9 @@ def train_step(x_start: Tensor, labels: Tensor, step: int, kind: Loss = "hybrid"
 
 def every_sampler(labels: Tensor) -> dict[str, Tensor]:
     with average.applied(model):
-        images = {name: df.sample(model, diffusion, (4, 3, 32, 32), 7, sampler=name, steps=20, labels=labels) for name in get_args(SamplerName)}
+        images = {
+            name: df.sample(model, diffusion, (4, 3, 32, 32), 7, sampler=name, steps=20, labels=labels) for name in get_args(SamplerName)
+        }
     images["ddpm"] = df.sample(model, diffusion, shape=[4, 3, 32, 32], seed=0)
     images["ddim"] = df.sample(model, diffusion, (4, 3, 32, 32), sampler="ddim", steps=torch.arange(0, 1000, 50), eta=0.5, clip=False)
     draw = df.Sampler(model, diffusion, "dpmpp_2m", steps=20, spacing="logsnr", threshold=0.995, guidance=2.0)
@@ -58,7 +61,9 @@ def ops(qkv: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
 
 
 def a_run() -> Trainer:
-    config = TrainConfig(data="digits", preset="digits", prediction="v", loss="hybrid", variance="learned_range", weight="p2", precision="bf16")
+    config = TrainConfig(
+        data="digits", preset="digits", prediction="v", loss="hybrid", variance="learned_range", weight="p2", precision="bf16"
+    )
     return Trainer(config, load_data("digits"))
 
 

@@ -1,4 +1,5 @@
 """The package and a user's program as type checkers see them, and the names that they know against those at run time."""
+
 from __future__ import annotations
 
 import inspect
@@ -20,7 +21,9 @@ from ddpm_fast.ops._vlb_terms import CDFS
 from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 
 ROOT = next(path for path in Path(__file__).resolve().parents if (path / "pyproject.toml").exists())
-CACHE = Path(tempfile.gettempdir()) / f"ddpm_fast_mypy_{os.getuid() if hasattr(os, 'getuid') else 'cache'}"  # outlives a run: PyTorch takes half a minute, then all takes seconds
+CACHE = (
+    Path(tempfile.gettempdir()) / f"ddpm_fast_mypy_{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+)  # outlives a run: PyTorch takes half a minute, then all takes seconds
 PROGRAM = Path("tests", "typing", "program.py")
 
 
@@ -62,7 +65,10 @@ def test_pyright_accepts_the_program():
 def test_an_ops_public_function_is_typed(function):
     """mypy does not ask for it in ddpm_fast/ops, for the sake of what is private there."""
     signature = inspect.signature(function)
-    assert inspect.Signature.empty not in (signature.return_annotation, *(parameter.annotation for parameter in signature.parameters.values()))
+    assert inspect.Signature.empty not in (
+        signature.return_annotation,
+        *(parameter.annotation for parameter in signature.parameters.values()),
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 Each gives (probability of the grey level x_start, derivatives of its logarithm by the mean and by the log of the deviation).
 """
+
 import triton
 import triton.language as tl
 

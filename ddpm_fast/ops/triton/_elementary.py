@@ -1,4 +1,5 @@
 """Elementary functions in fp32: csrc/common/elementary.h operation by operation, which has the reasons."""
+
 import triton
 import triton.language as tl
 

@@ -5,6 +5,7 @@ fp32 tensor, one to each 16-bit one. The cut depends on the size of a sample alo
 constants take few values whatever the sizes are, so few variants are ever compiled: COLUMNS is a power of two, VECTOR says
 only how many elements may be accessed at once, and sizes are never specialised on.
 """
+
 from __future__ import annotations
 
 import math
@@ -63,7 +64,9 @@ class Tiles:
         self.vector = math.gcd(self.elements, 16 // narrowest)
         self.wide = narrowest == 2
 
-    def launch(self, kernel: Callable, reads: dict[str, Any], writes: dict[str, Any], numbers: dict[str, Any], constants: dict[str, Any]) -> None:
+    def launch(
+        self, kernel: Callable, reads: dict[str, Any], writes: dict[str, Any], numbers: dict[str, Any], constants: dict[str, Any]
+    ) -> None:
         """Starts a kernel on all tiles, on the current stream; the sizes of the tiles are added to its arguments.
 
         Args:

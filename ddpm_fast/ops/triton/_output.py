@@ -1,4 +1,5 @@
 """What a model's output gives, with csrc/common/diffusion_math.h operation by operation, and how a table's row is read."""
+
 import triton
 import triton.language as tl
 

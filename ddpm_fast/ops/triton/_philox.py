@@ -1,4 +1,5 @@
 """The noise contract, version 1, in Triton: csrc/common/philox.h operation by operation. See ddpm_fast/noise/noise.py."""
+
 import triton
 import triton.language as tl
 
@@ -62,7 +63,9 @@ def philox4x32_10(c0, c1, c2, c3, seed):
 def normal4(sample, j, seed, stream):
     """The four normals of counter block j (uint32) of a sample (uint64), which broadcast against each other."""
     zero = (j ^ j) | (sample ^ sample).to(tl.uint32)
-    c0, c1, c2, c3 = philox4x32_10(j | zero, stream.to(tl.uint32) | zero, sample.to(tl.uint32) | zero, (sample >> 32).to(tl.uint32) | zero, seed)
+    c0, c1, c2, c3 = philox4x32_10(
+        j | zero, stream.to(tl.uint32) | zero, sample.to(tl.uint32) | zero, (sample >> 32).to(tl.uint32) | zero, seed
+    )
     a, b = box_muller(c0, c1)
     c, d = box_muller(c2, c3)
     return a, b, c, d

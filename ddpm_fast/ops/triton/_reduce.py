@@ -4,6 +4,7 @@ The second launch is left out where a sample is one tile. The order of every sum
 neighbouring pairs, then pairs of pairs. A sum that is left to the compiler takes the order in which a variant's threads hold
 their elements, which changes with the alignment of the pointers.
 """
+
 import torch
 import triton
 import triton.language as tl

@@ -1,4 +1,5 @@
 """What every kernel begins with: which elements a program has, which row of the tables each sample takes, and its noise."""
+
 import triton
 import triton.language as tl
 
@@ -52,7 +53,9 @@ def read(ptr, place, inside):
 
 
 @triton.jit
-def epsilon(noise_ptr, place, n, wanted, inside, seed, stream, first_sample, NOISE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
+def epsilon(
+    noise_ptr, place, n, wanted, inside, seed, stream, first_sample, NOISE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr
+):
     """ε (ROWS, COLUMNS), read or drawn; anything at all for samples that do not want it (ROWS, 1), so select, not multiply."""
     if NOISE == DRAWN:
         e = tl.zeros(inside.shape, tl.float32)

@@ -3,6 +3,7 @@
 Reads each operand once; one that is broadcast is read where it lies, and its gradient summed over the sample. Backward
 writes the gradients that are wanted, in one launch where they are elementwise and two where one is summed over several tiles.
 """
+
 import math
 
 import triton
@@ -60,8 +61,14 @@ def _gaussian_kl_fwd_kernel(
 ):
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
-    mean1, logvar1 = _operand(mean1_ptr, n, i, stride1, samples, inside, WHOLE1, VECTOR), _operand(logvar1_ptr, n, i, stride2, samples, inside, WHOLE2, VECTOR)
-    mean2, logvar2 = _operand(mean2_ptr, n, i, stride3, samples, inside, WHOLE3, VECTOR), _operand(logvar2_ptr, n, i, stride4, samples, inside, WHOLE4, VECTOR)
+    mean1, logvar1 = (
+        _operand(mean1_ptr, n, i, stride1, samples, inside, WHOLE1, VECTOR),
+        _operand(logvar1_ptr, n, i, stride2, samples, inside, WHOLE2, VECTOR),
+    )
+    mean2, logvar2 = (
+        _operand(mean2_ptr, n, i, stride3, samples, inside, WHOLE3, VECTOR),
+        _operand(logvar2_ptr, n, i, stride4, samples, inside, WHOLE4, VECTOR),
+    )
     distance = (mean1 - mean2) * inverse_deviation(logvar2)
     _, beyond_linear = excess_of(logvar1 - logvar2)
     kl = beyond_linear + (0.5 * distance) * distance
@@ -106,8 +113,14 @@ def _gaussian_kl_bwd_kernel(
     elements = vectors * VECTOR
     n, i, inside = tile(samples, elements, ROWS, COLUMNS)
     place = n[:, None] * elements + i
-    mean1, logvar1 = _operand(mean1_ptr, n, i, stride1, samples, inside, WHOLE1, VECTOR), _operand(logvar1_ptr, n, i, stride2, samples, inside, WHOLE2, VECTOR)
-    mean2, logvar2 = _operand(mean2_ptr, n, i, stride3, samples, inside, WHOLE3, VECTOR), _operand(logvar2_ptr, n, i, stride4, samples, inside, WHOLE4, VECTOR)
+    mean1, logvar1 = (
+        _operand(mean1_ptr, n, i, stride1, samples, inside, WHOLE1, VECTOR),
+        _operand(logvar1_ptr, n, i, stride2, samples, inside, WHOLE2, VECTOR),
+    )
+    mean2, logvar2 = (
+        _operand(mean2_ptr, n, i, stride3, samples, inside, WHOLE3, VECTOR),
+        _operand(logvar2_ptr, n, i, stride4, samples, inside, WHOLE4, VECTOR),
+    )
     grad = each(grad_kl_ptr, n, samples) * share if REDUCED else read(grad_kl_ptr, place, inside)
     inverse = inverse_deviation(logvar2)
     distance = (mean1 - mean2) * inverse

@@ -5,6 +5,7 @@
 Reads each input once and writes each result once; results may lie where an input does. z is drawn, unless no sample of a
 program takes any. Backward recomputes x̂0, z and the deviation, and writes the gradients that are wanted.
 """
+
 import triton
 import triton.language as tl
 
@@ -155,7 +156,9 @@ def _launch(kernel, arguments, reads, writes):
     x_t, model_output, without = x_t.contiguous(), model_output.contiguous(), contiguous(without)
     noise_reads, numbers, constants = noise_arguments(contiguous(noise))
     tiles = Tiles(x_t.shape, x_t, model_output)
-    constants |= dict(VARIANCE=VARIANCE_KINDS.index(variance), CLIP=bool(clip), DOUBLED=sample_stride(model_output) // tiles.elements, WIDE=tiles.wide)
+    constants |= dict(
+        VARIANCE=VARIANCE_KINDS.index(variance), CLIP=bool(clip), DOUBLED=sample_stride(model_output) // tiles.elements, WIDE=tiles.wide
+    )
     tiles.launch(
         kernel,
         dict(x_t_ptr=x_t, model_output_ptr=model_output, without_ptr=without, t_ptr=t.contiguous(), table_ptr=table) | noise_reads | reads,

@@ -2,6 +2,7 @@
 
 Forward reads x_start (and a noise tensor) and writes x_t; backward reads the gradient once and writes those wanted.
 """
+
 import torch
 import triton
 import triton.language as tl

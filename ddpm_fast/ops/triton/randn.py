@@ -1,4 +1,5 @@
 """randn: the noise contract written out. Writes samples · elements values, reads nothing."""
+
 import torch
 import triton
 import triton.language as tl
@@ -31,5 +32,7 @@ def randn(shape, seed, stream, first_sample, dtype, device, *, out=None):
     out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
     if out.numel():
         tiles = Tiles(shape, out)
-        tiles.launch(_randn_kernel, {}, dict(out_ptr=out), dict(seed=seed, noise_stream=stream, first_sample=first_sample), dict(WIDE=tiles.wide))
+        tiles.launch(
+            _randn_kernel, {}, dict(out_ptr=out), dict(seed=seed, noise_stream=stream, first_sample=first_sample), dict(WIDE=tiles.wide)
+        )
     return out

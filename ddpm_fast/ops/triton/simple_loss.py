@@ -3,6 +3,7 @@
 Reads the prediction once, x_start and ε where their coefficients are not 0; ε is drawn forward and again backward, which
 moves fewer bytes than a gradient written in forward and scaled in backward.
 """
+
 import triton
 import triton.language as tl
 

@@ -3,6 +3,7 @@
 For t > 0 the KL divergence of the posterior from p_θ, at t = 0 the decoder's negative log-likelihood. Reads model_output, x_start and
 x_t once, forward and again backward; a program computes the decoder only where one of its samples is at t = 0.
 """
+
 import triton
 import triton.language as tl
 

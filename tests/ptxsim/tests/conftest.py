@@ -19,6 +19,7 @@ def cuda():
 
     def build(source, arch="sm_80", **options):
         return Module.from_cuda(source + "\n", arch=arch, **options)
+
     return build
 
 
@@ -38,7 +39,9 @@ def run_ptx(body, inputs, outputs, threads=None, target="sm_90", **options):
     lines.append(body)
     for j, t in enumerate(outputs):
         _, name, kind = names[np.dtype(t).itemsize]
-        lines += [f"ld.param.u64 %p, [P{len(inputs) + j}]; mad.wide.u32 %p, %i, {np.dtype(t).itemsize}, %p; st.global.{kind} [%p], %{name}{j};"]
+        lines += [
+            f"ld.param.u64 %p, [P{len(inputs) + j}]; mad.wide.u32 %p, %i, {np.dtype(t).itemsize}, %p; st.global.{kind} [%p], %{name}{j};"
+        ]
     params = ", ".join(f".param .u64 P{j}" for j in range(len(inputs) + len(outputs)))
     text = f""".version 8.0
 .target {target}
@@ -46,7 +49,7 @@ def run_ptx(body, inputs, outputs, threads=None, target="sm_90", **options):
 .visible .entry k({params}) {{
  .reg .b64 %p, %A<8>, %O<8>, %t<8>; .reg .b32 %i, %n, %c, %a<8>, %o<8>, %r<32>; .reg .b16 %h<8>, %oh<8>; .reg .pred %q<8>;
  mov.u32 %c, %ctaid.x; mov.u32 %n, %ntid.x; mov.u32 %i, %tid.x; mad.lo.u32 %i, %c, %n, %i;
- {' '.join(lines)}
+ {" ".join(lines)}
  ret;
 }}"""
     device = Device()

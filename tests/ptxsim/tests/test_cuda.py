@@ -1,4 +1,5 @@
 """Whole CUDA C++ kernels against NumPy."""
+
 import math
 
 import numpy as np
@@ -10,13 +11,13 @@ from .philox import philox_reference
 
 
 def test_vectorised_strided(cuda, device, rng):
-    module = cuda(r'''
+    module = cuda(r"""
 extern "C" __global__ void transpose4(const float4* a, float* b, int rows, int cols4) {
   int c = blockIdx.x * blockDim.x + threadIdx.x, r = blockIdx.y;
   if (c >= cols4) return;
   float4 v = a[r * cols4 + c];
   b[(4 * c + 0) * rows + r] = v.x; b[(4 * c + 1) * rows + r] = v.y; b[(4 * c + 2) * rows + r] = v.z; b[(4 * c + 3) * rows + r] = v.w;
-}''')
+}""")
     x = rng.standard_normal((37, 204)).astype("f4")
     out = device.empty((204, 37), "f4")
     module.launch("transpose4", (2, 37), 32, [device.array(x), out, 37, 51])
@@ -25,7 +26,7 @@ extern "C" __global__ void transpose4(const float4* a, float* b, int rows, int c
 
 @pytest.mark.parametrize("block", [32, 128, 320, 1024])
 def test_block_reduction(cuda, device, rng, block):
-    module = cuda(r'''
+    module = cuda(r"""
 extern "C" __global__ void row_sum(const float* a, float* out, int n) {
   __shared__ float s[32]; extern __shared__ float dyn[];
   float v = 0; for (int i = threadIdx.x; i < n; i += blockDim.x) v += a[blockIdx.x * n + i];
@@ -38,7 +39,7 @@ extern "C" __global__ void row_sum(const float* a, float* out, int n) {
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
     if (threadIdx.x == 0) out[blockIdx.x] = v;
   }
-}''')
+}""")
     x = rng.standard_normal((11, 777)).astype("f4")
     out = device.empty(11, "f4")
     module.launch("row_sum", 11, block, [device.array(x), out, 777], shared_bytes=4 * block)
@@ -46,7 +47,7 @@ extern "C" __global__ void row_sum(const float* a, float* out, int n) {
 
 
 def test_shared_memory_histogram_and_device_function(cuda, device, rng):
-    module = cuda(r'''
+    module = cuda(r"""
 struct Bin { int which; float weight; };
 __device__ __noinline__ Bin bin_of(float x, float scale, float* extra) { Bin b; b.which = (int)floorf(x * scale) & 15; b.weight = x; *extra = x * 2; return b; }
 __device__ __noinline__ int collatz(int n) { int k = 0; while (n != 1) { n = n % 2 ? 3 * n + 1 : n / 2; k++; } return k; }
@@ -65,7 +66,7 @@ extern "C" __global__ void histogram(const float* x, int n, unsigned* counts, fl
 extern "C" __global__ void tickets(int* order, int* next, int* low, unsigned long long* wide, int* cas) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   order[i] = atomicAdd(next, 3); atomicMin(low, 1000 - i); atomicAdd(wide, 1ull << 33); atomicCAS(cas, 0, i + 1);
-}''')
+}""")
     x = rng.random(3000).astype("f4")
     counts, sums, steps = device.zeros(16, "u4"), device.zeros(16, "f4"), device.empty(3000, "i4")
     report = module.launch("histogram", 4, 128, [device.array(x), 3000, counts, sums, steps])
@@ -76,6 +77,7 @@ extern "C" __global__ void tickets(int* order, int* next, int* low, unsigned lon
 
     def collatz(n):
         return 0 if n == 1 else 1 + collatz(n // 2 if n % 2 == 0 else 3 * n + 1)
+
     assert steps.numpy()[:200].tolist() == [collatz(n + 1) for n in range(200)]
     order, cells = device.empty(512, "i4"), [device.zeros(1, t) for t in ("i4", "i4", "u8", "i4")]
     module.launch("tickets", 4, 128, [order, *cells])
@@ -85,22 +87,29 @@ extern "C" __global__ void tickets(int* order, int* next, int* low, unsigned lon
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 def test_atomics_on_every_type(cuda, device, arch):
     """sm_75 has no bf16 atomics: nvcc emits a compare-and-swap loop."""
-    module = cuda(r'''
+    module = cuda(
+        r"""
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 extern "C" __global__ void add_all(__half2* h, __nv_bfloat162* b, __nv_bfloat16* one, double* d, int* top, float* seen, float* cell) {
   int i = threadIdx.x;
   atomicAdd(h + (i & 3), __floats2half2_rn(1.f, 0.5f)); atomicAdd(b + (i & 3), __floats2bfloat162_rn(1.f, 0.5f)); atomicAdd(one, __float2bfloat16(1.f));
   atomicAdd(d, 1.5); atomicMax(top, i); seen[i] = atomicExch(cell, (float)(i + 1));
-}''', arch=arch)
+}""",
+        arch=arch,
+    )
     h, b, one, d, top, cell = (device.zeros(*a) for a in ((8, "f2"), (8, "u2"), (2, "u2"), (1, "f8"), (1, "i4"), (1, "f4")))
     seen = device.empty(96, "f4")
-    module.launch("add_all", 1, 96, [h, b, one, d, top, seen, cell], races="off")             # that loop reads by a plain load first
-    assert h.numpy().tolist() == [24, 12] * 4 and from_bfloat16(b.numpy()).tolist() == [24, 12] * 4 and from_bfloat16(one.numpy()).tolist() == [96, 0]
+    module.launch("add_all", 1, 96, [h, b, one, d, top, seen, cell], races="off")  # that loop reads by a plain load first
+    assert (
+        h.numpy().tolist() == [24, 12] * 4
+        and from_bfloat16(b.numpy()).tolist() == [24, 12] * 4
+        and from_bfloat16(one.numpy()).tolist() == [96, 0]
+    )
     assert d.numpy() == 144 and top.numpy() == 95 and sorted([*seen.numpy(), *cell.numpy()]) == list(range(97))
 
 
-PHILOX = r'''
+PHILOX = r"""
 struct Key { unsigned x, y; };
 __device__ uint4 philox(uint4 c, Key k) {
   for (int r = 0; r < 10; r++) {
@@ -118,7 +127,7 @@ extern "C" __global__ void normal(float4* out, const float4* x, float a, float s
   u = (r.z + 1.0f) * 2.3283064365386963e-10f; v = r.w * 2.3283064365386963e-10f; m = sqrtf(-2.f * logf(u)); sincosf(6.2831853f * v, &sn, &cs); z.z = m * cs; z.w = m * sn;
   float4 t = x[i];
   out[i] = make_float4(a * t.x + s * z.x, a * t.y + s * z.y, a * t.z + s * z.z, a * t.w + s * z.w);
-}'''
+}"""
 
 
 def test_philox_known_answers(cuda, device, rng):
@@ -129,8 +138,11 @@ def test_philox_known_answers(cuda, device, rng):
     counters[2], keys[2] = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
     out = device.empty((32, 4), "u4")
     cuda(PHILOX).launch("raw", 1, 32, [device.array(counters), device.array(keys), out])
-    assert out.numpy()[:3].tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
-                                        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]]                  # Random123 known answers
+    assert out.numpy()[:3].tolist() == [
+        [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8],
+        [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ]  # Random123 known answers
     assert out.numpy().tolist() == [philox_reference(c, k) for c, k in zip(counters, keys)]
 
 
@@ -148,14 +160,29 @@ def test_box_muller_elementwise(cuda, device, rng):
 def test_math_library(cuda, device, rng):
     names = ["expf", "logf", "sinf", "cosf", "rsqrtf", "sqrtf", "tanhf", "erff", "log1pf", "expm1f", "normcdff", "__expf", "__logf"]
     body = "".join(f"y[{j} * n + i] = {f}(x[i]);" for j, f in enumerate(names))
-    module = cuda(f'extern "C" __global__ void all(const float* x, float* y, int n) {{ int i = blockIdx.x * blockDim.x + threadIdx.x; {body} }}')
+    module = cuda(
+        f'extern "C" __global__ void all(const float* x, float* y, int n) {{ int i = blockIdx.x * blockDim.x + threadIdx.x; {body} }}'
+    )
     x = np.concatenate([rng.uniform(1e-3, 20, 960), [1e5, 3e6, 1e-30, 0.0] * 16]).astype("f4")
     out = device.empty((len(names), 1024), "f4")
     module.launch("all", 8, 128, [device.array(x), out, 1024])
     w = x.astype("f8")
     with np.errstate(all="ignore"):
-        want = [np.exp(w), np.log(w), np.sin(w), np.cos(w), 1 / np.sqrt(w), np.sqrt(w), np.tanh(w), np.vectorize(math.erf)(w), np.log1p(w),
-                np.expm1(w), 0.5 * np.vectorize(math.erfc)(-w / math.sqrt(2)), np.exp(w), np.log(w)]
+        want = [
+            np.exp(w),
+            np.log(w),
+            np.sin(w),
+            np.cos(w),
+            1 / np.sqrt(w),
+            np.sqrt(w),
+            np.tanh(w),
+            np.vectorize(math.erf)(w),
+            np.log1p(w),
+            np.expm1(w),
+            0.5 * np.vectorize(math.erfc)(-w / math.sqrt(2)),
+            np.exp(w),
+            np.log(w),
+        ]
         want = [v.astype("f4") for v in want]
     for name, got, ref in zip(names, out.numpy(), want):
         finite = np.isfinite(ref)
@@ -166,7 +193,8 @@ def test_math_library(cuda, device, rng):
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 def test_half_kernels(cuda, device, rng, arch):
-    module = cuda(r'''
+    module = cuda(
+        r"""
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 extern "C" __global__ void mixed(const __half* h, const __nv_bfloat16* b, __half* ho, __nv_bfloat16* bo, float* fo) {
@@ -175,7 +203,9 @@ extern "C" __global__ void mixed(const __half* h, const __nv_bfloat16* b, __half
   ((__half2*)ho)[i] = __hfma2(x, x, __float2half2_rn(0.5f)); ((__nv_bfloat162*)bo)[i] = __hmax2(__hmul2(y, y), __hneg2(y));
   float2 f = __half22float2(x), g = __bfloat1622float2(y);
   fo[2 * i] = f.x + g.y; fo[2 * i + 1] = __half2float(hexp(x.y)) + (__hgt(y.x, y.y) ? 1.f : 0.f);
-}''', arch=arch)
+}""",
+        arch=arch,
+    )
     h, b = rng.standard_normal(128).astype("f2"), to_bfloat16(rng.standard_normal(128))
     ho, bo, fo = device.empty(128, "f2"), device.empty(128, "u2"), device.empty(128, "f4")
     module.launch("mixed", 1, 64, [device.array(h), device.array(b), ho, bo, fo])
@@ -186,7 +216,7 @@ extern "C" __global__ void mixed(const __half* h, const __nv_bfloat16* b, __half
     assert np.allclose(fo.numpy()[1::2], np.exp(w[1::2]) + (g[::2] > g[1::2]), rtol=2e-3)
 
 
-MMA = r'''
+MMA = r"""
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 #ifndef KIND
@@ -229,7 +259,7 @@ extern "C" __global__ void one_k8(const unsigned* a, const unsigned* b, float* c
     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[l / 4 * 8 + l % 4]), "r"(a[(l / 4 + 8) * 8 + l % 4]), "r"(a[l / 4 * 8 + l % 4 + 4]), "r"(a[(l / 4 + 8) * 8 + l % 4 + 4]),
       "r"(b[l % 4 * 8 + l / 4]), "r"(b[(l % 4 + 4) * 8 + l / 4]), "f"(1.f));
   for (int e = 0; e < 4; e++) c[(l / 4 + e / 2 * 8) * 8 + l % 4 * 2 + e % 2] = d[e];
-}'''
+}"""
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
@@ -237,19 +267,23 @@ def test_mma_pipeline(cuda, device, rng, kind):
     module = cuda(MMA, flags=[f'-DKIND="{kind}"'])
     m, n, k = 128, 192, 160
     a, b = rng.standard_normal((m, k)).astype("f4"), rng.standard_normal((k, n)).astype("f4")
-    to, back = (to_bfloat16, from_bfloat16) if kind == "bf16" else (lambda x: x.astype("f2").view("u2"), lambda x: x.view("f2").astype("f4"))
+    to, back = (
+        (to_bfloat16, from_bfloat16) if kind == "bf16" else (lambda x: x.astype("f2").view("u2"), lambda x: x.view("f2").astype("f4"))
+    )
     out = device.empty((m, n), "f4")
     report = module.launch("matmul", (n // 64, m // 64), 128, [device.array(to(a)), device.array(to(b)), out, m, n, k])
     want = back(to(a)).astype("f8") @ back(to(b)).astype("f8")
     assert np.abs(out.numpy() - want).max() < 1e-4
     assert report.mma_flops == 2 * m * n * k
-    assert report.shared_load.conflict_degree == 1.0            # rows padded by 16 bytes
+    assert report.shared_load.conflict_degree == 1.0  # rows padded by 16 bytes
 
 
 def test_mma_without_wait_is_caught(cuda, device, rng):
     module = cuda(MMA.replace("cp.async.wait_group 1;", "// no wait"))
     with pytest.raises(UninitialisedRead):
-        module.launch("matmul", 1, 128, [device.zeros((64, 64), "u2"), device.zeros((64, 64), "u2"), device.empty((64, 64), "f4"), 64, 64, 64])
+        module.launch(
+            "matmul", 1, 128, [device.zeros((64, 64), "u2"), device.zeros((64, 64), "u2"), device.empty((64, 64), "f4"), 64, 64, 64]
+        )
 
 
 def test_mma_tf32(cuda, device, rng):
@@ -262,7 +296,8 @@ def test_mma_tf32(cuda, device, rng):
 
 @pytest.mark.parametrize("kind", ["__half", "__nv_bfloat16"])
 def test_wmma(cuda, device, rng, kind):
-    module = cuda(r'''
+    module = cuda(
+        r"""
 #include <mma.h>
 using namespace nvcuda;
 extern "C" __global__ void tile(const KIND* a, const KIND* b, const float* c, float* d, int k) {
@@ -275,9 +310,16 @@ extern "C" __global__ void tile(const KIND* a, const KIND* b, const float* c, fl
     __syncwarp(); wmma::load_matrix_sync(fa, s, 24); wmma::load_matrix_sync(fb, b + j, k); wmma::mma_sync(acc, fa, fb, acc); __syncwarp();
   }
   wmma::store_matrix_sync(d, acc, 16, wmma::mem_col_major);
-}'''.replace("KIND", kind))
-    to, back = (to_bfloat16, from_bfloat16) if kind != "__half" else (lambda x: x.astype("f2").view("u2"), lambda x: x.view("f2").astype("f4"))
-    a, b, c = to(rng.standard_normal((16, 48)).astype("f4")), to(rng.standard_normal((16, 48)).astype("f4")), rng.standard_normal((16, 16)).astype("f4")
+}""".replace("KIND", kind)
+    )
+    to, back = (
+        (to_bfloat16, from_bfloat16) if kind != "__half" else (lambda x: x.astype("f2").view("u2"), lambda x: x.view("f2").astype("f4"))
+    )
+    a, b, c = (
+        to(rng.standard_normal((16, 48)).astype("f4")),
+        to(rng.standard_normal((16, 48)).astype("f4")),
+        rng.standard_normal((16, 16)).astype("f4"),
+    )
     out = device.empty((16, 16), "f4")
     module.launch("tile", 1, 32, [device.array(a), device.array(b), device.array(c), out, 48])
     assert np.abs(out.numpy().T - (back(a).astype("f8") @ back(b).astype("f8").T + 2 * c)).max() < 1e-5
@@ -285,7 +327,7 @@ extern "C" __global__ void tile(const KIND* a, const KIND* b, const float* c, fl
 
 def test_cooperative_groups(cuda, device, rng):
     """Tiles of a warp use several member masks side by side."""
-    module = cuda(r'''
+    module = cuda(r"""
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
 namespace cg = cooperative_groups;
@@ -301,7 +343,7 @@ extern "C" __global__ void tiles(const float* x, float* sums, int* most, int* od
   }
   most[block.thread_rank()] = cg::reduce(quad, (int)(threadIdx.x * 7 % 13), cg::greater<int>());
   odd[block.thread_rank()] = quad.ballot(threadIdx.x * 7 % 13 > 6);
-}''')
+}""")
     x = rng.standard_normal((3, 96)).astype("f4")
     sums, most, odd = device.empty(3, "f4"), device.empty(96, "i4"), device.empty(96, "i4")
     module.launch("tiles", 3, 96, [device.array(x), sums, most, odd], same_value_writes=["global"])
@@ -311,7 +353,7 @@ extern "C" __global__ void tiles(const float* x, float* sums, int* most, int* od
     assert (odd.numpy().reshape(-1, 4) == ((k > 6) << np.arange(4)).sum(1, keepdims=True)).all()
 
 
-SGEMM = r'''
+SGEMM = r"""
 extern "C" __global__ void sgemm(const float* A, const float* B, float* C, int M, int N, int K) {
   __shared__ float a[32][33], b[32][33];
   int x = threadIdx.x, y = threadIdx.y, r = blockIdx.y * 32 + y, c = blockIdx.x * 32 + x;
@@ -323,7 +365,7 @@ extern "C" __global__ void sgemm(const float* A, const float* B, float* C, int M
     __syncthreads();
   }
   for (int j = 0; j < 4; j++) if (r + 8 * j < M && c < N) C[(r + 8 * j) * N + c] = acc[j];
-}'''
+}"""
 
 
 def test_tiled_matmul_float32(cuda, device, rng):
@@ -336,20 +378,24 @@ def test_tiled_matmul_float32(cuda, device, rng):
     assert report.shared_load.conflict_degree == 1.0 and report.opcodes["fma.rn.f32"] > 0
 
 
-@pytest.mark.parametrize("source,name,grid,block,shape", [(SGEMM, "sgemm", (2, 2), (32, 8), (64, 64, 64)), (MMA, "matmul", (1, 1), 128, (64, 64, 96))])
+@pytest.mark.parametrize(
+    "source,name,grid,block,shape", [(SGEMM, "sgemm", (2, 2), (32, 8), (64, 64, 64)), (MMA, "matmul", (1, 1), 128, (64, 64, 96))]
+)
 @pytest.mark.parametrize("which", [0, 1])
 def test_each_syncthreads_is_needed(cuda, device, rng, source, name, grid, block, shape, which):
     """Leaving out either barrier of a tiled kernel must be reported."""
     pieces = source.split("__syncthreads();")
     assert len(pieces) == 3
-    module = cuda("__syncthreads();".join(pieces[:which + 1]) + "__syncthreads();".join(pieces[which + 1:]))
+    module = cuda("__syncthreads();".join(pieces[: which + 1]) + "__syncthreads();".join(pieces[which + 1 :]))
     dtype = "f4" if name == "sgemm" else "u2"
     m, n, k = shape
     with pytest.raises((RaceError, UninitialisedRead)):
-        module.launch(name, grid, block, [device.zeros((m, k), dtype), device.array(np.ones((k, n), dtype)), device.empty((m, n), "f4"), m, n, k])
+        module.launch(
+            name, grid, block, [device.zeros((m, k), dtype), device.array(np.ones((k, n), dtype)), device.empty((m, n), "f4"), m, n, k]
+        )
 
 
-GROUP_NORM = r'''
+GROUP_NORM = r"""
 #include <cuda_bf16.h>
 // One CTA per (sample, group); x, y: (N, C, H*W) bf16; Welford-free two-pass statistics in float32.
 extern "C" __global__ void group_norm_silu(const __nv_bfloat16* x, const float* gamma, const float* beta, __nv_bfloat16* y, float* stats, int C, int G, int HW, float eps) {
@@ -369,7 +415,7 @@ extern "C" __global__ void group_norm_silu(const __nv_bfloat16* x, const float* 
     float a = (v.x - mean) * rstd * gamma[c] + beta[c], b = (v.y - mean) * rstd * gamma[c] + beta[c];
     ((__nv_bfloat162*)py)[i] = __floats2bfloat162_rn(a / (1.f + expf(-a)), b / (1.f + expf(-b)));
   }
-}'''
+}"""
 
 
 def test_group_norm_silu(cuda, device, rng):
@@ -378,7 +424,9 @@ def test_group_norm_silu(cuda, device, rng):
     x = to_bfloat16(rng.standard_normal((n, c, h * h)) * 2 + 1)
     gamma, beta = rng.standard_normal((2, c)).astype("f4")
     y, stats = device.empty((n, c, h * h), "u2"), device.empty((n * g, 2), "f4")
-    report = module.launch("group_norm_silu", n * g, 128, [device.array(x), device.array(gamma), device.array(beta), y, stats, c, g, h * h, 1e-5])
+    report = module.launch(
+        "group_norm_silu", n * g, 128, [device.array(x), device.array(gamma), device.array(beta), y, stats, c, g, h * h, 1e-5]
+    )
     w = from_bfloat16(x).astype("f8").reshape(n, g, -1)
     mean, rstd = w.mean(-1, keepdims=True), 1 / np.sqrt(w.var(-1, keepdims=True) + 1e-5)
     z = ((w - mean) * rstd).reshape(n, c, -1) * gamma[:, None] + beta[:, None]

@@ -1,10 +1,11 @@
 """What orders memory and what does not: each kernel here has a right form, and forms that lack one synchronisation."""
+
 import numpy as np
 import pytest
 
 from ptxsim import BarrierError, RaceError
 
-SOURCE = r'''
+SOURCE = r"""
 #define ASM(text) asm volatile(text ::: "memory")
 __device__ unsigned smem(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 // Between a lane's write and another's read: the warp-wide instruction `what`, and bar.warp.sync where sync.
@@ -75,7 +76,7 @@ extern "C" __global__ void total(const float* a, volatile float* part, unsigned*
   if (last && threadIdx.x == 33) { float v = 0; for (int i = 0; i < 2 * gridDim.x; i++) v += part[i]; *sum = v; }
 }
 extern "C" __global__ void half_a_warp(float* b) { if (threadIdx.x % 32 < 16) ASM("barrier.sync 1, 32;"); else ASM("barrier.sync 2, 32;"); b[threadIdx.x] = 1; }
-'''
+"""
 
 
 @pytest.fixture
@@ -87,6 +88,7 @@ def launch(cuda, device):
         out = device.empty(n, dtype)
         module.launch(name, grid, block, [*inputs, out, *arguments], **options)
         return out.numpy(check=False)
+
     return run
 
 
@@ -116,7 +118,7 @@ def test_a_barrier_of_some_warps_orders_them_and_what_they_know(launch):
     t = np.arange(96)
     for back, there in ((1, t - 32), (2, t - 64)):
         assert (launch("neighbours", 1, 96, 96, back) == np.where(t < 64, t, there)).all()
-    races(launch, "neighbours", 1, 96, 96, 2 << 2)           # warp 0 has met 1 alone
+    races(launch, "neighbours", 1, 96, 96, 2 << 2)  # warp 0 has met 1 alone
     with pytest.raises(BarrierError, match="part of a warp"):
         launch("half_a_warp", 1, 64, 64)
 
@@ -135,7 +137,16 @@ def test_a_wait_for_cp_async_is_the_threads_own(launch, device):
 
 
 def test_global_memory_within_a_block(launch, device):
-    races(launch, "through_global", 3, 64, 192, 0, match=r"global-memory race: read.*write by thread \d+ of block \(0, 0, 0\)", inputs=[device.empty(192, "f4")])
+    races(
+        launch,
+        "through_global",
+        3,
+        64,
+        192,
+        0,
+        match=r"global-memory race: read.*write by thread \d+ of block \(0, 0, 0\)",
+        inputs=[device.empty(192, "f4")],
+    )
     out = launch("through_global", 3, 64, 192, 1, inputs=[device.empty(192, "f4")], batch_threads=128)
     assert (out == np.arange(192) % 64 ^ 32).all()
 
@@ -167,6 +178,7 @@ def test_fences_and_an_atomic_order_blocks(batch, cuda, device):
         sum = device.empty(1, "f4")
         module.launch("total", 6, 64, [a, device.empty(12, "f4"), device.zeros(1, "u4"), sum, before, after], batch_threads=2 * batch)
         return sum.numpy()[0]
+
     assert total(1, 1) == 66
     for before, after in ((0, 1), (1, 0), (2, 1)):
         with pytest.raises(RaceError, match=r"global-memory race: read.*write by thread 0 of block \(0, 0, 0\)"):

@@ -1,8 +1,9 @@
 """Schedules show what a kernel leaves to chance, and leave a right kernel's results alone."""
+
 import numpy as np
 import pytest
 
-SOURCE = r'''
+SOURCE = r"""
 extern "C" __global__ void tickets(int* order, int* next) { order[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(next, 1); }
 extern "C" __global__ void hand_over(int* b, int sync) {                  // the next warp's, and the one before's
   __shared__ volatile int s[128]; int t = threadIdx.x;
@@ -22,7 +23,7 @@ extern "C" __global__ void divergent(float* b, int sync) {                // red
   int t = threadIdx.x; float v = t; if (t & 1) { v *= 2; for (int i = 0; i < t; i++) v += 1; }
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
   b[blockIdx.x * blockDim.x + t] = v; }
-'''
+"""
 SCHEDULES = ["in order", "reversed", "random:1", "random:2"]
 
 
@@ -34,6 +35,7 @@ def launch(cuda, device):
         out = device.empty(n, dtype)
         module.launch(name, grid, block, [*inputs, out, *arguments], races="off", **options)
         return out.numpy()
+
     return run
 
 
@@ -50,7 +52,10 @@ def test_a_missing_barrier_shows_in_the_result(sync, launch):
     """In order all threads write before one reads, so that nothing is seen."""
     t = np.arange(128)
     right = 1000 * ((t + 32) % 128) + (t + 96) % 128
-    found = [(launch("hand_over", 1, 128, 128, sync, dtype="i4", schedule=s) == right).all() for s in (*SCHEDULES, *map("random:{}".format, range(3, 8)))]
+    found = [
+        (launch("hand_over", 1, 128, 128, sync, dtype="i4", schedule=s) == right).all()
+        for s in (*SCHEDULES, *map("random:{}".format, range(3, 8)))
+    ]
     assert all(found) if sync else found[0] and not found[1] and not all(found[2:])
 
 
@@ -60,7 +65,7 @@ def test_threads_that_diverged_meet_at_a_shuffle(launch):
 
 
 def test_what_is_undefined_is_garbage(launch):
-    assert launch("undefined", 1, 32, 32, 0)[0] == 1                       # zero, by chance
+    assert launch("undefined", 1, 32, 32, 0)[0] == 1  # zero, by chance
     assert np.isnan(launch("undefined", 1, 32, 32, 0, schedule="in order:0")).all()
     bits = [launch("undefined", 1, 32, 32, 1, schedule=f"in order:{seed}").tolist() for seed in (0, 1)]
     assert bits == [[1.0] * 32] * 2
@@ -75,7 +80,9 @@ def test_copies_come_late(launch, device):
 def test_approximate_results_are_an_ulp_off(launch, device):
     x = device.array(np.concatenate([np.linspace(0.01, 9, 252), [0, np.inf, -0.0, np.nan]]).astype("f4"))
     exact = launch("approximate", 1, 256, (6, 256), inputs=[x])
-    found = [launch("approximate", 1, 256, (6, 256), inputs=[x], schedule=s) for s in ("in order:1", "reversed:1", "random:1", "in order:2")]
+    found = [
+        launch("approximate", 1, 256, (6, 256), inputs=[x], schedule=s) for s in ("in order:1", "reversed:1", "random:1", "in order:2")
+    ]
     assert all((y.view("u4") == found[0].view("u4")).all() for y in found[:3])
     assert (found[0] != found[3])[:, :252].any(axis=1).all()
     for y in found:

@@ -1,4 +1,5 @@
 """How mma adds: values that distinguish tensor cores from fp32 arithmetic, and exact fractions."""
+
 import math
 from fractions import Fraction
 

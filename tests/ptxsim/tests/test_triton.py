@@ -1,4 +1,5 @@
 """Triton kernels compiled offline."""
+
 import numpy as np
 import pytest
 
@@ -97,11 +98,19 @@ def attention_backward(q, k, v, do, lse, delta, dq, dk, dv, T, scale, D: tl.cons
 def test_elementwise_randn():
     n = 5000
     x, o = torch.randn(n), torch.empty(n)
-    run_triton(axpy_noise, triton.cdiv(n, 1024), dict(x_ptr=x, o_ptr=o, a=2.0, s=0.5, seed=99, n=n), dict(BLOCK=1024), uninitialised_outputs=["o_ptr"])
+    run_triton(
+        axpy_noise,
+        triton.cdiv(n, 1024),
+        dict(x_ptr=x, o_ptr=o, a=2.0, s=0.5, seed=99, n=n),
+        dict(BLOCK=1024),
+        uninitialised_outputs=["o_ptr"],
+    )
     z = (o - 2 * x) / 0.5
     assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
     again = torch.empty(n)
-    run_triton(axpy_noise, triton.cdiv(n, 512), dict(x_ptr=torch.zeros(n), o_ptr=again, a=2.0, s=1.0, seed=99, n=n), dict(BLOCK=512), arch=90)
+    run_triton(
+        axpy_noise, triton.cdiv(n, 512), dict(x_ptr=torch.zeros(n), o_ptr=again, a=2.0, s=1.0, seed=99, n=n), dict(BLOCK=512), arch=90
+    )
     assert torch.allclose(again, z, atol=1e-5)
 
 
@@ -125,8 +134,15 @@ def test_softmax(warps):
 def test_dot(arch, tile, stages, dtype):
     m, n, k = 100, 96, 136
     a, b, c = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype), torch.zeros(m, n)
-    report = run_triton(matmul, (triton.cdiv(m, tile), triton.cdiv(n, tile)), dict(a_ptr=a, b_ptr=b, c_ptr=c, M=m, N=n, K=k),
-                        dict(BM=tile, BN=tile, BK=32), num_warps=4 if arch == 80 else 2, num_stages=stages, arch=arch)
+    report = run_triton(
+        matmul,
+        (triton.cdiv(m, tile), triton.cdiv(n, tile)),
+        dict(a_ptr=a, b_ptr=b, c_ptr=c, M=m, N=n, K=k),
+        dict(BM=tile, BN=tile, BK=32),
+        num_warps=4 if arch == 80 else 2,
+        num_stages=stages,
+        arch=arch,
+    )
     assert (c - a.float() @ b.float()).abs().max() < 1e-4
     assert report.mma_flops >= 2 * m * n * k
 
@@ -135,15 +151,21 @@ def test_flash_attention():
     heads, t, d = 2, 128, 64
     q, k, v = (torch.randn(heads, t, d).bfloat16() for _ in range(3))
     o = torch.zeros_like(q)
-    run_triton(attention, (t // 64, heads), dict(q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=o, T=t, scale=d ** -0.5), dict(D=d, BM=64, BN=32))
-    want = torch.softmax(q.float() @ k.float().transpose(1, 2) * d ** -0.5, -1) @ v.float()
+    run_triton(attention, (t // 64, heads), dict(q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=o, T=t, scale=d**-0.5), dict(D=d, BM=64, BN=32))
+    want = torch.softmax(q.float() @ k.float().transpose(1, 2) * d**-0.5, -1) @ v.float()
     assert (o.float() - want).abs().max() < 0.02
 
 
 def test_uninitialised_input_is_found():
     n = 1024
     with pytest.raises(UninitialisedRead, match="x_ptr"):
-        run_triton(axpy_noise, 1, dict(x_ptr=torch.zeros(n), o_ptr=torch.zeros(n), a=2.0, s=0.5, seed=1, n=n), dict(BLOCK=1024), uninitialised_outputs=["x_ptr"])
+        run_triton(
+            axpy_noise,
+            1,
+            dict(x_ptr=torch.zeros(n), o_ptr=torch.zeros(n), a=2.0, s=0.5, seed=1, n=n),
+            dict(BLOCK=1024),
+            uninitialised_outputs=["x_ptr"],
+        )
 
 
 @pytest.mark.slow
@@ -152,7 +174,15 @@ def test_uninitialised_input_is_found():
 def test_scans_sorts_transposes_atomics(arch, warps):
     r, c = 32, 64
     x = torch.randn(r, c)
-    out = [torch.zeros(r, c), torch.zeros(r, c), torch.zeros(c, r), torch.zeros(c), torch.zeros(r), torch.zeros(r, dtype=torch.int32), torch.zeros(8)]
+    out = [
+        torch.zeros(r, c),
+        torch.zeros(r, c),
+        torch.zeros(c, r),
+        torch.zeros(c),
+        torch.zeros(r),
+        torch.zeros(r, dtype=torch.int32),
+        torch.zeros(8),
+    ]
     names = ["scan_ptr", "sort_ptr", "turned_ptr", "column_ptr", "row_ptr", "where_ptr", "bins_ptr"]
     run_triton(rearrange, 1, {"x_ptr": x, **dict(zip(names, out))}, dict(R=r, C=c), num_warps=warps, arch=arch)
     assert torch.allclose(out[0], x.cumsum(1), atol=1e-4) and torch.equal(out[1], x.sort(1)[0]) and torch.equal(out[2], x.T)
@@ -169,7 +199,19 @@ def test_flash_attention_backward(arch):
     o = torch.softmax(s, 1) @ vf
     o.backward(do.float())
     grads = [torch.zeros(t, d) for _ in range(3)]
-    arguments = dict(q=q, k=k, v=v, do=do, lse=torch.logsumexp(s, 1).detach(), delta=(o * do.float()).sum(1).detach(), dq=grads[0], dk=grads[1], dv=grads[2], T=t, scale=0.125)
+    arguments = dict(
+        q=q,
+        k=k,
+        v=v,
+        do=do,
+        lse=torch.logsumexp(s, 1).detach(),
+        delta=(o * do.float()).sum(1).detach(),
+        dq=grads[0],
+        dk=grads[1],
+        dv=grads[2],
+        T=t,
+        scale=0.125,
+    )
     run_triton(attention_backward, t // 32, arguments, dict(D=d, BM=32, BN=32), arch=arch)
     for got, want in zip(grads, (qf, kf, vf)):
         assert (got - want.grad).abs().max() < 0.01
@@ -200,8 +242,7 @@ def test_fusion_can_be_switched_off():
     outputs = {}
     for fused in (True, False):
         o = torch.empty_like(x)
-        run_triton(scale_shift, 4, dict(x_ptr=x, o_ptr=o, a=1.1, b=-0.7, n=1000), dict(BLOCK=256),
-                   options={"enable_fp_fusion": fused})
+        run_triton(scale_shift, 4, dict(x_ptr=x, o_ptr=o, a=1.1, b=-0.7, n=1000), dict(BLOCK=256), options={"enable_fp_fusion": fused})
         outputs[fused] = o.numpy()
     exact = x.numpy() * np.float32(1.1) + np.float32(-0.7)
     assert (outputs[False] == exact).all() and (outputs[True] != exact).any()

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from machine import ISAS
-from numerics import assert_bits_equal
+from numerics import assert_bits_equal, assert_close_to_exact
 from op_cases import NAMES, TABLES, every_case, everything, make, thread_count, upstreams
 
 from ddpm_fast import gaussian_kl
@@ -42,6 +42,16 @@ def test_threads_do_not_change_a_bit(name, given, shape, dtype, isa):
     for count in (2, 3):  # three: the work is not cut in halves, and there may be more threads than processors
         with thread_count(count):
             assert_all_bits_equal(everything(case), alone, f"with {count} threads")
+
+
+@pytest.mark.parametrize("name, given", [case for case in NAMES if case[0].startswith(("simple_loss", "gaussian_kl mean", "vlb_terms"))])
+def test_large_samples_are_summed_whole(name, given):
+    """Each chunk is of several blocks, which the bits of two runs cannot show to be all there."""
+    case = make(name, given, FEW_LARGE)
+    found, exact = everything(case), everything(case.in_float64())
+    for part in (part for part, x in found.items() if x.numel() == FEW_LARGE[0]):  # sums over a sample: results, and gradients
+        # Terms err by some ulps of their own magnitude, 2^-23 of it, and so does their sum; a block that is missed is 1/66 of it.
+        assert_close_to_exact(found[part], exact[part], rtol=2.0**-17, what=part)
 
 
 @SIZES

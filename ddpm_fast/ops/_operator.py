@@ -63,7 +63,7 @@ class Operator:
         return self._call(*self._flatten(arguments))
 
     def _flatten(self, arguments: Sequence) -> tuple:
-        """As the operator takes them: it knows no Noise, and no unsigned integers."""
+        """Arguments as the operator takes them: it knows no Noise, and no unsigned integers."""
         i = self.noise
         return tuple(arguments) if i is None else (*arguments[:i], *noise_arguments(arguments[i]), *arguments[i + 1 :])
 
@@ -76,7 +76,7 @@ class Operator:
         return *flat[:i], generated if tensor is None else tensor, *flat[i + 4 :]
 
     def _split(self, flat: Sequence) -> tuple[tuple, Sequence[bool], Sequence[Tensor]]:
-        """What backward is called with after the gradients of the results: arguments, needs, results kept."""
+        """Arguments, needs and results kept: what backward is called with after the gradients of the results."""
         flat, kept = (flat[:-1], flat[-1]) if self.gradients.reads_results else (flat, [])
         return self._restore(flat[:-1]), flat[-1], kept
 

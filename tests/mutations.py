@@ -120,7 +120,7 @@ TRITON_KERNELS = [
              "test_triton_simulated.py -k noise"),
     Mutation("mask", "an end of the clipping range has no gradient", f"{TRITON}_elementary.py", "(x >= -limit)", "(x > -limit)",
              "test_triton_simulated.py -k ends"),
-    Mutation("tail", "a sum's tiles beyond the last", f"{TRITON}_reduce.py", "range(0, tiles, BLOCK)", "range(0, tiles - 1, BLOCK)", "test_triton_simulated.py"),
+    Mutation("tail", "a sum's tiles beyond the last", f"{TRITON}_reduce.py", "range(0, tiles, BLOCK)", "range(0, tiles - 1, BLOCK)", "test_triton_reduce.py"),
 ]  # fmt: skip
 
 CPU = [

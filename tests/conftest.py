@@ -25,6 +25,7 @@ MARKED = {
         "ptxsim/*",
         "ops/test_*_cuda.py",
         "ops/test_triton_checks.py",
+        "ops/test_triton_reduce.py",
         "ops/test_triton_simulated.py",
         "ops/test_triton_traffic.py",
         "ops/test_any_schedule.py",

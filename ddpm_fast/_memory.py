@@ -38,7 +38,11 @@ def check_target(name: str, target: Tensor) -> bool:
 
 
 def overlap(target: Tensor, *others: object) -> bool:
-    """Whether a byte of memory may belong to a contiguous tensor and another one, whatever storages they were made from. What is no tensor has none."""
+    """Answer whether a contiguous tensor may share memory with one of the others.
+
+    Addresses are compared, so two tensors made on the same memory from different storages are found too. An argument that is not a
+    tensor is passed over.
+    """
     first = target.data_ptr()
     last = first + target.nbytes
     for other in others:

@@ -38,7 +38,8 @@ def choose(op: str, key: tuple, candidates: dict[str, Callable[[], tuple[Tensor,
     - The first time each is called once and compared with the default. One that raises, differs by more than half of the dtype's digits
       or is not finite where the default is, is ruled out; a warning says that results differ, as either may be wrong. Those left are
       timed in turn, and another one than the default is chosen if it is faster by more than 2 %.
-    - If the default fails, another one is chosen, with a warning. If all fail, the first one's exception is raised and the next call tries again.
+    - If the default fails, another one is chosen, with a warning. If all fail, the first one's exception is raised, and the next call
+      tries again.
     - The default is taken, and nothing timed, while the autotuner is off or torch.compile traces the call; and for a kind that is new,
       while a CUDA graph is captured or anything is being timed, in whichever thread.
 

@@ -30,9 +30,10 @@ def explain(error: Exception, options: Mapping[str, str], batch: int | None = No
 
 
 def in_options(text: str, options: Mapping[str, str]) -> str:
-    """A message of the library with options for its arguments: "learning_rate must be positive" is of --lr.
+    """Message of the library with the names of arguments replaced by options: "learning_rate must be" becomes "--lr must be".
 
-    A name with an underscore is an argument's anywhere; another one, which may be a word, before "must", "needs", "is of", "=" and a quoted value.
+    A name with an underscore is replaced everywhere. A name without one may be a plain word: it is replaced only before "must",
+    "needs", "is of", "=" and a quoted value.
     """
     for name, option in options.items():
         if option in text:

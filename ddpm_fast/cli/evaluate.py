@@ -34,7 +34,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Held-out data of your own, of which all are evaluated, or the test part that a file has. By default the held-out part of what the run was trained on."
+            help="Held-out data of your own, of which all are evaluated, or the test part that a file has. "
+            "By default the held-out part of what the run was trained on."
         ),
     ] = None,
     image_size: Annotated[
@@ -153,8 +154,8 @@ def images_to_evaluate(source: str, trained: TrainedModel, given: dict[str, Any]
     if own:
         if fingerprint(images.test) != known["test"]:
             raise ValueError(
-                f"{source} has changed since the model was trained on it, so that its held-out part may hold images that it was trained on; "
-                "put images that it has not seen into a folder of their own and give that with --data"
+                f"{source} has changed since the model was trained on it, so that its held-out part may hold images that it was "
+                "trained on; put images that it has not seen into a folder of their own and give that with --data"
             )
         return images
     if not len(images.train) and len(images.test) > trained.meta["images"]:

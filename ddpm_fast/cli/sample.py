@@ -30,7 +30,8 @@ def sample(
         str | None,
         typer.Option(
             "--class",
-            help="Class of all images, by name or number from 0, or 'each' for every class in turn, for a class-conditional model; checkpoint.json lists the names.",
+            help="Class of all images, by name or number from 0, or 'each' for every class in turn, for a class-conditional model; "
+            "checkpoint.json lists the names.",
         ),
     ] = None,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 for none.")] = 1.0,
@@ -112,8 +113,8 @@ def sample(
 
             try:
                 written = write_samples(
-                    drawn, out, count=count, batch=batch, formats=[name.strip() for name in formats.split(",")], levels=trained.diffusion.levels,
-                    settings=settings, labels=None if labels is None else batch_labels(0, count).numpy(),
+                    drawn, out, count=count, batch=batch, formats=[name.strip() for name in formats.split(",")],
+                    levels=trained.diffusion.levels, settings=settings, labels=None if labels is None else batch_labels(0, count).numpy(),
                     overwrite=overwrite, ranks=ranks, report=advance,
                 )  # fmt: skip
             except KeyboardInterrupt:

@@ -46,7 +46,8 @@ def train(
         int | None,
         typer.Option(
             min=0,
-            help="Steps in which the learning rate rises; by default the recipe's, but at most an eighth of --steps, or a short run would never reach the rate.",
+            help="Steps in which the learning rate rises; by default the recipe's, but at most an eighth of --steps, "
+            "or a short run would never reach the rate.",
         ),
     ] = None,
     flip: Annotated[
@@ -55,7 +56,8 @@ def train(
     ema: Annotated[
         float | None,
         typer.Option(
-            help="Largest decay of the moving average of the weights. After k steps it is (1 + k) / (10 + k) where that is less, an average over a ninth of them, so that short runs need no other value."
+            help="Largest decay of the moving average of the weights. After k steps it is (1 + k) / (10 + k) where that is less, "
+            "an average over a ninth of them, so that short runs need no other value."
         ),
     ] = None,
     class_conditional: Annotated[
@@ -97,7 +99,8 @@ def train(
     if Path(data).exists() and data not in BUILT_IN:
         data = str(Path(data).resolve())  # the run can then be evaluated from any folder
     options = dict(
-        data=data, image_size=parse_size(image_size), levels=levels, value_range=value_range, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
+        data=data, image_size=parse_size(image_size), levels=levels, value_range=value_range,
+        steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
         preset=preset, schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss, weight=weight,
         timestep_sampler=timestep_sampler, flip=flip, ema=ema, class_conditional=class_conditional, precision=precision,
         device=device, seed=seed, network=None if dropout is None else {"dropout": dropout},
@@ -140,7 +143,8 @@ def train(
         left = float(trainer.diffusion.schedule.alphas_bar[-1])
         if left > 0.01:
             console.print(
-                f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it",
+                f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be "
+                "worse for it",
                 soft_wrap=True,
             )
         for line in trainer.data.summary:

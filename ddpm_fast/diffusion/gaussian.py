@@ -78,7 +78,8 @@ class GaussianDiffusion:
         factors = torch.stack(x_start_coefficients(schedule, prediction)).float()
         if not factors.isfinite().all():
             raise ValueError(
-                f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} ({schedule.name})"
+                f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} "
+                f"({schedule.name})"
             )
         self._tables: dict[tuple[object, ...], Tensor] = {}
 
@@ -251,7 +252,8 @@ class GaussianDiffusion:
         """Weighted mean squared error of the prediction (Ho et al., eq. 14, for any prediction).
 
         Args:
-            weight: "uniform", "min_snr", "p2" or "vlb"; ``gamma`` is its parameter (:func:`ddpm_fast.diffusion.parameterisation.loss_weights`).
+            weight: "uniform", "min_snr", "p2" or "vlb".
+            gamma: its parameter, see :func:`ddpm_fast.diffusion.parameterisation.loss_weights`.
 
         Returns:
             (N,), differentiable in the model's output.

@@ -182,7 +182,12 @@ def _finite(value: Any) -> Any:
 
 
 def remove_leftovers(path: Path, age: float = -math.inf) -> None:
-    """Removes what killed writers of ``path`` have left and not changed for ``age`` seconds; by default all, for the only one who may write."""
+    """Removes the temporary files that killed writers of ``path`` have left.
+
+    Args:
+        age: only files that have not changed for so many seconds. By default all of them, which is right only for a caller that
+            nobody else may write beside.
+    """
     for name in os.listdir(path.parent):
         if name.startswith(f".{path.name}.") and name.endswith(".tmp"):
             entry = path.parent / name

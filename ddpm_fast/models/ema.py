@@ -113,7 +113,8 @@ class EMA:
 
         Raises:
             TypeError: if the state is no dictionary of such ones.
-            ValueError: if the number of updates is no count, an entry is missing or one too many, or a tensor differs in name, shape, dtype or sharding.
+            ValueError: if the number of updates is no count, an entry is missing or one too many, or a tensor differs in name, shape,
+                dtype or sharding.
         """
         expected = {"num_updates", "parameters", "buffers"}
         if set(checks.instance("EMA state", state, dict)) != expected:

@@ -138,7 +138,10 @@ def _backward(arguments, needs, grads, kernel: Callable):
 
 
 def _varies(x: Tensor, shape: torch.Size) -> bool:
-    """Whether the gradient of an operand has more than one value a sample of the broadcast shape, equal as the operand's may be in memory."""
+    """Answer whether an operand has more than one value for each sample of the broadcast ``shape``.
+
+    Its gradient then has as many, even where the operand's own values are one number in memory that was expanded.
+    """
     return x.shape[-(len(shape) - 1) :].numel() > 1 if len(shape) > 1 else False
 
 

@@ -98,8 +98,8 @@ class _Call:
         self.taken = (x, weight, bias, *rows)
         # What every kernel is called with.
         self.common = dict(
-            channels_last=self.layout != torch.contiguous_format, samples=samples, channels=channels, pixels=self.sizes[2], groups=self.groups,
-            eps=eps, silu=silu, dropout=None if noise is None else (dropout, noise), x=x, weight=weight, bias=bias,
+            channels_last=self.layout != torch.contiguous_format, samples=samples, channels=channels, pixels=self.sizes[2],
+            groups=self.groups, eps=eps, silu=silu, dropout=None if noise is None else (dropout, noise), x=x, weight=weight, bias=bias,
             pre_bias=rows[0], scale=rows[1], shift=rows[2],
         )  # fmt: skip
 
@@ -220,7 +220,8 @@ def _fake(x, groups, *_):
 
 _op = Op(
     "group_norm",
-    f"Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, float eps, bool silu, float dropout, {NOISE}",
+    "Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, float eps, bool silu, "
+    f"float dropout, {NOISE}",
     "(Tensor, Tensor, Tensor)",
     check=_check,
     fake=_fake,

@@ -92,8 +92,9 @@ def _p_step_cpu(
     if x_start is None and with_x_start:
         x_start = torch.empty_like(x_t)
     native.cpu_p_step(
-        sizes=x_t, x_t=x_t, model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance, clip=clip,
-        x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale, x_next=x_next, x_start=x_start,
+        sizes=x_t, x_t=x_t, model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise),
+        variance=variance, clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
+        x_next=x_next, x_start=x_start,
     )  # fmt: skip
     return x_next, x_start
 
@@ -103,9 +104,10 @@ def _backward_cpu(arguments, needs, grads):
     results = {name: new_like(getattr(arguments, name)) if getattr(needs, name) else None for name in _DIFFERENTIABLE}
     grad_x_next, grad_x_start = grads
     native.cpu_p_step_backward(
-        sizes=x_t, x_t=x_t.contiguous(), model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance,
-        clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
-        grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start), **{f"grad_{name}": result for name, result in results.items()},
+        sizes=x_t, x_t=x_t.contiguous(), model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise),
+        variance=variance, clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
+        grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start),
+        **{f"grad_{name}": result for name, result in results.items()},
     )  # fmt: skip
     return results
 
@@ -130,7 +132,8 @@ def _fake(x_t, *others):
 
 _op = Op(
     "p_step",
-    f"Tensor x_t, Tensor model_output, Tensor t, Tensor table, {NOISE}, str variance, bool clip, Tensor? x_start_previous, Tensor? without, float scale, bool with_x_start",
+    f"Tensor x_t, Tensor model_output, Tensor t, Tensor table, {NOISE}, str variance, bool clip, Tensor? x_start_previous, "
+    "Tensor? without, float scale, bool with_x_start",
     "(Tensor, Tensor)",
     check=_check,
     fake=_fake,

@@ -33,7 +33,8 @@ def _launch(arguments, loss: Tensor | None, grad_loss: Tensor | None, grad_model
     model_output, x_start, t, weight, x_start_coef, noise_coef, noise = arguments
     native.cpu_simple_loss(
         sizes=x_start, model_output=model_output.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(), weight=weight,
-        x_start_coef=x_start_coef, noise_coef=noise_coef, noise=contiguous(noise), loss=loss, grad_loss=grad_loss, grad_model_output=grad_model_output,
+        x_start_coef=x_start_coef, noise_coef=noise_coef, noise=contiguous(noise),
+        loss=loss, grad_loss=grad_loss, grad_model_output=grad_model_output,
     )  # fmt: skip
 
 

@@ -105,8 +105,8 @@ def _launch(arguments, terms: Tensor | None, grad_terms: Tensor | None, grad_mod
     """Writes the terms, the gradient of model_output (for grad_terms, or for ones), or both."""
     model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
     native.cpu_vlb_terms(
-        sizes=x_t, model_output=model_output.contiguous(), x_t=x_t.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(), table=table,
-        variance=variance, clip=clip, levels=levels, exact_cdf=cdf == "erf", detach_mean=detach_mean,
+        sizes=x_t, model_output=model_output.contiguous(), x_t=x_t.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(),
+        table=table, variance=variance, clip=clip, levels=levels, exact_cdf=cdf == "erf", detach_mean=detach_mean,
         terms=terms, grad_terms=grad_terms, grad_model_output=grad_model_output,
     )  # fmt: skip
 
@@ -153,7 +153,8 @@ def _check(model_output, x_start, x_t, t, table, variance, clip, levels, cdf, de
 
 _op = Op(
     "vlb_terms",
-    "Tensor model_output, Tensor x_start, Tensor x_t, Tensor t, Tensor table, str variance, bool clip, SymInt levels, str cdf, bool detach_mean",
+    "Tensor model_output, Tensor x_start, Tensor x_t, Tensor t, Tensor table, str variance, bool clip, SymInt levels, str cdf, "
+    "bool detach_mean",
     "Tensor",
     check=_check,
     fake=lambda model_output, x_start, x_t, *_: per_sample(x_t),

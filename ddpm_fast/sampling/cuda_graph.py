@@ -43,7 +43,11 @@ def cuda_capture(body: Callable[[], None]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _autocast_without_cache() -> Iterator[None]:
-    """Autocast keeps the casts of weights till it ends: a graph would go on reading those of the warm-up, whose memory is then given back."""
+    """Switches autocast's cache off within the block.
+
+    Autocast keeps its casts of the weights until it ends. A graph that is recorded meanwhile would go on reading those casts after
+    their memory is given back.
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -119,7 +119,8 @@ class Sampler:
         guidance = checks.number("guidance", guidance)
         if threshold is not None and self.table.output_is_mean:
             raise ValueError(
-                "threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take sampler 'ddim'"
+                "threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take "
+                "sampler 'ddim'"
             )
         null_label = getattr(model, "num_classes", None) if null_label is None else checks.integer("null_label", null_label, 0)
         if guidance != 1.0 and null_label is None:
@@ -262,7 +263,10 @@ class Sampler:
         return self._graphs[place].set_labels(labels)
 
     def _state_of_model(self) -> tuple[object, ...]:
-        """All that a recorded pass depends on: which modules, their modes and hooks, and where the weights are and how they lie, not what they are."""
+        """Everything that a recorded pass depends on: the modules, their modes and hooks, and the weights' addresses and strides.
+
+        The weights' values are not part of it: a replay reads them anew.
+        """
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         if not isinstance(self.model, torch.nn.Module):
             return autocast

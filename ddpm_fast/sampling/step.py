@@ -81,7 +81,19 @@ class ReverseStep:
         keep: bool = True,
         with_x_start: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Goes from the state at ``row`` to the one before it: (x', x̂0 or None). Without ``keep``, x' is written over x_t where that is possible."""
+        """Goes from the state at ``row`` to the one before it.
+
+        Args:
+            row: of the sampler's table.
+            x_t: (N, C, ...) the state.
+            noise: z, as a Noise or a tensor like x_t.
+            x_start_previous: x̂0 of the step before, for multistep samplers.
+            keep: write the results into new memory. Without it, x' is written over x_t and x̂0 over x_start_previous where possible.
+            with_x_start: return x̂0 too. For a multistep sampler it is always returned.
+
+        Returns:
+            (x', x̂0 or None), each like x_t.
+        """
         out = self.plan(self.doubled(x_t), row) if self.plan is not None else self.predict(x_t, self.model_t[row])
         reuse = not keep and x_t.is_contiguous() and not overlap(x_t, out)  # it may return its input
         into = x_start_previous if x_start_previous is not None and not keep else with_x_start or self.multistep

@@ -272,7 +272,10 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def _pickle_message(path: Path) -> str:
-    return f"{path} is a pickle, or named like one: pickles can run any code and are not loaded; expected a .safetensors file written by ddpm_fast"
+    return (
+        f"{path} is a pickle, or named like one: pickles can run any code and are not loaded; "
+        "expected a .safetensors file written by ddpm_fast"
+    )
 
 
 def _shortened(names: list[str]) -> str:

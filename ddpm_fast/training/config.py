@@ -20,7 +20,8 @@ from ddpm_fast.types import Decay, Loss, Precision, Prediction, Preset, Schedule
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DECAYS: tuple[Decay, ...] = get_args(Decay)
 WARMUP_SHARE = 8  # a recipe's warm-up takes at most one part in so many of a run
-# Far beyond any use (but for the seed, which has 64 bits): more is a slip or a damaged file, and would fill the memory with tables or take hours to count out.
+# Far beyond any use (but for the seed, which has 64 bits). A larger number is a slip or a damaged file, and would fill the memory with
+# tables or take hours to count through.
 _MOST = {"timesteps": 1_000_000, "batch": 1_000_000, "seed": 2**64 - 1}
 
 
@@ -139,7 +140,8 @@ class TrainConfig:
             start, end = options.get("beta_start", 1e-4) * T, options.get("beta_end", 0.02) * T
             if end >= config.timesteps:
                 raise ValueError(
-                    f"timesteps must be more than {end:.4g} for schedule 'linear', whose last beta is {end:.4g} / timesteps, got {config.timesteps}; schedule 'cosine' takes fewer"
+                    f"timesteps must be more than {end:.4g} for schedule 'linear', whose last beta is {end:.4g} / timesteps, "
+                    f"got {config.timesteps}; schedule 'cosine' takes fewer"
                 )
             config = dataclasses.replace(
                 config, schedule_options=dict(beta_start=start / config.timesteps, beta_end=end / config.timesteps)

@@ -37,7 +37,10 @@ class TrainedModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of the model and its chain that results depend on, as JSON values: what must be the same where an unfinished computation goes on."""
+        """Everything of the model and its chain that results depend on, as JSON values.
+
+        An unfinished computation may be continued only where all of them are the same.
+        """
         diffusion = self.diffusion
         return dict(
             checkpoint=self.fingerprint, network=self.model.config, betas=fingerprint(diffusion.schedule.betas),

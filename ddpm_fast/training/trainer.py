@@ -153,7 +153,8 @@ class Trainer:
             values = [group.get(name) for group in found["groups"]]
             if json.dumps(values) != json.dumps([group[name] for group in own]):
                 raise ValueError(
-                    f"its optimizer must be Adam with {name} {own[0][name]} in one parameter group, got {name} {', '.join(map(str, values))}"
+                    f"its optimizer must be Adam with {name} {own[0][name]} in one parameter group, "
+                    f"got {name} {', '.join(map(str, values))}"
                 )
         # Files hold rows in order; the fused kernel wants a parameter and its state laid out alike, here channels_last.
         state: dict[int, dict[str, Tensor]] = {}
@@ -284,7 +285,8 @@ class Trainer:
         """Before anything is kept: an infinite gradient makes NaN weights even where the loss is finite."""
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise FloatingPointError(
-                f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step}; lower the learning rate or check the data"
+                f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step}; "
+                "lower the learning rate or check the data"
             )
 
     def save(self, out: Path | str) -> Path:

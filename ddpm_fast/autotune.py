@@ -28,11 +28,13 @@ LEAST_TOLERANCE = 2.0**-8
 
 _enabled = True
 _disabled: list[None] = []  # an entry for each `disabled` block, of any thread
-_choices: dict[tuple, dict[str, Any]] = {}
+_choices: dict[tuple[Any, ...], dict[str, Any]] = {}
 _timing = threading.Lock()
 
 
-def choose(op: str, key: tuple, candidates: dict[str, Callable[[], tuple[Tensor, ...]]], default: str, device: torch.device) -> str:
+def choose(
+    op: str, key: tuple[Any, ...], candidates: dict[str, Callable[[], tuple[Tensor, ...]]], default: str, device: torch.device
+) -> str:
     """Name of the candidate to call.
 
     - The first time each is called once and compared with the default. One that raises, differs by more than half of the dtype's digits
@@ -143,7 +145,7 @@ def difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], of: str
     return ""
 
 
-def _try(candidates: dict[str, Callable], op: str, device: torch.device) -> dict[str, str]:
+def _try(candidates: dict[str, Callable[[], tuple[Tensor, ...]]], op: str, device: torch.device) -> dict[str, str]:
     """Calls each once and compares it with the first that works. Gives the reasons of those that are ruled out."""
     ruled_out, works, errors = {}, None, []
     for name, call in candidates.items():

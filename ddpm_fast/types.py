@@ -29,3 +29,7 @@ Decay: TypeAlias = Literal["constant", "cosine"]
 Split: TypeAlias = Literal["train", "test"]
 
 Backend: TypeAlias = Literal["reference", "cpu", "triton", "cuda"]
+# Of the ops in ddpm_fast.ops.
+VarianceKind: TypeAlias = Literal["fixed", "learned", "learned_range"]
+Reduction: TypeAlias = Literal["mean_per_sample"]
+Activation: TypeAlias = Literal["silu"]

@@ -20,14 +20,14 @@ from ddpm_fast.io.signals import exit_status
 class Commands(TyperGroup):
     """Runs a command, and ends quietly for what the user did or can mend."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:  # click's Context, or that of the copy which newer versions of typer bring
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise typer.Exit(exit_status(stop)) from None
         except Exception as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            batch = next((p.default for p in command.params if p.name == "batch"), None) if command else None
+            batch: Any = next((p.default for p in command.params if p.name == "batch"), None) if command else None
             text = explain(error, options_of(command) if command else {}, batch)
             if text is None:
                 raise

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ddpm_fast.io.parts import Parts
     from ddpm_fast.io.ranks import Ranks
     from ddpm_fast.training import ImageData, TrainedModel
+    from ddpm_fast.types import Split
 
 
 FEATURES_HELP = (
@@ -121,7 +122,7 @@ def evaluate(
             if ranks.first and part == "all":
                 console.print(f"evaluating {count} of all {len(images.test)} images of {source}", soft_wrap=True)
             evaluate_run(out, trained, images, count, batch, parts, ranks, dict(data=source, part=part, step=trained.step))
-        if extractor is not None:
+        if extractor is not None and drawn is not None and compared is not None:
             measure_samples(out, drawn, compared, extractor, reference, batch, seed)
 
 
@@ -199,7 +200,7 @@ def evaluate_run(
         print_table({**bound_rows(bound), **at_end, **written})
 
 
-def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Features, reference: str, batch: int, seed: int) -> None:
+def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Features, reference: Split, batch: int, seed: int) -> None:
     """The quality of samples beside that of real images: evaluated, written and printed."""
     from ddpm_fast.evaluation import evaluate_quality
     from ddpm_fast.io.files import write_json

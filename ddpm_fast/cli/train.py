@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -98,7 +98,7 @@ def train(
     warnings.simplefilter("ignore", DataWarning)  # printed as notes
     if Path(data).exists() and data not in BUILT_IN:
         data = str(Path(data).resolve())  # the run can then be evaluated from any folder
-    options = dict(
+    options: dict[str, Any] = dict(
         data=data, image_size=parse_size(image_size), levels=levels, value_range=value_range,
         steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
         preset=preset, schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss, weight=weight,
@@ -117,7 +117,8 @@ def train(
                 raise ValueError(f"no checkpoint at {out} to go on from; the same command without --resume starts the run")
             # Of the options that have a value by default, only those that were typed can contradict the run.
             # (By the source's name: its class is click's, or that of the copy which newer versions of typer bring.)
-            typed = [name for name in options if name == "network" or context.get_parameter_source(name).name == "COMMANDLINE"]
+            source: Any = context.get_parameter_source
+            typed = [name for name in options if name == "network" or source(name).name == "COMMANDLINE"]
             with reading("the data of the run"):
                 trainer = Trainer.restore(out, **{name: options[name] for name in typed})
             if trainer.step == trainer.config.steps:

@@ -33,7 +33,7 @@ from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_ra
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, guess_x_start, log_variance, split_output
 from ddpm_fast.ops._p_step import COLUMNS as STEP_COLUMNS
 from ddpm_fast.ops._vlb_terms import CDFS, MAX_LEVELS
-from ddpm_fast.types import Cdf, Loss, Prediction, Variance, Weight
+from ddpm_fast.types import Cdf, Loss, Prediction, Variance, VarianceKind, Weight
 
 Model = Callable[[Tensor, Tensor], Tensor]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
@@ -91,7 +91,7 @@ class GaussianDiffusion:
         return f"GaussianDiffusion({self.schedule!r}, prediction={self.prediction!r}, variance={self.variance!r}, levels={self.levels})"
 
     @property
-    def variance_kind(self) -> str:
+    def variance_kind(self) -> VarianceKind:
         """Kind of variance, as the ops treat it: "fixed", "learned" or "learned_range"."""
         return VARIANCES[self.variance]
 

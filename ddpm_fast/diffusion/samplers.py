@@ -16,7 +16,7 @@ from ddpm_fast.diffusion.parameterisation import VARIANCES, log_variance_range, 
 from ddpm_fast.diffusion.schedules import NoiseSchedule, as_timesteps
 from ddpm_fast.ops._output import FIXED
 from ddpm_fast.ops._p_step import COLUMNS
-from ddpm_fast.types import Prediction, SamplerName, Spacing, Variance
+from ddpm_fast.types import Prediction, SamplerName, Spacing, Variance, VarianceKind
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
@@ -48,7 +48,7 @@ class StepTable:
     table: Tensor
     timesteps: Tensor
     chain_times: Tensor
-    variance: str
+    variance: VarianceKind
     output_is_mean: bool = False
 
     def __len__(self) -> int:
@@ -226,7 +226,7 @@ def _table(
     low: Tensor,
     high: Tensor,
     noise: Tensor,
-    variance: str,
+    variance: VarianceKind,
 ) -> StepTable:
     """x̂0 comes from the schedule that the model was trained on: only where the step goes depends on its length."""
     times = torch.arange(len(chain.schedule), device="cpu") if timesteps is None else as_timesteps(timesteps)

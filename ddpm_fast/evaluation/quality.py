@@ -194,7 +194,7 @@ def check_enough(samples: Tensor, data: ImageData, reference: str) -> None:
         )
 
 
-def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
+def load_samples(path: str | os.PathLike[str], data: ImageData) -> Tensor:
     """Samples from files, on the grey levels of the data.
 
     Args:

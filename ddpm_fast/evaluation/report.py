@@ -16,7 +16,7 @@ BOUND_FILES = ("bound.json", "bound.csv", "bound.png", "rate_distortion.csv", "r
 
 
 def write_bound(
-    folder: str | os.PathLike, bound: Bound, *, about: Mapping[str, Any] | None = None, title: str | None = None
+    folder: str | os.PathLike[str], bound: Bound, *, about: Mapping[str, Any] | None = None, title: str | None = None
 ) -> dict[str, Path]:
     """Writes bound.json, bound.csv, bound.png, rate_distortion.csv and rate_distortion.png.
 

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ REMEDY = "remove it to have it written again"
 GRID_IMAGES = 400
 _GRID_SIDE = 4096  # pixels; larger images make a grid of fewer, so that it can be looked at, and drawn in memory
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name (APPNOTE.TXT, 4.3.7)
+
+_Read: TypeAlias = Callable[[range], np.ndarray]
+_Sources: TypeAlias = dict[range, _Read]
 
 
 class ImageStore:
@@ -124,9 +127,9 @@ class ImageStore:
         with atomic_write(self.npz) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             with _member(archive, "images") as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                for items, source in cover(sources, range(count)):
+                for items, read in self._readers(sources, range(count)):
                     for piece in pieces(items, size):
-                        images = sources[source](piece)
+                        images = read(piece)
                         if images.shape[1:] != shape:
                             found = f"{shape} and, at image {piece.start}, {images.shape[1:]}"
                             raise ValueError(f"{self.folder} must hold images of one shape, got {found}")
@@ -169,20 +172,22 @@ class ImageStore:
             raw.seek(info.header_offset + _LOCAL_HEADER - 4)
             return shape, info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", raw.read(4))) + header
 
-    def _sources(self) -> dict[range, Callable[[range], np.ndarray]]:
-        """What there is, and how a range within it is read."""
-        sources: dict[range, Callable[[range], np.ndarray]] = {run: self._read_png for run in self._runs()}
-        sources |= {part: lambda items, part=part: self.parts.read(part, items)["images"] for part in self.parts.present()}
+    def _sources(self) -> _Sources:
+        """Ranges of images that are there, each with the function that reads a range within it."""
+        sources: _Sources = {run: self._read_png for run in self._runs()}
+        sources |= {part: partial(self._read_part, part) for part in self.parts.present()}
         shape, start = self._stored()
         return {**sources, range(shape[0]): partial(self._read_npz, shape[1:], start)} if shape[0] else sources
 
-    def _gather(self, sources: dict[range, Callable[[range], np.ndarray]], wanted: range) -> np.ndarray:
-        arrays = []
+    def _readers(self, sources: _Sources, wanted: range) -> Iterator[tuple[range, _Read]]:
+        """Splits ``wanted`` into ranges that one source holds, each with the function that reads it."""
         for items, source in cover(sources, wanted):
             if source is None:
                 raise FileNotFoundError(f"{self.folder} has no image {items.start}")
-            arrays.append(sources[source](items))
-        return np.concatenate(arrays)
+            yield items, sources[source]
+
+    def _gather(self, sources: _Sources, wanted: range) -> np.ndarray:
+        return np.concatenate([read(items) for items, read in self._readers(sources, wanted)])
 
     def _runs(self) -> list[range]:
         """The numbers of the PNG files that are there, as ranges."""
@@ -193,6 +198,9 @@ class ImageStore:
     def _png_numbers(self) -> Iterator[int]:
         names = os.listdir(self.images) if self.images.is_dir() else []
         return (int(match[1]) for match in map(_PNG.fullmatch, names) if match)
+
+    def _read_part(self, part: range, items: range) -> np.ndarray:
+        return self.parts.read(part, items)["images"]
 
     def _read_png(self, items: range) -> np.ndarray:
         arrays = []

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ddpm_fast.io.files import remove_leftovers
 from ddpm_fast.io.signals import uninterrupted
 
+fcntl: Any = None
+msvcrt: Any = None
 try:
-    import fcntl
+    fcntl = importlib.import_module("fcntl")
 except ImportError:  # Windows
-    import msvcrt
-
-    fcntl = None
+    msvcrt = importlib.import_module("msvcrt")
 
 _FAR = 2**30  # where the byte lies that Windows locks: behind the text, which others are to read
 _held = threading.local()
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | os.PathLike, activity: str, *files: str) -> Iterator[None]:
+def exclusive(folder: str | os.PathLike[str], activity: str, *files: str) -> Iterator[None]:
     """While the block runs, no other process or thread gets past the same call. Within it, the same thread does.
 
     The system's lock on ``.<activity>.lock`` in the folder, which is removed at the end. One that a killed process has left is not

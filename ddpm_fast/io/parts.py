@@ -97,8 +97,9 @@ class Parts:
 
     def save(self, part: range, **arrays: np.ndarray) -> None:
         """Writes the results of a range: arrays with one entry an item."""
+        named: dict[str, Any] = dict(arrays)  # NumPy's own types take every name for that of its option
         with atomic_write(self.folder / _name(part)) as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, **named)
 
     def load(self, count: int) -> dict[str, np.ndarray]:
         """The results of items 0..count-1, which must all be there, by name."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
@@ -103,7 +104,7 @@ def launched_ranks() -> Iterator[Ranks]:
     torch.distributed.init_process_group("gloo")
     try:
         # A group of its own, for the patience is not for finding each other: a process whose torchrun is gone must give up.
-        group = torch.distributed.new_group(timeout=_PATIENCE)
+        group: Any = torch.distributed.new_group(timeout=_PATIENCE)  # it is a group, as every process is in it
         yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), group)
     finally:
         torch.distributed.destroy_process_group()

@@ -9,6 +9,8 @@ Where PyTorch's own is faster on the device at hand, a plain call there takes th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from ddpm_fast.backends import NATIVE_DTYPES, missing, native
 from ddpm_fast.ops._common import check_data, table_dtype
 from ddpm_fast.ops._native import stream_of, workspace_floats
 from ddpm_fast.ops._op import Op
+from ddpm_fast.types import Backend
 
 LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
 
@@ -33,8 +36,8 @@ def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _joined(out).to(qkv.dtype), torch.logsumexp(logits, -1).detach()
 
 
-def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as views, (N, heads, tokens, d)."""
+def _heads(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values as a tuple of views, each (N, heads, tokens, d)."""
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -43,8 +46,9 @@ def _joined(out: Tensor) -> Tensor:
 
 
 def _sdpa(qkv: Tensor, scale: float) -> Tensor:
+    query, key, value = _heads(qkv)
     with torch.autocast(qkv.device.type, enabled=False):  # the result has the data's dtype, whichever kernel is chosen
-        return _joined(F.scaled_dot_product_attention(*_heads(qkv), scale=scale))
+        return _joined(F.scaled_dot_product_attention(query, key, value, scale=scale))
 
 
 def _with_whole_heads(qkv: Tensor) -> Tensor:
@@ -65,7 +69,7 @@ def attention_cpu(qkv: Tensor) -> Tensor:
     return _forward_cpu(qkv, qkv.shape[-1] ** -0.5)[0]
 
 
-def _backward_cpu(arguments, needs, grads, results):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any, results: Any) -> dict[str, Tensor | None]:
     qkv, scale = _with_whole_heads(arguments[0]), arguments[1]
     out, logsumexp = results
     as_heads = lambda x: x.unflatten(2, qkv.shape[3:]).transpose(1, 2)  # noqa: E731
@@ -96,7 +100,7 @@ def _forward_cuda(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out, logsumexp
 
 
-def _backward_cuda(arguments, needs, grads, results):
+def _backward_cuda(arguments: Any, needs: Any, grads: Any, results: Any) -> dict[str, Tensor | None]:
     qkv, scale = arguments
     qkv, grad_out, out = _aligned(qkv), _aligned(grads[0]), _aligned(results[0])
     grad_qkv, sizes = torch.empty_like(qkv), _sizes(qkv)
@@ -116,7 +120,7 @@ def _backward_cuda(arguments, needs, grads, results):
     return {"qkv": grad_qkv}
 
 
-def _check(qkv, scale) -> None:
+def _check(qkv: Tensor, scale: float) -> None:
     check_data("qkv", qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must have shape (N, tokens, 3, heads, d), got {tuple(qkv.shape)}")
@@ -124,7 +128,7 @@ def _check(qkv, scale) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _fake(qkv, scale):
+def _fake(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     samples, tokens, _, heads, channels = qkv.shape
     return qkv.new_empty((samples, tokens, heads * channels)), qkv.new_empty((samples, heads, tokens), dtype=table_dtype(qkv.dtype))
 
@@ -145,7 +149,7 @@ _op = Op(
 backends = _op.backends
 
 
-def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = None, backend: Backend | None = None) -> Tensor:
     """softmax(scale · q kᵀ) v, each token of a sample attending to all of its tokens, for each head.
 
     Args:
@@ -201,11 +205,11 @@ def _choice(qkv: Tensor, scale: float) -> str:
     return autotune.choose("attention", key, candidates(qkv, scale, needs_grad), "ddpm_fast", device=qkv.device)
 
 
-def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict:
+def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """What the autotuner times: a call, with its gradient where one is needed."""
 
-    def timed(call):
-        def run():
+    def timed(call: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
             if not needs_grad:
                 return (call(qkv),)
             with torch.enable_grad():

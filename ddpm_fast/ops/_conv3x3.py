@@ -11,6 +11,7 @@ reference twin. The kernel is csrc/cpu/conv3x3.cpp.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch.nn import Parameter
 from ddpm_fast._pytorch import goes_through_dispatcher, in_forward_mode, in_functorch
 from ddpm_fast.backends import FLOATING, BackendTable, native
 from ddpm_fast.ops._common import check_device
+from ddpm_fast.types import Backend
 
 _LAYOUT = torch.channels_last
 FEWEST_CHANNELS = 16  # of x: with fewer the transforms cost more than they save, and PyTorch's convolution is mostly faster
@@ -49,7 +51,7 @@ def conv3x3_prepared(x: Tensor, weight: Tensor, bias: Tensor | None, residual: T
     return native.cpu_conv3x3_prepared(**_arguments(x, weight, bias, residual, y))
 
 
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> dict:
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> dict[str, Any]:
     samples, channels_in, height, width = x.shape
     channels = dict(channels_in=channels_in, channels_out=weight.shape[0])
     transformed = torch.empty((native.conv3x3_floats(**channels),), dtype=torch.float32, device="cpu")
@@ -92,18 +94,22 @@ def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     )
 
 
+def _laid_well(y: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return y.resolve_neg().contiguous(memory_format=layout)
+
+
 backends = BackendTable("conv3x3", reference=conv3x3_reference, cpu=_forward_cpu)
 
 
-def _check_kinds(**tensors: Tensor | None) -> None:
-    for name, y in tensors.items():
+def _check_kinds(x: Tensor, **others: Tensor | None) -> None:
+    for name, y in {"x": x, **others}.items():
         if y is None and name in ("bias", "residual"):
             continue
         if not isinstance(y, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(y).__name__}")
         if y.dtype not in FLOATING:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {y.dtype}")
-        check_device(name, y, "x", tensors["x"])
+        check_device(name, y, "x", x)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -119,7 +125,9 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
         raise ValueError(f"residual must have shape {(samples, out_channels, height, width)}, got {tuple(residual.shape)}")
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, backend: str | None = None) -> Tensor:
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, backend: Backend | None = None
+) -> Tensor:
     """3 × 3 convolution of stride 1 and padding 1, plus a bias, plus a residual.
 
     The CPU kernel serves float32 data in channels_last of at least 16 channels and 64 tiles of 2 × 2 pixels, all images together, where
@@ -162,6 +170,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: 
     if obstacle:
         raise RuntimeError(f"backend 'cpu' of conv3x3 {obstacle}")
     if not _lies_well(x, weight, bias, residual):
-        x, residual = (y if y is None else y.resolve_neg().contiguous(memory_format=_LAYOUT) for y in (x, residual))
-        weight, bias = (y if y is None else y.resolve_neg().contiguous() for y in (weight, bias))
+        x, weight = _laid_well(x, _LAYOUT), _laid_well(weight)
+        residual = None if residual is None else _laid_well(residual, _LAYOUT)
+        bias = None if bias is None else _laid_well(bias)
     return _forward_cpu(x, weight, bias, residual)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from ddpm_fast.backends import native, triton_kernels
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
 from ddpm_fast.ops._native import new_like
 from ddpm_fast.ops._op import Op
+from ddpm_fast.types import Backend, Reduction
 
+_Operand: TypeAlias = tuple[Tensor, int, int]  # with its sample stride and its element stride
 _OPERANDS = ("mean1", "logvar1", "mean2", "logvar2")
-REDUCTIONS = (None, "mean_per_sample")
+REDUCTIONS: tuple[Reduction | None, ...] = (None, *get_args(Reduction))
 _NO_GRADIENTS = (None,) * 4
 _SERIES_BELOW = 0.3
 _INFINITE = 1000.0  # e^_INFINITE is, in float64 too
@@ -49,7 +52,7 @@ def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2
     return (kl if reduction is None else kl.reshape(kl.shape[0], math.prod(kl.shape[1:])).mean(1)).to(dtype)
 
 
-def _operand(x: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
+def _operand(x: Tensor, shape: torch.Size) -> _Operand:
     """A tensor that broadcasts to shape, with its sample stride and element stride (0 or 1) there.
 
     What is one value a sample, one sample for all or one value for all is read where it lies; anything else is written out.
@@ -70,12 +73,14 @@ def _shape(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> to
     return torch.broadcast_shapes(shape, logvar1.shape, mean2.shape, logvar2.shape)
 
 
-def _operands(arguments, shape: torch.Size) -> list[tuple[Tensor, int, int]]:
+def _operands(arguments: Sequence[Any], shape: torch.Size) -> list[_Operand]:
     elements = math.prod(shape[1:])
     return [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in arguments[:4]]
 
 
-def _launch(operands, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = _NO_GRADIENTS) -> None:
+def _launch(
+    operands: Sequence[_Operand], reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = _NO_GRADIENTS
+) -> None:
     """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
     mean1, logvar1, mean2, logvar2 = operands
     of_mean1, of_logvar1, of_mean2, of_logvar2 = grads
@@ -85,18 +90,18 @@ def _launch(operands, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, 
     )  # fmt: skip
 
 
-def _new_kl(arguments, shape: torch.Size) -> Tensor:
+def _new_kl(arguments: Sequence[Any], shape: torch.Size) -> Tensor:
     return arguments[0].new_empty(shape if arguments[4] is None else shape[:1])
 
 
-def _gaussian_kl_cpu(*arguments) -> Tensor:
+def _gaussian_kl_cpu(*arguments: Any) -> Tensor:
     shape = _shape(*arguments[:4])
     kl = _new_kl(arguments, shape)
     _launch(_operands(arguments, shape), arguments[4] is not None, kl, None)
     return kl
 
 
-def _ahead_cpu(arguments, needs):
+def _ahead_cpu(arguments: Any, needs: Any) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]] | None:
     if arguments[4] is None or arguments[0].dtype != torch.float32 or any(x.shape != arguments[0].shape for x in arguments[1:4]):
         return None
     shape = arguments[0].shape
@@ -105,14 +110,14 @@ def _ahead_cpu(arguments, needs):
     return kl, dict(zip(_OPERANDS, grads, strict=True)), [grad for grad in grads if grad is not None]
 
 
-def _gaussian_kl_triton(*arguments) -> Tensor:
+def _gaussian_kl_triton(*arguments: Any) -> Tensor:
     shape = _shape(*arguments[:4])
     kl = _new_kl(arguments, shape)
     triton_kernels("gaussian_kl").forward(_operands(arguments, shape), kl, shape, arguments[4] is not None)
     return kl
 
 
-def _backward(arguments, needs, grads, kernel: Callable):
+def _backward(arguments: Any, needs: Any, grads: Any, kernel: Callable[..., None]) -> dict[str, Tensor | None]:
     shape = _shape(*arguments[:4])
     operands = _operands(arguments, shape)
     # A kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
@@ -124,7 +129,7 @@ def _backward(arguments, needs, grads, kernel: Callable):
     ]
     summed = [k for k, (_, _, element) in enumerate(operands) if needs[k] and not element]
     totals = iter(arguments[0].new_empty(len(summed), shape[0], dtype=torch.float32) if summed else ())
-    results = [None] * 4
+    results: list[Any] = [None] * 4  # tensors, of the gradients that are wanted
     for k, (x, _, element) in enumerate(operands):
         if needs[k]:
             results[k] = (
@@ -145,17 +150,17 @@ def _varies(x: Tensor, shape: torch.Size) -> bool:
     return x.shape[-(len(shape) - 1) :].numel() > 1 if len(shape) > 1 else False
 
 
-def _backward_cpu(arguments, needs, grads):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     return _backward(
         arguments, needs, grads, lambda operands, grad_kl, results, shape, reduced: _launch(operands, reduced, None, grad_kl, results)
     )
 
 
-def _backward_triton(arguments, needs, grads):
+def _backward_triton(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     return _backward(arguments, needs, grads, triton_kernels("gaussian_kl").backward)
 
 
-def _check(mean1, logvar1, mean2, logvar2, reduction) -> None:
+def _check(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, reduction: str | None) -> None:
     inputs = dict(mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2)
     for name, x in inputs.items():
         check_data(name, x)
@@ -188,7 +193,7 @@ backends = _op.backends
 
 
 def gaussian_kl(
-    mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, *, reduction: str | None = None, backend: str | None = None
+    mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, *, reduction: Reduction | None = None, backend: Backend | None = None
 ) -> Tensor:
     """KL divergence of diagonal Gaussians in nats.
 

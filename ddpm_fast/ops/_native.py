@@ -20,7 +20,7 @@ def new_like(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def workspace_floats(plan: Callable[..., dict], *sizes: int, **options: int) -> int:
+def workspace_floats(plan: Callable[..., dict[str, int]], *sizes: int, **options: int) -> int:
     """What a launch plan of csrc/cuda asks for; the rest of it is for its launcher and the tests."""
     return plan(*sizes, **options)["workspace"]
 

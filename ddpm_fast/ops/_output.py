@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, Final, get_args
+
 import torch
 from torch import Tensor
 
 from ddpm_fast.backends import FLOATING, NATIVE_DTYPES
 from ddpm_fast.ops._common import check_device, table_dtype
+from ddpm_fast.types import VarianceKind
 
-FIXED, LEARNED, LEARNED_RANGE = "fixed", "learned", "learned_range"
-VARIANCE_KINDS = (FIXED, LEARNED, LEARNED_RANGE)
+FIXED: Final = "fixed"
+LEARNED: Final = "learned"
+LEARNED_RANGE: Final = "learned_range"
+VARIANCE_KINDS: tuple[VarianceKind, ...] = get_args(VarianceKind)
 
 
 def check_variance(kind: str) -> None:
@@ -70,8 +75,8 @@ def guess_x_start(from_x_t: Tensor, from_out: Tensor, x_t: Tensor, prediction: T
     return from_x_t * x_t + from_out * prediction
 
 
-def log_variance(kind: str, low: Tensor, high: Tensor, raw: Tensor | None) -> Tensor:
-    """The model's log-variance, nats.
+def log_variance(kind: str, low: Tensor, high: Tensor, raw: Any) -> Tensor:
+    """The model's log-variance, nats. ``raw`` is a tensor, or None for a fixed variance, which does not read it.
 
     "fixed" is low; "learned" is the raw output; "learned_range" goes from low to high as the raw output goes from -1 to
     1, without bounds (Nichol & Dhariwal 2021, eq. 15, with v = (raw + 1) / 2).

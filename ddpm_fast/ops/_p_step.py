@@ -12,6 +12,9 @@ csrc/cpu/p_step.cpp and ops/triton/p_step.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +35,7 @@ from ddpm_fast.ops._common import (
 from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import NOISE, Op
 from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance, guess_x_start, log_variance, split_output
+from ddpm_fast.types import Backend, VarianceKind
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
@@ -72,17 +76,17 @@ def p_step_reference(
 
 
 def _p_step_cpu(
-    x_t,
-    model_output,
-    t,
-    table,
-    noise,
-    variance,
-    clip,
-    previous,
-    without,
-    scale,
-    with_x_start,
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Noise | Tensor | None,
+    variance: str,
+    clip: bool,
+    previous: Tensor | None,
+    without: Tensor | None,
+    scale: float,
+    with_x_start: bool,
     *,
     x_next: Tensor | None = None,
     x_start: Tensor | None = None,
@@ -99,7 +103,7 @@ def _p_step_cpu(
     return x_next, x_start
 
 
-def _backward_cpu(arguments, needs, grads):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     x_t, model_output, t, table, noise, variance, clip, previous, without, scale, _ = arguments
     results = {name: new_like(getattr(arguments, name)) if getattr(needs, name) else None for name in _DIFFERENTIABLE}
     grad_x_next, grad_x_start = grads
@@ -112,7 +116,19 @@ def _backward_cpu(arguments, needs, grads):
     return results
 
 
-def _check(x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start) -> None:
+def _check(
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Noise | Tensor | None,
+    variance: str,
+    clip: bool,
+    x_start_previous: Tensor | None,
+    without: Tensor | None,
+    scale: float,
+    with_x_start: bool,
+) -> None:
     check_data("x_t", x_t)
     check_variance(variance)
     check_output(model_output, "x_t", x_t, variance)
@@ -126,7 +142,7 @@ def _check(x_t, model_output, t, table, noise, variance, clip, x_start_previous,
         check_like("the output without the condition", without, "the model output", model_output)
 
 
-def _fake(x_t, *others):
+def _fake(x_t: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return new_like(x_t), new_like(x_t) if others[-1] else x_t.new_empty(0)
 
 
@@ -153,13 +169,13 @@ def p_step(
     table: Tensor,
     noise: Noise | Tensor | None,
     *,
-    variance: str = "fixed",
+    variance: VarianceKind = "fixed",
     clip: bool = True,
     x_start_previous: Tensor | None = None,
     guidance: tuple[Tensor, float] | None = None,
     x_next: Tensor | None = None,
     x_start: bool | Tensor = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One reverse step by a table, in one pass.
 
@@ -189,7 +205,7 @@ def p_step(
     with_x_start, clip = x_start is not False, checks.flag("clip", clip)
     arguments = (x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
     _check(*arguments)
-    into = None
+    into: dict[str, Any] | None = None  # tensors, or None for a result that goes into new memory
     if x_next is not None or not isinstance(x_start, bool):
         into = {"x_next": x_next, "x_start": None if isinstance(x_start, bool) else x_start}
         _check_destinations(into, arguments)
@@ -197,7 +213,7 @@ def p_step(
     return results if with_x_start else (results[0], None)
 
 
-def _check_destinations(into: dict[str, Tensor | None], arguments: tuple) -> None:
+def _check_destinations(into: dict[str, Any], arguments: Sequence[Any]) -> None:
     x_t, model_output, t, table, noise, _, _, previous, without, *_ = arguments
     x_next, x_start = into.values()
     if x_next is not None:

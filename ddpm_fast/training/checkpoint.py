@@ -66,7 +66,7 @@ def strip_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def save_checkpoint(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     tensors: Mapping[str, torch.Tensor],
     meta: Mapping[str, Any],
 ) -> Path:
@@ -109,7 +109,7 @@ def save_checkpoint(
     return tensor_path
 
 
-def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads what `save_checkpoint` wrote, into the host's memory.
 
     Args:

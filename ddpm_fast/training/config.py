@@ -52,9 +52,9 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    image_size: int | tuple | None = None
+    image_size: int | tuple[int, int] | None = None
     levels: int | None = None
-    value_range: tuple | None = None
+    value_range: tuple[float, float] | None = None
     preset: Preset = "cifar10"
     network: dict[str, Any] = field(default_factory=dict)
     schedule: ScheduleName = "linear"
@@ -225,7 +225,7 @@ class TrainConfig:
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """The value as its annotation says; numbers of NumPy's become Python's, which JSON can hold."""
     kinds = (dict,) if get_origin(hint) is dict else (str,) if get_origin(hint) is Literal else get_args(hint)
-    kinds = kinds or (hint,)
+    kinds = tuple(get_origin(kind) or kind for kind in kinds or (hint,))  # tuple, for tuple[int, int]
     if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
         return value
     if not isinstance(value, bool):

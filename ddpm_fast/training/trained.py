@@ -60,7 +60,7 @@ class TrainedModel:
         return next(self.model.parameters()).device
 
 
-def load_trained(path: str | os.PathLike, device: torch.device | str = "cpu", *, averaged: bool = True) -> TrainedModel:
+def load_trained(path: str | os.PathLike[str], device: torch.device | str = "cpu", *, averaged: bool = True) -> TrainedModel:
     """Reads what `Trainer.save` wrote.
 
     Args:
@@ -82,7 +82,7 @@ def load_trained(path: str | os.PathLike, device: torch.device | str = "cpu", *,
     return TrainedModel(model.eval(), diffusion, config, tuple(meta["image_shape"]), meta["step"], meta)
 
 
-def load_run(path: str | os.PathLike) -> tuple[Checkpoint, TrainConfig]:
+def load_run(path: str | os.PathLike[str]) -> tuple[Checkpoint, TrainConfig]:
     """The checkpoint of a training run, on the CPU, and the run's configuration.
 
     Raises:

@@ -211,7 +211,7 @@ class Trainer:
         save_every: int | None = None,
         save_minutes: float | None = SAVE_MINUTES,
         report: Callable[[Progress], Any] = lambda _: None,
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Trains up to the last step.
 
         Args:
@@ -245,8 +245,8 @@ class Trainer:
 
     def _run(
         self, out: Path | str | None, log_every: int, save_every: int | None, save_minutes: float | None, report: Callable[[Progress], Any]
-    ) -> list[dict]:
-        history: list[dict] = [] if out is None else read_metrics(Path(out) / METRICS, self.step)
+    ) -> list[dict[str, Any]]:
+        history: list[dict[str, Any]] = [] if out is None else read_metrics(Path(out) / METRICS, self.step)
         with contextlib.ExitStack() as stack:
             metrics = stack.enter_context(open_metrics(Path(out) / METRICS, history)) if out is not None else None
             start = saved = time.perf_counter()
@@ -330,7 +330,7 @@ class Trainer:
         self.ema.copy_to(model)
         return model.eval()
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 

@@ -9,7 +9,6 @@ only how many elements may be accessed at once, and sizes are never specialised 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +64,7 @@ class Tiles:
         self.wide = narrowest == 2
 
     def launch(
-        self, kernel: Callable, reads: dict[str, Any], writes: dict[str, Any], numbers: dict[str, Any], constants: dict[str, Any]
+        self, kernel: Any, reads: dict[str, Any], writes: dict[str, Any], numbers: dict[str, Any], constants: dict[str, Any]
     ) -> None:
         """Starts a kernel on all tiles, on the current stream; the sizes of the tiles are added to its arguments.
 
@@ -86,8 +85,19 @@ def noise_arguments(noise: Noise | Tensor | None) -> tuple[dict[str, Any], dict[
     return dict(noise_ptr=noise), dict(seed=0, noise_stream=0, first_sample=0), dict(NOISE=NO_NOISE if noise is None else GIVEN)
 
 
-def start_here(device: torch.device, kernel: Callable, grid: tuple, reads: dict, writes: dict, numbers: dict, constants: dict) -> None:
-    """On the device of the tensors, or in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was imported."""
+def start_here(
+    device: torch.device,
+    kernel: Any,
+    grid: tuple[int, int, int],
+    reads: dict[str, Any],
+    writes: dict[str, Any],
+    numbers: dict[str, Any],
+    constants: dict[str, Any],
+) -> None:
+    """Starts a kernel on a device.
+
+    It runs in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was imported.
+    """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](**reads, **writes, **numbers, **constants, **OPTIONS)

@@ -85,7 +85,7 @@ def enable(on: bool = True) -> None:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Off within the block, for all threads."""
+    """Switches the autotuner off within the block, for all threads."""
     _disabled.append(None)
     try:
         yield
@@ -94,7 +94,7 @@ def disabled() -> Iterator[None]:
 
 
 def why_off() -> str:
-    """Why every choice is the default; empty while the autotuner is on."""
+    """Reason why every choice is the default; empty while the autotuner is on."""
     if not _enabled or _disabled:
         return "switched off"
     return "torch.use_deterministic_algorithms(True)" if torch.are_deterministic_algorithms_enabled() else ""
@@ -106,7 +106,12 @@ def clear() -> None:
 
 
 def choices() -> list[dict[str, Any]]:
-    """What this process has chosen, JSON-able: device, op, key, chosen, seconds (the median of each call), ruled_out (with the reason)."""
+    """Lists what this process has chosen, as JSON values.
+
+    Returns:
+        A dict for each choice: device, op, key, chosen (the name), seconds (the median of a call, by name) and ruled_out (the reason,
+        by name).
+    """
     return list(_choices.values())
 
 
@@ -131,7 +136,13 @@ def measure(candidates: dict[str, Callable[[], object]], device: torch.device) -
 
 
 def difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], of: str) -> str:
-    """Why a result is not the expected one, the candidate ``of``'s; empty where it is. What is not finite there is not compared."""
+    """Compares a result with the expected one, which is the candidate ``of``'s.
+
+    Values are not compared where the expected one is infinite or NaN.
+
+    Returns:
+        The difference in words; empty where there is none beyond the tolerance.
+    """
     theirs, ours = [[(tuple(x.shape), x.dtype) for x in side] for side in (result, expected)]
     if theirs != ours:
         return f"its result is {theirs}, that of {of} is {ours}"
@@ -146,7 +157,11 @@ def difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], of: str
 
 
 def _try(candidates: dict[str, Callable[[], tuple[Tensor, ...]]], op: str, device: torch.device) -> dict[str, str]:
-    """Calls each once and compares it with the first that works. Gives the reasons of those that are ruled out."""
+    """Calls each candidate once and compares its result with that of the first that works.
+
+    Returns:
+        The reason, by name, for each candidate that is ruled out.
+    """
     ruled_out, works, errors = {}, None, []
     for name, call in candidates.items():
         try:

@@ -127,8 +127,11 @@ def evaluate(
 
 
 def as_trained(source: str, trained: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """How data are to be read for a model: as those of training were, but for what is given. Built-in ones have levels that a file
-    leaves open, and a range of its own is divided into the model's."""
+    """Options of `load_data` with which ``source`` is read for a model: those of its training, replaced by what is ``given``.
+
+    A .npy or .npz file does not say how many grey levels it has. If the model was trained on a built-in data set with fewer than 256,
+    or if a range is given, the file gets the model's number of levels.
+    """
     from ddpm_fast.data.images import BUILT_IN
 
     options, levels = trained.config.data_options, trained.diffusion.levels
@@ -138,10 +141,13 @@ def as_trained(source: str, trained: TrainedModel, given: dict[str, Any]) -> dic
 
 
 def images_to_evaluate(source: str, trained: TrainedModel, given: dict[str, Any]) -> ImageData:
-    """The held-out part of what the model was trained on; of anything else the test part that it has, else all of it (as ``test``).
+    """Loads the images to evaluate, as the ``test`` part of the result.
+
+    For the data that the model was trained on they are the held-out part. For other data they are its test part if it has one, else
+    all of it.
 
     Raises:
-        ValueError: the data of training have changed, and with them which images are held out; or are to be read in another way.
+        ValueError: the data that the model was trained on have changed, or are to be read with other options than in training.
     """
     from ddpm_fast.training import load_data
     from ddpm_fast.training.trained import fingerprint, load_run_data
@@ -169,7 +175,7 @@ def images_to_evaluate(source: str, trained: TrainedModel, given: dict[str, Any]
 def evaluate_run(
     out: Path, trained: TrainedModel, images: ImageData, count: int, batch: int, parts: Parts, ranks: Ranks, about: dict[str, Any]
 ) -> None:
-    """The bound of the first ``count`` held-out images, as the parts' settings say: evaluated, written and printed."""
+    """Evaluates, writes and prints the bound of the first ``count`` held-out images, with the options in ``parts.settings``."""
     from ddpm_fast.evaluation import evaluate_bound, rate_distortion, write_bound
     from ddpm_fast.io.progress import Bar
 
@@ -201,7 +207,7 @@ def evaluate_run(
 
 
 def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Features, reference: Split, batch: int, seed: int) -> None:
-    """The quality of samples beside that of real images: evaluated, written and printed."""
+    """Evaluates, writes and prints the quality of samples, and beside it that of real images."""
     from ddpm_fast.evaluation import evaluate_quality
     from ddpm_fast.io.files import write_json
 

@@ -178,7 +178,7 @@ def train(
 
 
 def describe(config: TrainConfig) -> str:
-    """How fast a run learns and how far its average looks back, which depend on the number of steps."""
+    """Text of one line with the values that depend on the number of steps: the learning rate, its warm-up, and the average's length."""
     warmup = f" after a warm-up of {config.warmup}" if config.warmup else ""
     decay = min(config.ema, config.steps / (config.steps + 9))  # of the last update of `EMA`
     back = f"in the end the weights of the last {1 / (1 - decay):.0f} or so are averaged"

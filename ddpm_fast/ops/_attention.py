@@ -28,7 +28,11 @@ LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiple
 
 
 def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch; returns the result, (N, tokens, heads d), and the log of each sum, (N, heads, tokens), in nats."""
+    """The formula in plain PyTorch.
+
+    Returns:
+        The result, (N, tokens, heads d), and the log of the softmax's sum for each query, (N, heads, tokens).
+    """
     query, key, value = _heads(qkv.to(table_dtype(qkv.dtype)))
     with torch.autocast(qkv.device.type, enabled=False):
         logits = query @ key.transpose(-1, -2) * scale
@@ -52,7 +56,7 @@ def _sdpa(qkv: Tensor, scale: float) -> Tensor:
 
 
 def _with_whole_heads(qkv: Tensor) -> Tensor:
-    """As PyTorch's kernel for the CPU takes it: any strides, but a head's channels side by side."""
+    """qkv in the form that PyTorch's CPU kernel reads: any strides, but the channels of a head next to each other."""
     return qkv if qkv.stride(4) == 1 else qkv.contiguous()
 
 
@@ -65,7 +69,14 @@ def _forward_cpu(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def attention_cpu(qkv: Tensor) -> Tensor:
-    """Of packed (N, tokens, 3, heads, d) data that the kernel takes as they are: (N, tokens, heads d), without a check or a gradient."""
+    """Attention on the CPU without checks and without a gradient, for data that the kernel can read as they are.
+
+    Args:
+        qkv: (N, tokens, 3, heads, d).
+
+    Returns:
+        (N, tokens, heads d), contiguous.
+    """
     return _forward_cpu(qkv, qkv.shape[-1] ** -0.5)[0]
 
 
@@ -83,7 +94,7 @@ def _backward_cpu(arguments: Any, needs: Any, grads: Any, results: Any) -> dict[
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """As the CUDA kernels take it: contiguous, from a multiple of 16 bytes on."""
+    """x in the form that the CUDA kernels read: contiguous, at an address that is a multiple of 16 bytes."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
@@ -193,9 +204,9 @@ def _kernel_takes(qkv: Tensor) -> bool:
 
 
 def _choice(qkv: Tensor, scale: float) -> str:
-    """ "ddpm_fast" or "pytorch", for a tensor that is not on the CPU."""
+    """Name of the implementation for a tensor that is not on the CPU: "ddpm_fast" or "pytorch"."""
     if qkv.dtype not in NATIVE_DTYPES or in_functorch() or 0 in qkv.shape:
-        return "ddpm_fast"  # which goes to the reference
+        return "ddpm_fast"  # the op then calls the reference
     if qkv.device.type != "cuda" or missing("cuda") or not _kernel_takes(qkv):
         return "pytorch"
     needs_grad = torch.is_grad_enabled() and qkv.requires_grad
@@ -206,7 +217,7 @@ def _choice(qkv: Tensor, scale: float) -> str:
 
 
 def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """What the autotuner times: a call, with its gradient where one is needed."""
+    """Calls for the autotuner to time, by name: each computes attention, and its gradient where one is needed."""
 
     def timed(call: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def run() -> tuple[Tensor, ...]:

@@ -3,8 +3,8 @@
     y = conv(x, weight) + bias + residual
 
 On CPU by Winograd's minimal filtering F(2×2, 3×3) (Lavin & Gray 2016, https://arxiv.org/abs/1509.09308): 16 multiplications where the
-sum has 36, with float32's usual error. The weight is transformed on each call and nothing of it is kept: what is kept would have to know
-of every way of changing a weight, and some leave no trace. Where the kernel does not serve, PyTorch's convolution does, which is the
+sum has 36, with float32's usual error. The weight is transformed on each call and the result is not kept: a weight can be changed in ways
+that leave no trace, and a kept result would then be wrong. Calls that the kernel cannot serve go to PyTorch's convolution, which is the
 reference twin. The kernel is csrc/cpu/conv3x3.cpp.
 """
 
@@ -44,9 +44,17 @@ def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
 
 def conv3x3_prepared(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> Callable[[], None]:
-    """A call of the kernel for tensors that lie well for it, to be made again and again: it keeps them, and reads what they then have.
+    """Prepares a call of the kernel that can be repeated, for tensors that :func:`_lies_well` accepts.
 
-    Of the weight it has the values of now, transformed: 16/9 of its memory, output channels rounded up to 32.
+    The call keeps the tensors alive, and reads x, bias and residual anew each time. The weight is transformed here, so later changes of
+    it have no effect. The transformed weight takes 16/9 of the weight's memory, with the output channels rounded up to 32.
+
+    Args:
+        x, weight, bias, residual: as :func:`conv3x3` takes them.
+        y: (N, K, H, W) float32, channels_last, which the call writes.
+
+    Returns:
+        A function without arguments.
     """
     return native.cpu_conv3x3_prepared(**_arguments(x, weight, bias, residual, y))
 
@@ -60,7 +68,7 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
-    """Why the kernel cannot serve a call, but for shapes; empty where it can."""
+    """Reason why the kernel cannot serve a call, shapes apart; empty where it can."""
     if goes_through_dispatcher() or in_functorch() or in_forward_mode():
         return "is not for compiling, tracing or transforming: it is no operator of PyTorch"
     with_grad = torch.is_grad_enabled()
@@ -84,7 +92,7 @@ def _tiles(x: Tensor) -> int:
 
 
 def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """In memory, for the kernel."""
+    """True for tensors that the kernel can read where they are: channels_last, the weight also contiguous, and no negative views."""
     return (
         not any([y is not None and y.is_neg() for y in (x, weight, bias, residual)])  # memory that has the values' opposites
         and x.is_contiguous(memory_format=_LAYOUT)
@@ -95,6 +103,7 @@ def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 
 def _laid_well(y: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """y in a layout that :func:`_lies_well` accepts."""
     return y.resolve_neg().contiguous(memory_format=layout)
 
 

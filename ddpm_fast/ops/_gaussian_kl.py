@@ -53,9 +53,9 @@ def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2
 
 
 def _operand(x: Tensor, shape: torch.Size) -> _Operand:
-    """A tensor that broadcasts to shape, with its sample stride and element stride (0 or 1) there.
+    """A tensor expanded to ``shape``, with the stride between its samples and between its elements (0 or 1).
 
-    What is one value a sample, one sample for all or one value for all is read where it lies; anything else is written out.
+    A tensor with one value for each sample, one sample for all, or one value for all is not copied. Any other broadcast is.
     """
     spread = x.expand(shape)
     samples, inner = spread.stride(0), spread[0]
@@ -81,7 +81,7 @@ def _operands(arguments: Sequence[Any], shape: torch.Size) -> list[_Operand]:
 def _launch(
     operands: Sequence[_Operand], reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = _NO_GRADIENTS
 ) -> None:
-    """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
+    """Writes the divergence ``kl``, or the gradients that are wanted, or both. Without ``grad_kl`` the upstream gradient is ones."""
     mean1, logvar1, mean2, logvar2 = operands
     of_mean1, of_logvar1, of_mean2, of_logvar2 = grads
     native.cpu_gaussian_kl(

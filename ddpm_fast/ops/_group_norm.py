@@ -81,7 +81,7 @@ _DIFFERENTIABLE = ("x", "weight", "bias", "pre_bias", "scale", "shift")
 
 
 class _Call:
-    """One call as both backends are given it."""
+    """The arguments of one call in the form that both backends take."""
 
     def __init__(self, arguments: Any) -> None:
         x, self.groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise = self.arguments = arguments
@@ -108,7 +108,7 @@ class _Call:
         return _results(self.x, self.groups)
 
     def gradients(self, needs: Any) -> dict[str, Tensor | None]:
-        """By name, in the dtype that the kernels take the tensor in."""
+        """New tensors for the gradients that are needed, by the kernels' names, in the dtypes that the kernels write."""
         return {
             f"grad_{name}": torch.empty_like(y) if getattr(needs, name) else None
             for name, y in zip(_DIFFERENTIABLE, self.taken, strict=True)
@@ -127,7 +127,7 @@ class _Call:
 
 
 def _in_one_dtype(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """The kernels take the parameters in one dtype, and the rows: fp32 where they differ."""
+    """The tensors in one dtype, as the kernels take them: unchanged if they have one, else float32."""
     first = next(y for y in tensors if y is not None).dtype
     if all([y is None or y.dtype == first for y in tensors]):
         return tensors
@@ -149,7 +149,17 @@ def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def group_norm_prepared(
     x: Tensor, y: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, pre_bias: Tensor | None
 ) -> Callable[[], None]:
-    """A call of the kernel for tensors that lie well for it, to be made again and again: it keeps them, and reads what they then have."""
+    """Prepares a call of the CPU kernel that can be repeated; it keeps its tensors alive, and reads their values anew each time.
+
+    Args:
+        x: (N, C, ...), contiguous or channels_last.
+        y: like x, which the call writes.
+        groups, weight, bias, eps, pre_bias: as :func:`group_norm` takes them.
+        silu: apply SiLU.
+
+    Returns:
+        A function without arguments.
+    """
     call = _Call((x, groups, weight, bias, pre_bias, None, None, eps, silu, 0.0, None))
     _, mean, rstd = call.results()
     return native.cpu_group_norm_prepared(**call.common, y=y, mean=mean, rstd=rstd)

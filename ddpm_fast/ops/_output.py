@@ -1,4 +1,4 @@
-"""How the ops read a model's output: the prediction, and the half that gives the variance where there is one."""
+"""Functions to read a model's output: the prediction, and the second half of the channels if it gives the variance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def check_variance(kind: str) -> None:
 
 
 def check_output(model_output: Tensor, x_name: str, x: Tensor, kind: str | None = None) -> None:
-    """(N, C, ...) like x, or (N, 2C, ...); a learned variance needs the second half."""
+    """Checks that a model's output has shape (N, C, ...), like x, or (N, 2C, ...), which a learned variance needs.
+
+    Raises:
+        TypeError, ValueError: what was expected and what came.
+    """
     if not isinstance(model_output, Tensor):
         raise TypeError(f"the model output must be a tensor, got {type(model_output).__name__}")
     if model_output.dtype not in FLOATING:
@@ -43,7 +47,7 @@ def check_output(model_output: Tensor, x_name: str, x: Tensor, kind: str | None 
 
 
 def arithmetic_dtype(model_output: Tensor, x: Tensor) -> torch.dtype:
-    """Of the two, the dtype that decides the backend: float64 goes to the reference."""
+    """The dtype that decides the backend: float64, for which only the reference exists, if either of the two has it."""
     return x.dtype if model_output.dtype in NATIVE_DTYPES else model_output.dtype
 
 
@@ -63,7 +67,7 @@ def prediction_half(model_output: Tensor, x: Tensor) -> Tensor:
 
 
 def split_output(model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(prediction, variance half or None), in the dtype of the arithmetic."""
+    """Splits an output into (prediction, variance half or None), in the dtype of the arithmetic."""
     model_output = model_output.to(table_dtype(x.dtype))
     if model_output.shape[1] == x.shape[1]:
         return model_output, None

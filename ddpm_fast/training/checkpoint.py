@@ -41,7 +41,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` returns.
+    """The content of a checkpoint, as `load_checkpoint` returns it.
 
     Attributes:
         tensors: flat names (``"model.conv_in.weight"``) to tensors.
@@ -157,7 +157,14 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what
 
 
 def check_fits(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what: str = "model") -> None:
-    """What `load_into` checks, for a module that may be on the meta device, before its memory is taken."""
+    """Checks that names and shapes of `tensors` are those of `module`, which may be on the meta device and so take no memory.
+
+    Args:
+        module, tensors, what: as `load_into`.
+
+    Raises:
+        CheckpointError: names are missing or unexpected, or shapes differ.
+    """
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
@@ -255,12 +262,11 @@ def _check_json(tensor_path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _holds(beside: Any, document: Any) -> bool:
-    """Whether all that the document says stands beside it, too. What was added there, a note or a later version's entry, does no harm."""
+    """True if the JSON file's content has everything that the document has. It may have more: a note, or a later version's entry."""
     if isinstance(document, dict):
         return isinstance(beside, dict) and all(key in beside and _holds(beside[key], value) for key, value in document.items())
-    return json.dumps(beside, sort_keys=True) == json.dumps(
-        document, sort_keys=True
-    )  # as texts: a diverged run's meta may hold NaN, which equals nothing
+    # Compared as texts: a diverged run's meta may hold NaN, which is not equal to itself.
+    return json.dumps(beside, sort_keys=True) == json.dumps(document, sort_keys=True)
 
 
 def _damaged(path: Path, error: Exception) -> str:

@@ -1,9 +1,9 @@
-"""How work is cut into programs, and how a kernel is started.
+"""Division of the work into programs, and the start of a kernel.
 
 A program has a tile of ROWS samples by COLUMNS elements, 1024 in all for 128 threads: two 16-byte accesses a thread to each
-fp32 tensor, one to each 16-bit one. The cut depends on the size of a sample alone, so sums have the same bits in any batch. A kernel's
-constants take few values whatever the sizes are, so few variants are ever compiled: COLUMNS is a power of two, VECTOR says
-only how many elements may be accessed at once, and sizes are never specialised on.
+fp32 tensor, one to each 16-bit one. The division depends only on the size of a sample, so sums have the same bits in any batch. A
+kernel's constants take few values whatever the sizes are, so few variants are compiled: COLUMNS is a power of two, VECTOR says
+only how many elements may be accessed at once, and kernels are never specialised on sizes.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def plan(samples: int, elements: int) -> Plan:
 
 
 class Tiles:
-    """What every launch of one call shares.
+    """The tiles of one call, and the sizes that each of its launches needs.
 
     Args:
         shape: (N, ...) of the data whose samples the programs work on.
-        tensors: those that are accessed in vectors, whose samples may lie further apart than the data's; None is left out.
-            The first one's device is where kernels start.
+        tensors: the tensors that are accessed in vectors; None is left out. Their samples may be further apart in memory than those of
+            the data. Kernels start on the device of the first one.
     """
 
     def __init__(self, shape: torch.Size, *tensors: Tensor | None) -> None:
@@ -79,7 +79,7 @@ class Tiles:
 
 
 def noise_arguments(noise: Noise | Tensor | None) -> tuple[dict[str, Any], dict[str, int], dict[str, int]]:
-    """(reads, numbers, constants) of a noise."""
+    """Arguments of a kernel for a noise, a tensor or None: (reads, numbers, constants)."""
     if isinstance(noise, Noise):
         return dict(noise_ptr=None), dict(seed=noise.seed, noise_stream=noise.stream, first_sample=noise.first_sample), dict(NOISE=DRAWN)
     return dict(noise_ptr=noise), dict(seed=0, noise_stream=0, first_sample=0), dict(NOISE=NO_NOISE if noise is None else GIVEN)

@@ -1,8 +1,8 @@
 """Choice between kernels of one result: the first call of a kind times them, and this process remembers the fastest.
 
 Another kernel rounds otherwise, so a choice changes bits. For equal bits in every run switch it off: ``autotune.enable(False)``,
-``with autotune.disabled():`` or ``torch.use_deterministic_algorithms(True)``; then the default, ours, always runs. The ranks of a
-distributed run choose each for themselves: they differ only where two kernels take nearly the same time.
+``with autotune.disabled():`` or ``torch.use_deterministic_algorithms(True)``; then the default, this library's kernel, always runs. Each
+rank of a distributed run chooses for itself. Their choices differ only if two kernels take nearly the same time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 MARGIN = 1.02  # a gain below this is a tie: two measurements of the same kernel differ by as much
 ROUNDS = 9
-SAMPLE_SECONDS, MAX_CALLS = 0.001, 50  # of a sample: long against the wait for the device, short for whoever waits
+SAMPLE_SECONDS, MAX_CALLS = 0.001, 50  # of a sample: much longer than the wait for the device takes
 # Half of the digits of the results' dtype, but not more than TF32's, in which PyTorch may be allowed to compute fp32: a wrong result is
 # off by far more, and a right one by less.
 LEAST_TOLERANCE = 2.0**-8
@@ -37,13 +37,13 @@ def choose(
 ) -> str:
     """Name of the candidate to call.
 
-    - The first time each is called once and compared with the default. One that raises, differs by more than half of the dtype's digits
-      or is not finite where the default is, is ruled out; a warning says that results differ, as either may be wrong. Those left are
-      timed in turn, and another one than the default is chosen if it is faster by more than 2 %.
+    - The first time, each candidate is called once and compared with the default. It is ruled out if it raises, if it differs by more
+      than half of the dtype's digits, or if it is not finite where the default is. A warning says that results differ, as either may be
+      wrong. The others are timed in turn, and one of them replaces the default if it is faster by more than 2 %.
     - If the default fails, another one is chosen, with a warning. If all fail, the first one's exception is raised, and the next call
       tries again.
-    - The default is taken, and nothing timed, while the autotuner is off or torch.compile traces the call; and for a kind that is new,
-      while a CUDA graph is captured or anything is being timed, in whichever thread.
+    - The default is taken and nothing is timed while the autotuner is off or torch.compile traces the call. The same holds for a kind
+      that is new while a CUDA graph is captured, or while any thread is timing.
 
     Candidates run without grad mode and without the caller's hooks on saved tensors: one that times its backward pass enables it on
     leaves of its own. They must not draw from a global generator or change their inputs.

@@ -31,13 +31,12 @@ from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_range, gather, table_dtype
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, guess_x_start, log_variance, split_output
-from ddpm_fast.ops._p_step import COLUMNS as STEP_COLUMNS
+from ddpm_fast.ops._p_step import GUESS_COLUMNS, gather_row
 from ddpm_fast.ops._vlb_terms import CDFS, MAX_LEVELS
 from ddpm_fast.types import Cdf, Loss, Prediction, Variance, VarianceKind, Weight
 
 Model = Callable[[Tensor, Tensor], Tensor]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-GUESS_COLUMNS = ("from_x_t", "from_out")  # of a p_step table: they make x̂0
 
 
 class GaussianDiffusion:
@@ -420,8 +419,3 @@ def guess(row: dict[str, Tensor], x_t: Tensor, prediction: Tensor, clip: bool) -
     """x̂0 from a row of a p_step table."""
     x_start = guess_x_start(row["from_x_t"], row["from_out"], x_t, prediction)
     return x_start.clamp(-1.0, 1.0) if clip else x_start
-
-
-def gather_row(table: Tensor, t: Tensor, x: Tensor, names: tuple[str, ...] = STEP_COLUMNS) -> dict[str, Tensor]:
-    """Columns of a p_step table at t, by name, shaped to broadcast over x."""
-    return {name: gather(table[:, STEP_COLUMNS.index(name)], t, x) for name in names}

@@ -40,9 +40,9 @@ class StepTable:
     Attributes:
         table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/_p_step.py.
         timesteps: (S,) int64, the t that the model is told at each row.
-        chain_times: (S,) int64, the time of the diffusion's own chain; another one where its schedule was respaced.
+        chain_times: (S,) int64, the time in the diffusion's own chain, which differs from ``timesteps`` if its schedule was respaced.
         variance: how the log-variance columns are read.
-        output_is_mean: the model's output is the step's mean itself, which clipping x̂0 leaves as it is.
+        output_is_mean: true if the model's output is the step's mean itself, which is not changed when x̂0 is clipped.
     """
 
     table: Tensor

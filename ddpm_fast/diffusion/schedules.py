@@ -31,7 +31,7 @@ class NoiseSchedule:
     dtype and device once, after all arithmetic.
 
     Args:
-        betas: (T,) floating-point numbers inside (0, 1): any, where none of the methods below has those that are wanted.
+        betas: (T,) floating-point numbers inside (0, 1). The methods below make the published ones.
         name: of the schedule, for messages.
         timesteps: (T,), the time indices that the model is told; 0..T-1 by default.
 

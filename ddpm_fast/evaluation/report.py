@@ -1,4 +1,4 @@
-"""The files in which a bound is written down: numbers to read, tables to plot again, pictures to look at."""
+"""The files that a bound is written into: JSON with its parts, CSV tables, and pictures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_bound(
         title: of the pictures.
 
     Returns:
-        The paths by what they are.
+        The paths by the content of the files: "summary", "table", "picture", "rate/distortion", "its picture".
     """
     folder = Path(folder)
     curve = rate_distortion(bound)

@@ -125,7 +125,7 @@ def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
 
 
 class _Owner:
-    """Something that ends."""
+    """An object whose end triggers the finalizer of its folder."""
 
 
 def _remove(folder: Path) -> None:

@@ -139,13 +139,13 @@ def conv3x3(
 ) -> Tensor:
     """3 × 3 convolution of stride 1 and padding 1, plus a bias, plus a residual.
 
-    The CPU kernel serves float32 data in channels_last of at least 16 channels and 64 tiles of 2 × 2 pixels, all images together, where
-    no gradient is needed; it gives the same bits for any number of threads, and an image's the same in any batch. Everything else
-    (gradients, autocast, fewer tiles, other dtypes, layouts and devices, compiling, torch.func) is PyTorch's ``F.conv2d``, differentiable
-    as ever.
+    The CPU kernel is used for float32 data in channels_last, with at least 16 channels and, in all images together, 64 tiles of 2 × 2
+    pixels, if no gradient is needed. It gives the same bits for any number of threads, and for an image in any batch. All other calls
+    (gradients, autocast, fewer tiles, other dtypes, layouts and devices, compiling, torch.func) go to PyTorch's ``F.conv2d``, which is
+    differentiable.
 
-    A tile of 2 × 2 pixels is computed together: where a pixel of x is not finite, or near float32's largest numbers, pixels of y
-    up to two away from it are not, and NaN stands where the sum would be infinite. Other images stay as they are.
+    The kernel computes the four pixels of a tile together. If a pixel of x is not finite, or near float32's largest number, pixels of y
+    up to two away from it are not finite either, and may be NaN where the exact sum is infinite. Other images are not affected.
 
     Args:
         x: (N, C, H, W), N >= 0.

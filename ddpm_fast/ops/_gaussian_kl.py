@@ -198,8 +198,8 @@ def gaussian_kl(
     """KL divergence of diagonal Gaussians in nats.
 
     Args:
-        mean1, logvar1, mean2, logvar2: floating tensors of one dtype on one device, broadcast against each other (one value a
-            sample, or one for all, is not written out, nor is its gradient); log-variances are natural logarithms.
+        mean1, logvar1, mean2, logvar2: floating tensors of one dtype on one device, broadcast against each other. A tensor with one
+            value a sample, or one for all, is not copied to the full shape. Log-variances are natural logarithms.
         reduction: None for one value an element, "mean_per_sample" for the mean over all but the first dimension.
         backend: force "reference", "cpu" or "triton".
 

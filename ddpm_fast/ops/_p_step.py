@@ -28,6 +28,7 @@ from ddpm_fast.ops._common import (
     check_noise,
     check_t,
     check_table,
+    gather,
     gather_columns,
     resolve_noise,
     table_dtype,
@@ -39,7 +40,13 @@ from ddpm_fast.types import Backend, VarianceKind
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
+GUESS_COLUMNS = ("from_x_t", "from_out")  # those that make x̂0
 _DIFFERENTIABLE = ("x_t", "model_output", "noise", "x_start_previous", "without")
+
+
+def gather_row(table: Tensor, t: Tensor, x: Tensor, names: tuple[str, ...] = COLUMNS) -> dict[str, Tensor]:
+    """Columns of a table at t, by name, each shaped to broadcast over x (N, ...)."""
+    return {name: gather(table[:, COLUMNS.index(name)], t, x) for name in names}
 
 
 def p_step_reference(
@@ -190,7 +197,7 @@ def p_step(
         x_start_previous: x̂0 of the step before, for multistep tables.
         guidance: (output without the condition, scale): classifier-free guidance, without + scale · (model_output - without).
         x_next: contiguous tensor like x_t to write x' into, which may be x_t itself; only without gradients.
-        x_start: whether x̂0 is wanted, or a tensor to write it into, which may be x_start_previous itself.
+        x_start: True to get x̂0, False to leave it out, or a tensor to write it into, which may be x_start_previous itself.
         backend: force "reference", "cpu" or "triton".
 
     Returns:

@@ -1,4 +1,4 @@
-"""A reverse step as a CUDA graph: what the host has to say for a step is then two launches, whatever the network's size."""
+"""A reverse step as a CUDA graph: the host then makes two launches for a step, whatever the network's size."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Checkpoints: one ``.safetensors`` file that is complete by itself, and a ``.json`` to read.
 
-The tensors, and in the header everything else (configuration, step), are one file, which is replaced in one step: whatever happens while
-saving, a whole checkpoint is there, the old one or the new one. The JSON beside it is a copy of the header for people and scripts. Both
-carry the same random id, and loading compares them, so that a pair put together from two saves is noticed.
+One file has the tensors and, in its header, everything else (configuration, step). It is replaced in one step: whatever happens while
+saving, a complete checkpoint is there, the old one or the new one. The JSON beside it is a copy of the header for people and scripts. Both
+have the same random id, and loading compares them: a pair from two different saves is refused.
 
-The header has a checksum of all of it, so that a flipped bit, which would only make the samples a little worse, is noticed. Nothing is
-pickled: loading a checkpoint runs no code from it.
+The header has a checksum of the whole content. Without it a flipped bit would not be noticed: it would only make samples a little worse.
+Nothing is pickled: loading a checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _KEYS_SHOWN = 5
-# safetensors reads headers of up to 100 MB, after escaping, and writes longer ones without a word.
+# safetensors reads headers of up to 100 MB, after escaping, but writes longer ones without an error.
 _META_BYTES = 40_000_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, found, trusted or fitted; says what was expected."""
+    """A checkpoint that cannot be written, found, trusted or loaded into a network; the message says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def check_fits(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wha
 
 
 def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Dense contiguous tensors, each with a storage of its own, as the format wants them."""
+    """Converts tensors to what the format can store: dense and contiguous, and no two on one storage."""
     result, storages = {}, set()
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
@@ -211,7 +211,7 @@ def _document(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _resolve(path: Path) -> Path:
-    """The tensor file that `path` stands for."""
+    """Path of the tensor file for a folder, a .safetensors or a .json file."""
     if path.is_dir():
         tensor_path = path / CHECKPOINT_FILES[0]
     elif path.suffix in _PICKLE_SUFFIXES:

@@ -1,7 +1,7 @@
-"""Every private hook of PyTorch that is used: of torch.func, of the dispatcher, of tensors that only stand for others.
+"""Private hooks of PyTorch, all that are used: of torch.func, of the dispatcher, of tensors that wrap others.
 
-Each function says which public behaviour it stands for; tests/project/test_pytorch_hooks.py holds it to that, so that a PyTorch that changes
-a hook is noticed.
+Each function says which public behaviour it stands for; tests/project/test_pytorch_hooks.py holds it to that,
+so that a PyTorch that changes a hook is noticed.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ transforms_active = torch._C._are_functorch_transforms_active  # inside torch.fu
 
 
 def in_functorch() -> bool:
-    """Inside torch.func.grad, vmap and the like: their tensors have no address, so the reference serves them."""
+    """True inside torch.func.grad, vmap and the like: their tensors have no address, so the reference serves them."""
     if not torch._C._are_functorch_transforms_active():
         return False
     return torch.compiler.is_compiling() or not torch._C._dispatch_tls_is_dispatch_key_excluded(_FRONT)
 
 
 def in_forward_mode() -> bool:
-    """Inside torch.autograd.forward_ad.dual_level, where tensors may have tangents, for which no kernel has a rule."""
+    """True inside torch.autograd.forward_ad.dual_level, where tensors may have tangents, for which no kernel has a rule."""
     return forward_ad._current_level >= 0
 
 
 def below_functorch() -> contextlib.AbstractContextManager[Any]:
-    """Inside torch.func's transforms: operations run as they would outside, on what `unwrapped` gives. Elsewhere, nothing."""
+    """Context in which operations run as they would outside torch.func's transforms, on what `unwrapped` gives. Elsewhere, nothing."""
     return torch._C._DisableFuncTorch() if in_functorch() else contextlib.nullcontext()
 
 
 def goes_through_dispatcher() -> bool:
-    """Whether every call must be visible to PyTorch as an operator: while compiling or tracing.
+    """True where every call must be visible to PyTorch as an operator: while compiling or tracing.
 
     A plain eager call goes straight to the kernel instead: the dispatcher's Python entries cost ten times as much as
     the whole call at small sizes.
@@ -52,19 +52,18 @@ def goes_through_dispatcher() -> bool:
 
 
 def holds_values(x: Tensor) -> bool:
-    """Whether x itself has memory: not a tensor around others, fake or functional, whose operators see what is inside."""
+    """True where x itself has memory: not a tensor around others, fake or functional, whose operators see what is inside."""
     return type(x) is Tensor or not torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
 
 
 def in_batches(grads: Sequence[Tensor | None]) -> bool:
-    """Whether backward runs under vmap, torch.func's or that of torch.autograd.grad(is_grads_batched=True): such tensors have no address."""
-    return in_functorch() or any(
-        [grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads]
-    )  # a list is faster
+    """True where backward runs under vmap, torch.func's or that of torch.autograd.grad(is_grads_batched=True): no address to read."""
+    # A list: it is faster than a generator.
+    return in_functorch() or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])
 
 
 def unwrapped(x: Tensor) -> tuple[Tensor, set[int]]:
-    """The values under all of torch.func's wrappers, and the levels of vmap that x is batched at."""
+    """Values under all of torch.func's wrappers, and the levels of vmap that x is batched at."""
     levels = set()
     while _functorch.is_functorch_wrapped_tensor(x):
         if _functorch.is_batchedtensor(x):
@@ -123,7 +122,7 @@ def _in_chunks() -> bool:
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """For tensors that outlive a call: none of torch.func's wrappers, which die with it, nor of inference mode, where no gradient passes.
+    """Context for tensors that outlive a call: without torch.func's wrappers, which die with it, and without inference mode.
 
     A compiler cannot trace this.
     """

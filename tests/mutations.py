@@ -118,6 +118,8 @@ TRITON_KERNELS = [
     Mutation("index", "sample numbers of 32 bits", f"{TRITON}_philox.py",
              "first_sample.to(tl.uint64) + n[:, None].to(tl.uint64), seed", "(first_sample.to(tl.uint32) + n[:, None].to(tl.uint32)).to(tl.uint64), seed",
              "test_triton_simulated.py -k noise"),
+    Mutation("mask", "an end of the clipping range has no gradient", f"{TRITON}_elementary.py", "(x >= -limit)", "(x > -limit)",
+             "test_triton_simulated.py -k ends"),
     Mutation("tail", "a sum's tiles beyond the last", f"{TRITON}_reduce.py", "range(0, tiles, BLOCK)", "range(0, tiles - 1, BLOCK)", "test_triton_simulated.py"),
 ]  # fmt: skip
 
@@ -134,8 +136,9 @@ CPU = [
     Mutation("tail", "the last element of a block not summed", "csrc/cpu/block.h", "i + lane < count; ++lane", "i + lane + 1 < count; ++lane", "test_simple_loss.py -k cpu"),
     Mutation("index", "chunks of a large sample overlap", "csrc/cpu/block.h", "task % chunks * chunk :", "task % chunks * block_elements :", "test_ops_system.py -k whole"),
     Mutation("mask", "the end of the clipping range has no gradient", "csrc/common/diffusion_math.h",
-             "(x >= -limit) & (x <= limit)", "(x > -limit) & (x < limit)", "test_p_step.py test_vlb_terms.py"),
-    Mutation("coefficient", "a key of the generator off by one", "csrc/common/philox.h", "k0 += 0x9E3779B9u", "k0 += 0x9E3779B8u", "test_noise.py"),
+             "(x >= -limit) & (x <= limit)", "(x > -limit) & (x < limit)", "test_ops_gradients.py -k ends"),
+    Mutation("coefficient", "a key of the generator off by one", "csrc/common/philox.h", "k0 += 0x9E3779B9u", "k0 += 0x9E3779B8u", "test_group_norm_cuda.py -k philoxs"),
+    Mutation("coefficient", "a key of the normals' generator off by one", "csrc/cpu/normals.h", "k0 += 0x9E3779B9u", "k0 += 0x9E3779B8u", "test_randn.py"),
     Mutation("sum", "segments merged without their weights", "csrc/cpu/group_norm.cpp",
              "distance * distance * (count * share)", "distance * distance * share", "test_group_norm.py -k cpu"),
     Mutation("coefficient", "a mean not taken off for each pixel", "csrc/cpu/group_norm_backward.cpp",

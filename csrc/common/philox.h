@@ -109,12 +109,4 @@ DDPM_INLINE void box_muller(uint32_t radius_word, uint32_t angle_word, float& z0
   z1 = mul_rn(radius, sine);
 }
 
-// The four normals of counter block j of one sample.
-DDPM_INLINE void normal4(const NoiseKey& key, uint64_t sample, uint32_t j, float& z0, float& z1, float& z2, float& z3) {
-  uint32_t c0 = j, c1 = key.stream, c2 = uint32_t(sample), c3 = uint32_t(sample >> 32);
-  philox4x32_10(c0, c1, c2, c3, uint32_t(key.seed), uint32_t(key.seed >> 32));
-  box_muller(c0, c1, z0, z1);
-  box_muller(c2, c3, z2, z3);
-}
-
 }  // namespace ddpm_fast

@@ -30,7 +30,7 @@ from ddpm_fast.diffusion.samplers import ddpm_table
 from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_range, gather, table_dtype
-from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, guess_x_start, log_variance, split_output
+from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, clipped, guess_x_start, log_variance, split_output
 from ddpm_fast.ops._p_step import GUESS_COLUMNS, gather_row
 from ddpm_fast.ops._vlb_terms import CDFS, MAX_LEVELS
 from ddpm_fast.types import Cdf, Loss, Prediction, Variance, VarianceKind, Weight
@@ -418,4 +418,4 @@ class GaussianDiffusion:
 def guess(row: dict[str, Tensor], x_t: Tensor, prediction: Tensor, clip: bool) -> Tensor:
     """x̂0 from a row of a p_step table."""
     x_start = guess_x_start(row["from_x_t"], row["from_out"], x_t, prediction)
-    return x_start.clamp(-1.0, 1.0) if clip else x_start
+    return clipped(x_start) if clip else x_start

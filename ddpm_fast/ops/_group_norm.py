@@ -26,8 +26,9 @@ from ddpm_fast.backends import NATIVE_DTYPES, native
 from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
 from ddpm_fast.noise.philox import dropout_mask_reference
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
-from ddpm_fast.ops._native import contiguous, stream_of, workspace_floats
-from ddpm_fast.ops._op import NOISE, Op, laid_out_as, memory_format
+from ddpm_fast.ops._native import contiguous, laid_out_as, memory_format, stream_of, workspace_floats
+from ddpm_fast.ops._op import Op
+from ddpm_fast.ops._operator import NOISE
 from ddpm_fast.types import Activation, Backend
 
 

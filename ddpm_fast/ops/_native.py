@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast._pytorch import in_functorch
+
 
 def contiguous(x: Any) -> Any:
     """x made contiguous if it is a tensor; anything else, such as None or a Noise, as it is."""
@@ -17,6 +19,20 @@ def contiguous(x: Any) -> Any:
 
 def new_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where x is dense in it, else contiguous; contiguous where it is both."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.ndim == 5 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory format of x; under torch.func, which has no layouts to ask for, as it is."""
+    return y if in_functorch() else y.contiguous(memory_format=memory_format(x))
 
 
 @lru_cache(maxsize=4096)

@@ -79,6 +79,11 @@ def guess_x_start(from_x_t: Tensor, from_out: Tensor, x_t: Tensor, prediction: T
     return from_x_t * x_t + from_out * prediction
 
 
+def clipped(x: Tensor) -> Tensor:
+    """x, moved into [-1, 1]. A gradient passes inside it and at its ends; torch.clamp's passes there as the version of PyTorch has it."""
+    return torch.where(x.abs() <= 1.0, x, x.detach().clamp(-1.0, 1.0))
+
+
 def log_variance(kind: str, low: Tensor, high: Tensor, raw: Any) -> Tensor:
     """The model's log-variance, nats. ``raw`` is a tensor, or None for a fixed variance, which does not read it.
 

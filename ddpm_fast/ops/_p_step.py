@@ -34,8 +34,9 @@ from ddpm_fast.ops._common import (
     table_dtype,
 )
 from ddpm_fast.ops._native import contiguous, new_like
-from ddpm_fast.ops._op import NOISE, Op
-from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance, guess_x_start, log_variance, split_output
+from ddpm_fast.ops._op import Op
+from ddpm_fast.ops._operator import NOISE
+from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance, clipped, guess_x_start, log_variance, split_output
 from ddpm_fast.types import Backend, VarianceKind
 
 # The table's columns; a row is 32 bytes in fp32.
@@ -71,7 +72,7 @@ def p_step_reference(
     x = x_t.to(table_dtype(x_t.dtype))
     x_start = guess_x_start(from_x_t, from_out, x, prediction)
     if clip:
-        x_start = x_start.clamp(-1.0, 1.0)
+        x_start = clipped(x_start)
     x_next = a * x_start + b * x
     if x_start_previous is not None:
         x_next = x_next + h * x_start_previous.to(x.dtype)

@@ -15,7 +15,8 @@ from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_destination, check_noise, check_t, check_table, gather, resolve_noise, table_dtype
 from ddpm_fast.ops._native import contiguous, new_like
-from ddpm_fast.ops._op import NOISE, Op
+from ddpm_fast.ops._op import Op
+from ddpm_fast.ops._operator import NOISE
 from ddpm_fast.types import Backend
 
 

@@ -16,7 +16,8 @@ from ddpm_fast.backends import native, triton_function
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_noise, check_t, check_table, gather, resolve_noise, table_dtype, take
 from ddpm_fast.ops._native import contiguous, new_like
-from ddpm_fast.ops._op import NOISE, Op
+from ddpm_fast.ops._op import Op
+from ddpm_fast.ops._operator import NOISE
 from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, prediction_half, split_output
 from ddpm_fast.types import Backend
 

@@ -24,6 +24,7 @@ from ddpm_fast.ops._output import (
     arithmetic_dtype,
     check_output,
     check_variance,
+    clipped,
     guess_x_start,
     log_variance,
     per_sample,
@@ -90,7 +91,7 @@ def vlb_terms_reference(
     x0, x = x_start.to(table_dtype(x_t.dtype)), x_t.to(table_dtype(x_t.dtype))
     predicted = guess_x_start(from_x_t, from_out, x, prediction)
     if clip:
-        predicted = predicted.clamp(-1.0, 1.0)
+        predicted = clipped(predicted)
     mean = mean1 * predicted + mean2 * x
     log_var = log_variance(variance, low, high, raw)
     # Where t > 0 the decoder is not wanted, and the KL where t = 0: each is fed harmless values there, so that neither an

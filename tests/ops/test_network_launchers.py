@@ -49,7 +49,7 @@ def test_group_norm(everything, layout):
     module = _group_norm
     with (
         mock.patch.dict(module.backends.implementations, cuda=module._forward_cpu),
-        mock.patch.dict(module._op.backward, {module._forward_cpu: module._backward_cuda}),
+        mock.patch.dict(module._op.gradients.kernels, {module._forward_cpu: module._backward_cuda}),
     ):
         y = group_norm(x, 4, *parameters, **rows, **options, backend="cuda")
         with pytest.raises(RuntimeError, match=f"group_norm_backward: CUDA launch failed for {SIZES}."):
@@ -64,7 +64,7 @@ def test_attention(dtype):
     module = _attention
     with (
         mock.patch.dict(module.backends.implementations, cuda=module._forward_cpu),
-        mock.patch.dict(module._op.backward, {module._forward_cpu: module._backward_cuda}),
+        mock.patch.dict(module._op.gradients.kernels, {module._forward_cpu: module._backward_cuda}),
     ):
         out = attention(qkv, backend="cuda")
         with pytest.raises(

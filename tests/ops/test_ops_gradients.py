@@ -7,7 +7,7 @@ import pytest
 import torch
 from interpreter import INTERPRETED
 from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
-from op_cases import every_case, everything, make, upstreams
+from op_cases import CLIPPED, every_case, everything, make, upstreams, with_guesses_at_the_ends
 from torch.utils.checkpoint import checkpoint
 
 # Rows of 1066 elements: more than a block, not aligned. Triton's interpreter takes as long for each block as a kernel for all.
@@ -40,6 +40,16 @@ def test_second_derivatives_are_those_of_the_reference_in_float64(name, given):
     # 8 ulps: each is a chain of about ten roundings, of which the baseline's may happen to cancel.
     for leaf, x, base, truth in zip(case.leaves, second_derivatives(case, grads), baseline, exact, strict=True):
         assert_as_accurate(x, base, truth, floor=8.0, what=leaf)
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_the_ends_of_the_clipping_range_pass_a_gradient(name, isa):
+    """As they pass torch.clamp."""
+    case = with_guesses_at_the_ends(make(name, None if name.startswith("vlb") else "tensor", SHAPE))
+    grads = upstreams(case())
+    exact, baseline = everything(case.in_float64(), [g.double() for g in grads]), everything(case, grads, backend="reference")
+    for what, x in everything(case, grads).items():
+        assert_as_accurate(x, baseline[what], exact[what], floor=4.0, what=what)
 
 
 @every_case

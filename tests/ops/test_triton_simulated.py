@@ -12,7 +12,7 @@ import pytest
 import torch
 from interpreter import INTERPRETED
 from numerics import assert_as_accurate, assert_bits_equal
-from op_cases import NAMES, every_case, everything, make, upstreams
+from op_cases import CLIPPED, NAMES, every_case, everything, make, upstreams, with_guesses_at_the_ends
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import Noise
@@ -60,11 +60,22 @@ def native_bits(name, case, grads):
     if not is_summed(name):
         return everything(case, grads, backend="cpu")
     op = importlib.import_module(f"ddpm_fast.ops._{case.op}")._op
-    arguments = op.Arguments(**case.arguments)
-    needs = op.Arguments(**{name: name in case.leaves for name in case.arguments})
-    found = op.backward[op.backends.implementations["cpu"]](arguments, needs, grads)
+    make_arguments = op.gradients.Arguments
+    needs = make_arguments(**{name: name in case.leaves for name in case.arguments})
+    found = op.gradients.kernels[op.backends.implementations["cpu"]](make_arguments(**case.arguments), needs, grads)
     elementwise = [leaf for leaf in case.leaves if case.arguments[leaf].numel() >= case.arguments[case.leaves[0]].numel()]
     return {f"gradient of {leaf}": found[leaf] for leaf in elementwise}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_the_ends_of_the_clipping_range_pass_a_gradient(name):
+    case = with_guesses_at_the_ends(make(name, None if name.startswith("vlb") else "tensor", (3, 2, 7, 13)))
+    grads = upstreams(case())
+    exact, baseline = everything(case.in_float64(), [g.double() for g in grads]), everything(case, grads, backend="reference")
+    with simulated(80):
+        got = everything(case, grads, backend="triton")
+    for what, x in got.items():
+        assert_as_accurate(x, baseline[what], exact[what], floor=4.0, what=what)
 
 
 @pytest.mark.parametrize("shape, dtype, arch", SIZES, ids=[f"{shape}-{str(dtype)[6:]}-sm_{arch}" for shape, dtype, arch in SIZES])

@@ -16,7 +16,7 @@ from ddpm_fast import GaussianDiffusion, Noise, NoiseSchedule
 from ddpm_fast.diffusion.parameterisation import bound_table
 from ddpm_fast.ops import gaussian_kl, p_step, q_sample, simple_loss, vlb_terms
 from ddpm_fast.ops._common import table_dtype
-from ddpm_fast.ops._op import noise_arguments
+from ddpm_fast.ops._operator import noise_arguments
 
 KEY = Noise(seed=2**63 + 5, stream=7, first_sample=2**32 - 2)
 DEVICE = torch.device("cpu")  # of all tensors; conftest.py's --device sets it
@@ -118,6 +118,7 @@ MAKERS = {
     "vlb_terms": _vlb_terms,
     "vlb_terms learned, clipped, erf": lambda *a: _vlb_terms(*a, variance="learned_range", clip=True, cdf="erf", levels=17),
 }
+CLIPPED = ["p_step learned, multistep and guided", "vlb_terms learned, clipped, erf"]
 TAKE_NOISE = ("q_sample", "simple_loss", "p_step")
 NAMES = [(name, given) for name in MAKERS for given in (("Noise", "tensor") if name.startswith(TAKE_NOISE) else (None,))]
 
@@ -129,6 +130,16 @@ def make(name: str, given: str | None, shape: tuple[int, ...], dtype: torch.dtyp
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype) if given == "tensor" else KEY
     case = MAKERS[name](shape, dtype, noise).map(lambda _, x: x.to(DEVICE))
     return case if given == "tensor" else replace(case, leaves=tuple(leaf for leaf in case.leaves if leaf != "noise"))
+
+
+def with_guesses_at_the_ends(case: Case) -> Case:
+    """With an x̂0 of exactly -1, 1 and 0, one after the other: the ends of the clipping range, and inside it."""
+    table, out = case.arguments["table"].clone(), case.arguments["model_output"].clone()
+    table[:, 0], table[:, 1] = 0.0, 1.0  # x̂0 is the output
+    prediction = out[:, : case.arguments["x_t"].shape[1]]
+    prediction.copy_((torch.arange(prediction.numel()) % 3 - 1).view(prediction.shape))
+    same = dict(without=out.clone()) if "without" in case.arguments else {}  # guidance between equals
+    return case.given(table=table, model_output=out, **same)
 
 
 def step_arguments(case):

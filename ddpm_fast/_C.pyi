@@ -1,4 +1,7 @@
-"""The native module, csrc/bindings.cpp, for type checkers: its kernels take the fields of csrc/common/arguments.h by name, and ddpm_fast alone calls them."""
+"""The native module (csrc/bindings.cpp), as type checkers see it.
+
+Its kernels take the fields of csrc/common/arguments.h by name. Only ddpm_fast calls them.
+"""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The memory of tensors: whether it is there, what may be written into, what overlaps."""
+"""Checks of tensors' memory: is it there, may it be written into, does it overlap another tensor's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ddpm_fast._pytorch import goes_through_dispatcher, holds_values, in_functor
 
 
 def check_memory(x: Tensor) -> None:
-    """That a tensor with elements has memory; the native kernels say the same of what they are given."""
+    """Raises ValueError for a tensor that has elements but no memory. The native kernels raise the same error for their arguments."""
     if not x.data_ptr() and x.numel():
         raise ValueError("a tensor has no memory to read: its storage was freed, or it stands for values without holding them")
 
 
 def resolved(x: Tensor) -> Tensor:
-    """x as its memory says: a view that negates what it reads (as ``z.conj().imag``) is written out."""
+    """x, whose memory holds its values: a view that negates what it reads (as ``z.conj().imag``) is copied, anything else is returned."""
     return x.resolve_neg() if x.is_neg() else x
 
 
@@ -25,7 +25,16 @@ def was_written(*targets: Tensor | None) -> None:
 
 
 def check_target(name: str, target: Tensor) -> bool:
-    """Memory that a result can be written into. Gives whether it has an address: not while tracing or transforming."""
+    """Checks that a result can be written into ``target``.
+
+    Returns:
+        True where the target has an address, and so can be compared with other tensors' memory. A tensor that is traced or transformed
+        has none.
+
+    Raises:
+        ValueError: the target is not contiguous, or a view that negates what it reads.
+        RuntimeError: it needs a gradient.
+    """
     if not target.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
     if target.requires_grad and torch.is_grad_enabled():
@@ -38,7 +47,11 @@ def check_target(name: str, target: Tensor) -> bool:
 
 
 def overlap(target: Tensor, *others: object) -> bool:
-    """Whether a byte of memory may belong to a contiguous tensor and another one, whatever storages they were made from. What is no tensor has none."""
+    """Answer whether a contiguous tensor may share memory with one of the others.
+
+    Addresses are compared, so two tensors made on the same memory from different storages are found too. An argument that is not a
+    tensor is passed over.
+    """
     first = target.data_ptr()
     last = first + target.nbytes
     for other in others:

@@ -1,8 +1,8 @@
 """Choice between kernels of one result: the first call of a kind times them, and this process remembers the fastest.
 
 Another kernel rounds otherwise, so a choice changes bits. For equal bits in every run switch it off: ``autotune.enable(False)``,
-``with autotune.disabled():`` or ``torch.use_deterministic_algorithms(True)``; then the default, ours, always runs. The ranks of a
-distributed run choose each for themselves: they differ only where two kernels take nearly the same time.
+``with autotune.disabled():`` or ``torch.use_deterministic_algorithms(True)``; then the default, this library's kernel, always runs. Each
+rank of a distributed run chooses for itself. Their choices differ only if two kernels take nearly the same time.
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ from torch import Tensor
 
 MARGIN = 1.02  # a gain below this is a tie: two measurements of the same kernel differ by as much
 ROUNDS = 9
-SAMPLE_SECONDS, MAX_CALLS = 0.001, 50  # of a sample: long against the wait for the device, short for whoever waits
+SAMPLE_SECONDS, MAX_CALLS = 0.001, 50  # of a sample: much longer than the wait for the device takes
 # Half of the digits of the results' dtype, but not more than TF32's, in which PyTorch may be allowed to compute fp32: a wrong result is
 # off by far more, and a right one by less.
 LEAST_TOLERANCE = 2.0**-8
 
 _enabled = True
 _disabled: list[None] = []  # an entry for each `disabled` block, of any thread
-_choices: dict[tuple, dict[str, Any]] = {}
+_choices: dict[tuple[Any, ...], dict[str, Any]] = {}
 _timing = threading.Lock()
 
 
-def choose(op: str, key: tuple, candidates: dict[str, Callable[[], tuple[Tensor, ...]]], default: str, device: torch.device) -> str:
+def choose(
+    op: str, key: tuple[Any, ...], candidates: dict[str, Callable[[], tuple[Tensor, ...]]], default: str, device: torch.device
+) -> str:
     """Name of the candidate to call.
 
-    - The first time each is called once and compared with the default. One that raises, differs by more than half of the dtype's digits
-      or is not finite where the default is, is ruled out; a warning says that results differ, as either may be wrong. Those left are
-      timed in turn, and another one than the default is chosen if it is faster by more than 2 %.
-    - If the default fails, another one is chosen, with a warning. If all fail, the first one's exception is raised and the next call tries again.
-    - The default is taken, and nothing timed, while the autotuner is off or torch.compile traces the call; and for a kind that is new,
-      while a CUDA graph is captured or anything is being timed, in whichever thread.
+    - The first time, each candidate is called once and compared with the default. It is ruled out if it raises, if it differs by more
+      than half of the dtype's digits, or if it is not finite where the default is. A warning says that results differ, as either may be
+      wrong. The others are timed in turn, and one of them replaces the default if it is faster by more than 2 %.
+    - If the default fails, another one is chosen, with a warning. If all fail, the first one's exception is raised, and the next call
+      tries again.
+    - The default is taken and nothing is timed while the autotuner is off or torch.compile traces the call. The same holds for a kind
+      that is new while a CUDA graph is captured, or while any thread is timing.
 
     Candidates run without grad mode and without the caller's hooks on saved tensors: one that times its backward pass enables it on
     leaves of its own. They must not draw from a global generator or change their inputs.
@@ -82,7 +85,7 @@ def enable(on: bool = True) -> None:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Off within the block, for all threads."""
+    """Switches the autotuner off within the block, for all threads."""
     _disabled.append(None)
     try:
         yield
@@ -91,7 +94,7 @@ def disabled() -> Iterator[None]:
 
 
 def why_off() -> str:
-    """Why every choice is the default; empty while the autotuner is on."""
+    """Reason why every choice is the default; empty while the autotuner is on."""
     if not _enabled or _disabled:
         return "switched off"
     return "torch.use_deterministic_algorithms(True)" if torch.are_deterministic_algorithms_enabled() else ""
@@ -103,7 +106,12 @@ def clear() -> None:
 
 
 def choices() -> list[dict[str, Any]]:
-    """What this process has chosen, JSON-able: device, op, key, chosen, seconds (the median of each call), ruled_out (with the reason)."""
+    """Lists what this process has chosen, as JSON values.
+
+    Returns:
+        A dict for each choice: device, op, key, chosen (the name), seconds (the median of a call, by name) and ruled_out (the reason,
+        by name).
+    """
     return list(_choices.values())
 
 
@@ -128,7 +136,13 @@ def measure(candidates: dict[str, Callable[[], object]], device: torch.device) -
 
 
 def difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], of: str) -> str:
-    """Why a result is not the expected one, the candidate ``of``'s; empty where it is. What is not finite there is not compared."""
+    """Compares a result with the expected one, which is the candidate ``of``'s.
+
+    Values are not compared where the expected one is infinite or NaN.
+
+    Returns:
+        The difference in words; empty where there is none beyond the tolerance.
+    """
     theirs, ours = [[(tuple(x.shape), x.dtype) for x in side] for side in (result, expected)]
     if theirs != ours:
         return f"its result is {theirs}, that of {of} is {ours}"
@@ -142,8 +156,12 @@ def difference(result: tuple[Tensor, ...], expected: tuple[Tensor, ...], of: str
     return ""
 
 
-def _try(candidates: dict[str, Callable], op: str, device: torch.device) -> dict[str, str]:
-    """Calls each once and compares it with the first that works. Gives the reasons of those that are ruled out."""
+def _try(candidates: dict[str, Callable[[], tuple[Tensor, ...]]], op: str, device: torch.device) -> dict[str, str]:
+    """Calls each candidate once and compares its result with that of the first that works.
+
+    Returns:
+        The reason, by name, for each candidate that is ruled out.
+    """
     ruled_out, works, errors = {}, None, []
     for name, call in candidates.items():
         try:

@@ -1,8 +1,8 @@
-"""Which implementation of an op runs where, and why another one does not.
+"""Choice of the implementation of an op, and the reasons why a backend cannot run here.
 
 Backends: ``reference`` (plain PyTorch, any device), ``cpu`` and ``cuda`` (C++, in ``ddpm_fast._C``), ``triton``. An op lists
-the ones it has in a :class:`BackendTable`; what is missing at run time stays listed with its reason, which
-``ddpm-fast info`` prints and a forced ``backend="..."`` raises.
+the ones it has in a :class:`BackendTable`. A backend that cannot run on this machine stays in the list, with the reason:
+``ddpm-fast info`` prints it, and a call that forces the backend (``backend="..."``) raises it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ except ImportError as error:
 
 @functools.cache
 def missing(backend: str) -> str:
-    """Why a backend cannot run on this machine; empty where it can."""
+    """Reason why a backend cannot run on this machine; empty where it can."""
     if backend == "cpu":
         return native_missing
     if backend == "cuda":
@@ -68,14 +68,14 @@ def missing(backend: str) -> str:
 
 
 def _too_old(who: str, needed: tuple[int, int]) -> str:
-    """Why no kernel would start on the oldest GPU here; empty where one would."""
+    """Reason why kernels cannot start on the oldest GPU here; empty where they can. ``needed`` is a compute capability."""
     oldest = min((torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())), default=needed)
     numbers = ["{}.{}".format(*capability) for capability in (needed, oldest)]
     return f"{who} a compute capability of {numbers[0]} or more, the oldest GPU here has {numbers[1]}" if oldest < needed else ""
 
 
 def _triton_cannot_launch() -> str:
-    """What Triton's launcher would stop at in the middle of a program."""
+    """Reason why Triton could not build its launcher, which it does in the middle of a program; empty where it can."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton builds its launcher with a C compiler, and there is no gcc or clang on PATH and no CC"
     return ""

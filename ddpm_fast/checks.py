@@ -1,6 +1,7 @@
-"""Checks of arguments that are no data: each gives the plain Python value, or says in one line what was expected and what came.
+"""Checks of the arguments that are not data: numbers, names, functions.
 
-NumPy's numbers and tensors of one element are as good as Python's; a bool is no number.
+Each check returns the plain Python value, or raises an error that says in one line what was expected and what came. NumPy's numbers and
+tensors of one element are accepted as Python's numbers are. A bool is not accepted as a number.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def index(name: str, value: Any) -> int:
-    """An integer of any size, on an op's way: a compiler's SymInt stays one."""
+    """An integer of any size, for an op's argument: a SymInt, which a compiler puts in place of a number, is returned as it is."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return cast(int, value)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -43,7 +44,10 @@ def index(name: str, value: Any) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    """What compares as a float does, on an op's way: anything but a text that says one; a compiler's SymFloat stays one."""
+    """A real number, for an op's argument. A SymFloat, which a compiler puts in place of a number, is returned as it is.
+
+    Infinity and NaN are accepted; the op looks at the value itself. A text is not, even if it could be read as a number.
+    """
     if isinstance(value, (int, float, torch.SymFloat)):
         return cast(float, value)
     if not hasattr(value, "__float__"):
@@ -55,14 +59,14 @@ def real(name: str, value: Any) -> float:
 
 
 def pair(name: str, value: Any, of: str) -> tuple[Any, Any]:
-    """Two of what ``of`` says."""
+    """A tuple or a list of two values, whose meaning ``of`` gives for the message."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be {of}, got {shown(value)}")
     return value[0], value[1]
 
 
 def number(name: str, value: Any, wanted: str = "be a finite number") -> float:
-    """A finite number; ``wanted`` says what its caller wants of it."""
+    """A finite number. ``wanted`` is what follows "must" in the message."""
     try:
         found = math.nan if _is_bool(value) or not hasattr(value, "__float__") else float(value)
     except (TypeError, ValueError, RuntimeError):  # an array of several
@@ -96,7 +100,7 @@ def function(name: str, value: Callback) -> Callback:
 
 
 def tensor(name: str, value: Any) -> torch.Tensor:
-    """A tensor, of which an op will check the rest; what a caller looks at before that would be a traceback of something else."""
+    """A tensor, for callers that read its dtype or device before the op checks it. Anything else raises TypeError."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     return value
@@ -120,7 +124,7 @@ def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
 
 
 def shown(value: Any) -> str:
-    """What came, in one line of a message: an array of several numbers by its shape, a long text cut off."""
+    """Text for a value in a message, in one line: an array is shown by its shape, a long text is cut off."""
     if getattr(value, "shape", ()) and hasattr(value, "dtype"):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())

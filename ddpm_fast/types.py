@@ -1,4 +1,6 @@
-"""The names that arguments take, as types: a type checker refuses a misspelt one. Each list stands here alone; the checks at run time read it.
+"""The names that arguments take, as types: a type checker refuses a misspelt one.
+
+Each list of names is written here and nowhere else. The checks at run time read it from here.
 
 Example:
     >>> from typing import get_args
@@ -27,3 +29,7 @@ Decay: TypeAlias = Literal["constant", "cosine"]
 Split: TypeAlias = Literal["train", "test"]
 
 Backend: TypeAlias = Literal["reference", "cpu", "triton", "cuda"]
+# Of the ops in ddpm_fast.ops.
+VarianceKind: TypeAlias = Literal["fixed", "learned", "learned_range"]
+Reduction: TypeAlias = Literal["mean_per_sample"]
+Activation: TypeAlias = Literal["silu"]

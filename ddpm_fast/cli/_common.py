@@ -1,4 +1,4 @@
-"""What every command of ``ddpm-fast`` shares: the app, the options that several have, how results are printed."""
+"""Parts that every command of ``ddpm-fast`` shares: the app, the options that several have, how results are printed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ddpm_fast.io.signals import exit_status
 
 
 class Commands(TyperGroup):
-    """Runs a command, and ends quietly for what the user did or can mend."""
+    """The commands of the app. An error that the user can mend is printed in one line, and Ctrl-C ends without a traceback."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:  # click's Context, or that of the copy which newer versions of typer bring
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise typer.Exit(exit_status(stop)) from None
         except Exception as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            batch = next((p.default for p in command.params if p.name == "batch"), None) if command else None
+            batch: Any = next((p.default for p in command.params if p.name == "batch"), None) if command else None
             text = explain(error, options_of(command) if command else {}, batch)
             if text is None:
                 raise
@@ -67,7 +67,7 @@ def with_error(value: str, error: float, digits: str) -> str:
 
 
 def one_process(command: str) -> None:
-    """Refuses a torchrun of several processes for a command that they would each do whole."""
+    """Raises if torchrun has started several processes: each of them would do the whole command."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         text = f"{command} runs in one process, and torchrun has started {size} that would each do the same; start it without"

@@ -52,7 +52,7 @@ def demo(
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured; ``paths`` are the files it wrote."""
+    """Results of the demo; ``paths`` are the files it wrote."""
 
     bound: Bound
     classes: list[int]
@@ -116,7 +116,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, device: str 
 
 
 def draw(trainer: Trainer, model: torch.nn.Module, seed: int, quiet: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The samples (N, C, H, W), and their states after each step (K, N, C, H, W)."""
+    """Draws the samples: (N, C, H, W), and their states after each of K steps (K, N, C, H, W)."""
     from ddpm_fast.io.progress import Bar
     from ddpm_fast.sampling import sample
 
@@ -141,7 +141,7 @@ def draw(trainer: Trainer, model: torch.nn.Module, seed: int, quiet: bool) -> tu
 
 
 def write_forward(path: Path, data: ImageData, trainer: Trainer) -> None:
-    """A few held-out images at rising noise."""
+    """Writes a picture of a few held-out images with more and more noise."""
     from ddpm_fast.io.plots import write_forward_strip
     from ddpm_fast.noise import Noise
 

@@ -1,4 +1,4 @@
-"""How the command line tells of errors: one line, in the words of its options."""
+"""Messages of the command line for errors: one line, with the names of options in place of arguments."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _AMOUNT = re.compile(r"allocate ([\d.]+ ?(?:bytes|[KMGTPE]i?B))")
 
 
 def explain(error: Exception, options: Mapping[str, str], batch: int | None = None) -> str | None:
-    """The line for what a user can mend; None for anything else, which is a fault of the program.
+    """Message for an error that a user can mend; None for any other, which is a fault of the program.
 
     Args:
-        options: of the command, by the names of their Python arguments.
-        batch: that was given or is the default.
+        options: the command's options, by the names of their Python arguments.
+        batch: the value of --batch.
     """
     if is_out_of_memory(error):
         cure = f"; fewer images at a time need less: --batch{'' if batch is None else f', now {batch}'}" if "batch" in options else ""
@@ -30,9 +30,10 @@ def explain(error: Exception, options: Mapping[str, str], batch: int | None = No
 
 
 def in_options(text: str, options: Mapping[str, str]) -> str:
-    """A message of the library with options for its arguments: "learning_rate must be positive" is of --lr.
+    """Message of the library with the names of arguments replaced by options: "learning_rate must be" becomes "--lr must be".
 
-    A name with an underscore is an argument's anywhere; another one, which may be a word, before "must", "needs", "is of", "=" and a quoted value.
+    A name with an underscore is replaced everywhere. A name without one may be a plain word: it is replaced only before "must",
+    "needs", "is of", "=" and a quoted value.
     """
     for name, option in options.items():
         if option in text:
@@ -52,13 +53,20 @@ def options_of(command: Any) -> dict[str, str]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the host or the device. PyTorch's allocator on the host raises a bare RuntimeError."""
+    """True for an error that says that memory is missing, on the host or the GPU.
+
+    The text is searched too, as PyTorch raises a bare RuntimeError where the host's memory is missing.
+    """
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error))))
 
 
 @contextlib.contextmanager
 def reading(source: object) -> Iterator[None]:
-    """Says of memory that is missing within the block that it is missing for the images of ``source``."""
+    """Turns an out-of-memory error within the block into one that names ``source``, whose images are being read.
+
+    Raises:
+        ValueError: memory was missing.
+    """
     try:
         yield
     except Exception as error:

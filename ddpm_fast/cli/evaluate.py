@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ddpm_fast.io.parts import Parts
     from ddpm_fast.io.ranks import Ranks
     from ddpm_fast.training import ImageData, TrainedModel
+    from ddpm_fast.types import Split
 
 
 FEATURES_HELP = (
@@ -34,7 +35,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Held-out data of your own, of which all are evaluated, or the test part that a file has. By default the held-out part of what the run was trained on."
+            help="Held-out data of your own, of which all are evaluated, or the test part that a file has. "
+            "By default the held-out part of what the run was trained on."
         ),
     ] = None,
     image_size: Annotated[
@@ -120,13 +122,16 @@ def evaluate(
             if ranks.first and part == "all":
                 console.print(f"evaluating {count} of all {len(images.test)} images of {source}", soft_wrap=True)
             evaluate_run(out, trained, images, count, batch, parts, ranks, dict(data=source, part=part, step=trained.step))
-        if extractor is not None:
+        if extractor is not None and drawn is not None and compared is not None:
             measure_samples(out, drawn, compared, extractor, reference, batch, seed)
 
 
 def as_trained(source: str, trained: TrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """How data are to be read for a model: as those of training were, but for what is given. Built-in ones have levels that a file
-    leaves open, and a range of its own is divided into the model's."""
+    """Options of `load_data` with which ``source`` is read for a model: those of its training, replaced by what is ``given``.
+
+    A .npy or .npz file does not say how many grey levels it has. If the model was trained on a built-in data set with fewer than 256,
+    or if a range is given, the file gets the model's number of levels.
+    """
     from ddpm_fast.data.images import BUILT_IN
 
     options, levels = trained.config.data_options, trained.diffusion.levels
@@ -136,10 +141,13 @@ def as_trained(source: str, trained: TrainedModel, given: dict[str, Any]) -> dic
 
 
 def images_to_evaluate(source: str, trained: TrainedModel, given: dict[str, Any]) -> ImageData:
-    """The held-out part of what the model was trained on; of anything else the test part that it has, else all of it (as ``test``).
+    """Loads the images to evaluate, as the ``test`` part of the result.
+
+    For the data that the model was trained on they are the held-out part. For other data they are its test part if it has one, else
+    all of it.
 
     Raises:
-        ValueError: the data of training have changed, and with them which images are held out; or are to be read in another way.
+        ValueError: the data that the model was trained on have changed, or are to be read with other options than in training.
     """
     from ddpm_fast.training import load_data
     from ddpm_fast.training.trained import fingerprint, load_run_data
@@ -153,8 +161,8 @@ def images_to_evaluate(source: str, trained: TrainedModel, given: dict[str, Any]
     if own:
         if fingerprint(images.test) != known["test"]:
             raise ValueError(
-                f"{source} has changed since the model was trained on it, so that its held-out part may hold images that it was trained on; "
-                "put images that it has not seen into a folder of their own and give that with --data"
+                f"{source} has changed since the model was trained on it, so that its held-out part may hold images that it was "
+                "trained on; put images that it has not seen into a folder of their own and give that with --data"
             )
         return images
     if not len(images.train) and len(images.test) > trained.meta["images"]:
@@ -167,7 +175,7 @@ def images_to_evaluate(source: str, trained: TrainedModel, given: dict[str, Any]
 def evaluate_run(
     out: Path, trained: TrainedModel, images: ImageData, count: int, batch: int, parts: Parts, ranks: Ranks, about: dict[str, Any]
 ) -> None:
-    """The bound of the first ``count`` held-out images, as the parts' settings say: evaluated, written and printed."""
+    """Evaluates, writes and prints the bound of the first ``count`` held-out images, with the options in ``parts.settings``."""
     from ddpm_fast.evaluation import evaluate_bound, rate_distortion, write_bound
     from ddpm_fast.io.progress import Bar
 
@@ -198,8 +206,8 @@ def evaluate_run(
         print_table({**bound_rows(bound), **at_end, **written})
 
 
-def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Features, reference: str, batch: int, seed: int) -> None:
-    """The quality of samples beside that of real images: evaluated, written and printed."""
+def measure_samples(out: Path, samples: Tensor, images: ImageData, features: Features, reference: Split, batch: int, seed: int) -> None:
+    """Evaluates, writes and prints the quality of samples, and beside it that of real images."""
     from ddpm_fast.evaluation import evaluate_quality
     from ddpm_fast.io.files import write_json
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from ddpm_fast.cli._common import Device, Out, Run, Seed, Threads, app, console, print_table, set_threads
+
+if TYPE_CHECKING:
+    from ddpm_fast.types import SamplerName, Spacing
 
 PICTURED = 100  # images in the animation, and in the rows of the progressive picture at most a tenth of them
 FRAMES = 40
@@ -30,7 +33,8 @@ def sample(
         str | None,
         typer.Option(
             "--class",
-            help="Class of all images, by name or number from 0, or 'each' for every class in turn, for a class-conditional model; checkpoint.json lists the names.",
+            help="Class of all images, by name or number from 0, or 'each' for every class in turn, for a class-conditional model; "
+            "checkpoint.json lists the names.",
         ),
     ] = None,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 for none.")] = 1.0,
@@ -71,9 +75,9 @@ def sample(
         draw = Sampler(
             trained.model,
             trained.diffusion,
-            sampler,
+            cast("SamplerName", sampler),  # checked there
             steps=chosen,
-            spacing=spacing,
+            spacing=cast("Spacing", spacing),
             eta=eta,
             threshold=threshold,
             guidance=guidance,
@@ -91,6 +95,8 @@ def sample(
 
         def batch_labels(first: int, size: int) -> torch.Tensor | None:
             return None if labels is None else torch.tensor([labels[i % len(labels)] for i in range(first, first + size)], device="cpu")
+
+        all_labels = batch_labels(0, count)
 
         def arguments(first: int, size: int) -> dict[str, Any]:
             return dict(labels=batch_labels(first, size), first_sample=first, device=trained.device)
@@ -112,8 +118,8 @@ def sample(
 
             try:
                 written = write_samples(
-                    drawn, out, count=count, batch=batch, formats=[name.strip() for name in formats.split(",")], levels=trained.diffusion.levels,
-                    settings=settings, labels=None if labels is None else batch_labels(0, count).numpy(),
+                    drawn, out, count=count, batch=batch, formats=[name.strip() for name in formats.split(",")],
+                    levels=trained.diffusion.levels, settings=settings, labels=None if all_labels is None else all_labels.numpy(),
                     overwrite=overwrite, ranks=ranks, report=advance,
                 )  # fmt: skip
             except KeyboardInterrupt:

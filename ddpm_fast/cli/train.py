@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,7 +46,8 @@ def train(
         int | None,
         typer.Option(
             min=0,
-            help="Steps in which the learning rate rises; by default the recipe's, but at most an eighth of --steps, or a short run would never reach the rate.",
+            help="Steps in which the learning rate rises; by default the recipe's, but at most an eighth of --steps, "
+            "or a short run would never reach the rate.",
         ),
     ] = None,
     flip: Annotated[
@@ -55,7 +56,8 @@ def train(
     ema: Annotated[
         float | None,
         typer.Option(
-            help="Largest decay of the moving average of the weights. After k steps it is (1 + k) / (10 + k) where that is less, an average over a ninth of them, so that short runs need no other value."
+            help="Largest decay of the moving average of the weights. After k steps it is (1 + k) / (10 + k) where that is less, "
+            "an average over a ninth of them, so that short runs need no other value."
         ),
     ] = None,
     class_conditional: Annotated[
@@ -96,8 +98,9 @@ def train(
     warnings.simplefilter("ignore", DataWarning)  # printed as notes
     if Path(data).exists() and data not in BUILT_IN:
         data = str(Path(data).resolve())  # the run can then be evaluated from any folder
-    options = dict(
-        data=data, image_size=parse_size(image_size), levels=levels, value_range=value_range, steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
+    options: dict[str, Any] = dict(
+        data=data, image_size=parse_size(image_size), levels=levels, value_range=value_range,
+        steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup,
         preset=preset, schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance, loss=loss, weight=weight,
         timestep_sampler=timestep_sampler, flip=flip, ema=ema, class_conditional=class_conditional, precision=precision,
         device=device, seed=seed, network=None if dropout is None else {"dropout": dropout},
@@ -114,7 +117,8 @@ def train(
                 raise ValueError(f"no checkpoint at {out} to go on from; the same command without --resume starts the run")
             # Of the options that have a value by default, only those that were typed can contradict the run.
             # (By the source's name: its class is click's, or that of the copy which newer versions of typer bring.)
-            typed = [name for name in options if name == "network" or context.get_parameter_source(name).name == "COMMANDLINE"]
+            source: Any = context.get_parameter_source
+            typed = [name for name in options if name == "network" or source(name).name == "COMMANDLINE"]
             with reading("the data of the run"):
                 trainer = Trainer.restore(out, **{name: options[name] for name in typed})
             if trainer.step == trainer.config.steps:
@@ -140,7 +144,8 @@ def train(
         left = float(trainer.diffusion.schedule.alphas_bar[-1])
         if left > 0.01:
             console.print(
-                f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be worse for it",
+                f"note: the chain leaves {left:.2g} of the data's variance at its end; samples start from pure noise and will be "
+                "worse for it",
                 soft_wrap=True,
             )
         for line in trainer.data.summary:
@@ -173,7 +178,7 @@ def train(
 
 
 def describe(config: TrainConfig) -> str:
-    """How fast a run learns and how far its average looks back, which depend on the number of steps."""
+    """Text of one line with the values that depend on the number of steps: the learning rate, its warm-up, and the average's length."""
     warmup = f" after a warm-up of {config.warmup}" if config.warmup else ""
     decay = min(config.ema, config.steps / (config.steps + 9))  # of the last update of `EMA`
     back = f"in the end the weights of the last {1 / (1 - decay):.0f} or so are averaged"

@@ -107,8 +107,8 @@ class Scale:
             if self._kind == "floats" and (least >= -0.5 or most <= 0.5):
                 # Taken at its word, such data would train on a part of the range without a sign.
                 raise DataError(
-                    f"{where} must hold floats in [-1, 1] that reach both ends, got {bounds(least, most)}; {_offer(least, most)} says what they "
-                    f"can span, {option(-1, 1)} takes them as they are"
+                    f"{where} must hold floats in [-1, 1] that reach both ends, got {bounds(least, most)}; {_offer(least, most)} says "
+                    f"what they can span, {option(-1, 1)} takes them as they are"
                 )
             if self._kind == "floats" or most - least >= (high - low) / 2:
                 continue

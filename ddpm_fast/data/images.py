@@ -37,7 +37,7 @@ _LISTED = 12  # classes named in a line
 
 
 class DataWarning(UserWarning):
-    """Data that can be used, but hardly as they were read."""
+    """Data that can be used, but were probably read with a wrong range or number of levels."""
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,12 @@ from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops._common import check_data, check_like, check_t, check_unit_range, gather, table_dtype
 from ddpm_fast.ops._output import LEARNED, LEARNED_RANGE, check_output, clipped, guess_x_start, log_variance, split_output
-from ddpm_fast.ops._p_step import COLUMNS as STEP_COLUMNS
+from ddpm_fast.ops._p_step import GUESS_COLUMNS, gather_row
 from ddpm_fast.ops._vlb_terms import CDFS, MAX_LEVELS
-from ddpm_fast.types import Cdf, Loss, Prediction, Variance, Weight
+from ddpm_fast.types import Cdf, Loss, Prediction, Variance, VarianceKind, Weight
 
 Model = Callable[[Tensor, Tensor], Tensor]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-GUESS_COLUMNS = ("from_x_t", "from_out")  # of a p_step table: they make x̂0
 
 
 class GaussianDiffusion:
@@ -78,7 +77,8 @@ class GaussianDiffusion:
         factors = torch.stack(x_start_coefficients(schedule, prediction)).float()
         if not factors.isfinite().all():
             raise ValueError(
-                f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} ({schedule.name})"
+                f"prediction {prediction!r} needs signal at every step, but alphas_bar ends at {schedule.alphas_bar[-1]:.3g} "
+                f"({schedule.name})"
             )
         self._tables: dict[tuple[object, ...], Tensor] = {}
 
@@ -90,7 +90,7 @@ class GaussianDiffusion:
         return f"GaussianDiffusion({self.schedule!r}, prediction={self.prediction!r}, variance={self.variance!r}, levels={self.levels})"
 
     @property
-    def variance_kind(self) -> str:
+    def variance_kind(self) -> VarianceKind:
         """Kind of variance, as the ops treat it: "fixed", "learned" or "learned_range"."""
         return VARIANCES[self.variance]
 
@@ -251,7 +251,8 @@ class GaussianDiffusion:
         """Weighted mean squared error of the prediction (Ho et al., eq. 14, for any prediction).
 
         Args:
-            weight: "uniform", "min_snr", "p2" or "vlb"; ``gamma`` is its parameter (:func:`ddpm_fast.diffusion.parameterisation.loss_weights`).
+            weight: "uniform", "min_snr", "p2" or "vlb".
+            gamma: its parameter, see :func:`ddpm_fast.diffusion.parameterisation.loss_weights`.
 
         Returns:
             (N,), differentiable in the model's output.
@@ -418,8 +419,3 @@ def guess(row: dict[str, Tensor], x_t: Tensor, prediction: Tensor, clip: bool) -
     """x̂0 from a row of a p_step table."""
     x_start = guess_x_start(row["from_x_t"], row["from_out"], x_t, prediction)
     return clipped(x_start) if clip else x_start
-
-
-def gather_row(table: Tensor, t: Tensor, x: Tensor, names: tuple[str, ...] = STEP_COLUMNS) -> dict[str, Tensor]:
-    """Columns of a p_step table at t, by name, shaped to broadcast over x."""
-    return {name: gather(table[:, STEP_COLUMNS.index(name)], t, x) for name in names}

@@ -14,12 +14,17 @@ from torch import Tensor
 from ddpm_fast import checks
 from ddpm_fast.diffusion.schedules import NoiseSchedule
 from ddpm_fast.ops._output import FIXED, LEARNED, LEARNED_RANGE
-from ddpm_fast.types import Prediction, Variance, Weight
+from ddpm_fast.types import Prediction, Variance, VarianceKind, Weight
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 WEIGHTS: tuple[Weight, ...] = get_args(Weight)
 # How the ops treat a variance, by its name.
-VARIANCES: dict[Variance, str] = {"fixed_small": FIXED, "fixed_large": FIXED, "learned": LEARNED, "learned_range": LEARNED_RANGE}
+VARIANCES: dict[Variance, VarianceKind] = {
+    "fixed_small": FIXED,
+    "fixed_large": FIXED,
+    "learned": LEARNED,
+    "learned_range": LEARNED_RANGE,
+}
 
 
 def target_coefficients(schedule: NoiseSchedule, prediction: Prediction) -> tuple[Tensor, Tensor]:

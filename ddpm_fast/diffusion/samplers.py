@@ -16,7 +16,7 @@ from ddpm_fast.diffusion.parameterisation import VARIANCES, log_variance_range, 
 from ddpm_fast.diffusion.schedules import NoiseSchedule, as_timesteps
 from ddpm_fast.ops._output import FIXED
 from ddpm_fast.ops._p_step import COLUMNS
-from ddpm_fast.types import Prediction, SamplerName, Spacing, Variance
+from ddpm_fast.types import Prediction, SamplerName, Spacing, Variance, VarianceKind
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
@@ -40,15 +40,15 @@ class StepTable:
     Attributes:
         table: (S, 8) float64, columns as COLUMNS in ddpm_fast/ops/_p_step.py.
         timesteps: (S,) int64, the t that the model is told at each row.
-        chain_times: (S,) int64, the time of the diffusion's own chain; another one where its schedule was respaced.
+        chain_times: (S,) int64, the time in the diffusion's own chain, which differs from ``timesteps`` if its schedule was respaced.
         variance: how the log-variance columns are read.
-        output_is_mean: the model's output is the step's mean itself, which clipping x̂0 leaves as it is.
+        output_is_mean: true if the model's output is the step's mean itself, which is not changed when x̂0 is clipped.
     """
 
     table: Tensor
     timesteps: Tensor
     chain_times: Tensor
-    variance: str
+    variance: VarianceKind
     output_is_mean: bool = False
 
     def __len__(self) -> int:
@@ -226,7 +226,7 @@ def _table(
     low: Tensor,
     high: Tensor,
     noise: Tensor,
-    variance: str,
+    variance: VarianceKind,
 ) -> StepTable:
     """x̂0 comes from the schedule that the model was trained on: only where the step goes depends on its length."""
     times = torch.arange(len(chain.schedule), device="cpu") if timesteps is None else as_timesteps(timesteps)

@@ -31,7 +31,7 @@ class NoiseSchedule:
     dtype and device once, after all arithmetic.
 
     Args:
-        betas: (T,) floating-point numbers inside (0, 1): any, where none of the methods below has those that are wanted.
+        betas: (T,) floating-point numbers inside (0, 1). The methods below make the published ones.
         name: of the schedule, for messages.
         timesteps: (T,), the time indices that the model is told; 0..T-1 by default.
 
@@ -169,7 +169,13 @@ class NoiseSchedule:
 
 
 def as_timesteps(timesteps: Tensor | Sequence[int], name: str = "timesteps", T: int | None = None) -> Tensor:
-    """A list of time steps, an array or a tensor of integers, as an int64 tensor of shape (S,) on the CPU; with T, ascending within 0..T-1."""
+    """Time steps as an int64 tensor of shape (S,) on the CPU.
+
+    Args:
+        timesteps: a list, an array or a tensor of integers.
+        name: the argument's, for messages.
+        T: if given, the steps must ascend and lie in 0..T-1.
+    """
     try:
         found = torch.as_tensor(timesteps, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -209,7 +215,8 @@ def _ends(name: str, start: float, end: float, scale: float = 1.0) -> tuple[floa
     start, end = scale * checks.number("beta_start", start), scale * checks.number("beta_end", end)
     if not (0.0 < start < 1.0 and 0.0 < end < 1.0):
         raise ValueError(
-            f"the betas of {name} must lie inside (0, 1), but run from {start:g} to {end:g}: take more steps, smaller betas or the cosine schedule"
+            f"the betas of {name} must lie inside (0, 1), but run from {start:g} to {end:g}: take more steps, smaller betas or the "
+            "cosine schedule"
         )
     return start, end
 

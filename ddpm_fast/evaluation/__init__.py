@@ -1,4 +1,4 @@
-"""What a trained model is worth: the bound, its progressive code, and measures of samples."""
+"""Measures of a trained model: the variational bound, its rate-distortion curve, and the quality of samples."""
 
 from ddpm_fast.evaluation.bound import Bound, evaluate_bound
 from ddpm_fast.evaluation.features import load_features

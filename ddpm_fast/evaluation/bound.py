@@ -21,7 +21,7 @@ from ddpm_fast.ops._common import check_data
 
 @dataclass(frozen=True)
 class Bound(BoundTerms):
-    """The terms of the bound of N images, each at one t of each of K intervals, and what they come to; float64 on CPU.
+    """The terms of the bound of N images, each at one t of each of K intervals, with their sums and errors; float64 on CPU.
 
     Attributes:
         prior, terms, mse: as :class:`~ddpm_fast.BoundTerms`; column 0 is t = 0, the decoder.
@@ -33,7 +33,7 @@ class Bound(BoundTerms):
 
     @property
     def per_image(self) -> Tensor:
-        """(N,) the bound of each image, or its unbiased estimate: an interval's draw stands for all its t."""
+        """(N,) the bound of each image, or its unbiased estimate: the term drawn in an interval counts for all t of the interval."""
         return self.prior + self.terms @ self.counts.double()
 
     @property
@@ -43,25 +43,29 @@ class Bound(BoundTerms):
 
     @property
     def total(self) -> float:
+        """Mean of the bound over the images, bits per dimension."""
         return float(self.per_image.mean())
 
     @property
     def standard_error(self) -> float:
-        """Of ``total``, over the images and, in an estimate, the draws of t, which are independent between images."""
+        """Standard error of ``total``, bits per dimension; NaN for one image.
+
+        It counts the differences between images and, in an estimate, the random t, which are drawn independently for each image.
+        """
         return float(standard_error(self.per_image))
 
     @property
     def decoder(self) -> float:
-        """L_0."""
+        """Mean of L_0 over the images, bits per dimension."""
         return float(self.terms[:, 0].mean())
 
     @property
     def divergence(self) -> float:
-        """Σ L_t over t > 0."""
+        """Mean over the images of Σ L_t over t > 0, bits per dimension."""
         return float(self.divergence_per_image.mean())
 
     def summary(self) -> dict[str, float]:
-        """Its parts by name, each a mean over the images with its standard error, JSON-able."""
+        """Means of the bound and of its parts over the images, each with its standard error, by name; JSON values, bits per dimension."""
         return dict(
             bits_per_dim=self.total,
             standard_error=self.standard_error,
@@ -80,7 +84,7 @@ class Bound(BoundTerms):
 
 
 def standard_error(values: Tensor) -> Tensor:
-    """Of the mean of (N, ...) independent values over the first dimension; NaN for a single one."""
+    """Standard error of the mean over the first dimension of (N, ...) independent values; NaN for N = 1."""
     return values.std(0) / math.sqrt(len(values)) if len(values) > 1 else values.new_full(values.shape[1:], math.nan)
 
 

@@ -62,7 +62,7 @@ class Features:
         return features
 
 
-def load_features(name: str, device: torch.device | str = "cpu", *, inception_weights: str | os.PathLike | None = None) -> Features:
+def load_features(name: str, device: torch.device | str = "cpu", *, inception_weights: str | os.PathLike[str] | None = None) -> Features:
     """An extractor by its name.
 
     Args:
@@ -142,7 +142,7 @@ def digits_classifier() -> DigitsClassifier:
 class _Inception(nn.Module):
     """torch-fidelity's copy of the network that FID was defined with, resizing as that one did; features of 2048."""
 
-    def __init__(self, weights: str | os.PathLike | None) -> None:
+    def __init__(self, weights: str | os.PathLike[str] | None) -> None:
         super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

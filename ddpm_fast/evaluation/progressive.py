@@ -1,12 +1,12 @@
-"""The progressive code that a diffusion model is: what each further bit buys (Ho et al. 2020, section 4.3).
+"""Rate and distortion of a diffusion model as a progressive code (Ho et al. 2020, section 4.3).
 
-A sender transmits x_T, x_{T-1}, ..., x_0 (algorithm 3); after any of them the receiver can stop and show x̂0 (algorithm 4).
-To have x_t the receiver has paid for x_T and for every step down to it::
+A sender transmits x_T, x_{T-1}, ..., x_0 (algorithm 3). The receiver can stop after any of them and show x̂0 (algorithm 4). The bits
+received with x_t are those of x_T and of every step down to x_t::
 
     rate(t) = L_T + Σ_{s > t} L_s,    distortion(t) = √ mean (x̂0(x_t) - x_0)²
 
-At t = 0 all is paid but L_0, the decoder's bits that make the code lossless: the paper calls L_T + Σ_{s > 0} L_s the rate
-and L_0 the distortion, in bits, of its models.
+At t = 0 only the decoder's bits L_0 are missing, which make the code lossless. The paper calls L_T + Σ_{s > 0} L_s the rate and L_0
+the distortion, in bits, of its models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCALE = 255.0 / 2.0
 
 @dataclass(frozen=True)
 class RateDistortion:
-    """The curve, from t = T-1, where next to nothing is known, to t = 0: each (K,) on CPU.
+    """The curve from t = T-1, where almost nothing is known of the image, to t = 0: tensors (K,) on the CPU.
 
     Attributes:
         t: int64, the step whose x_t the receiver has.
@@ -44,9 +44,9 @@ class RateDistortion:
 def rate_distortion(bound: Bound) -> RateDistortion:
     """The rate/distortion curve of a bound.
 
-    A full evaluation gives it at each t. An estimate gives it at the last t of each interval, where the rate is unbiased;
-    the squared error there is interpolated, in t, between the middles of the intervals, and held beyond the last of them:
-    rough where long intervals meet a steep error, near t = T.
+    A full evaluation gives it at each t. An estimate gives it at the last t of each interval, where the rate is unbiased. The squared
+    error there is interpolated in t between the middles of the intervals, and constant after the last middle. That is rough near t = T,
+    where intervals are long and the error changes fast.
 
     Source: Ho et al. 2020, section 4.3 and fig. 5.
     """
@@ -60,7 +60,7 @@ def rate_distortion(bound: Bound) -> RateDistortion:
     weights = torch.from_numpy(np.stack([np.interp(edges, centers, row) for row in np.eye(len(edges))]))
     error = bound.mse @ weights
     distortion = error.mean(0).sqrt()
-    # By the derivative of the root; an error of exactly 0 has none to speak of.
+    # The error of a root is the error divided by twice the root.
     spread = torch.where(distortion > 0, standard_error(error) / (2 * distortion), 0.0)
     columns = t, rate.mean(0), standard_error(rate), SCALE * distortion, SCALE * spread
     return RateDistortion(*(column.flip(0) for column in columns))

@@ -1,6 +1,6 @@
-"""The quality of samples: how far their distribution is from the data's, in the space of some extractor's features.
+"""The quality of samples: the distance of their distribution from the data's, in the features of an extractor network.
 
-FID, KID and the Inception score are torchmetrics'; precision and recall, which it has not, are here. All in float64.
+FID, KID and the Inception score come from torchmetrics. Precision and recall, which it does not have, are computed here. All in float64.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def quality_from_features(
         generated: (M, F) floating, of the samples; N and M above ``neighbours``, at least 4.
         neighbours: k of precision and recall.
         kid_subsets: number of subsets.
-        seed: of their choice.
+        seed: of the random choice of the subsets.
 
     Returns:
         ``fid``, ``kid_mean``, ``kid_std``, ``precision`` and ``recall``.
@@ -134,10 +134,10 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float | No
 def evaluate_quality(
     samples: Tensor, data: ImageData, features: Features, *, reference: Split = "train", batch: int = 256, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Samples against the data, and beside them real images that the reference does not hold: what a perfect model would get.
+    """Measures samples against the data. Real images that are not in the reference are measured too, to show what a perfect model gets.
 
-    The real ones are of the other part of the data, as many as there are samples, or all; in that case a third row has as
-    many samples as real ones, since FID can be compared for equal numbers only.
+    The real images come from the other part of the data: as many as there are samples, or all if it has fewer. In the second case a
+    third row measures as many samples as there are real images, as FID can be compared for equal numbers only.
 
     Args:
         samples: (N, C, H, W) in [-1, 1].
@@ -151,8 +151,8 @@ def evaluate_quality(
         ``inception_score_std`` where the extractor has logits.
 
     Raises:
-        ValueError: for another reference, images of another shape or range, and as :func:`quality_from_features`. (Of the other part
-            of the data too few images are no fault of the samples': there are then no rows of real images.)
+        ValueError: for another reference, images of another shape or range, and as :func:`quality_from_features`. It is not an error
+            if the other part of the data has too few images: there are then no rows of real images.
     """
     check_enough(samples, data, reference)
     other, least = REFERENCES[1 - REFERENCES.index(reference)], _NEIGHBOURS + 1
@@ -180,7 +180,11 @@ def evaluate_quality(
 
 
 def check_enough(samples: Tensor, data: ImageData, reference: str) -> None:
-    """What `evaluate_quality` checks before its long part."""
+    """Checks the arguments of `evaluate_quality`, before its long part: the reference's name, and shapes and numbers of images.
+
+    Raises:
+        ValueError: what was expected and what came.
+    """
     if reference not in REFERENCES:
         raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
     if tuple(samples.shape[1:]) != data.image_shape:
@@ -194,7 +198,7 @@ def check_enough(samples: Tensor, data: ImageData, reference: str) -> None:
         )
 
 
-def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
+def load_samples(path: str | os.PathLike[str], data: ImageData) -> Tensor:
     """Samples from files, on the grey levels of the data.
 
     Args:
@@ -224,7 +228,10 @@ def load_samples(path: str | os.PathLike, data: ImageData) -> Tensor:
 
 
 def _larger_set(folder: Path) -> Path:
-    """Of the two forms that ``ddpm-fast sample`` writes, the one with more images: a later run may have extended one of them."""
+    """Path of the samples in a folder of ``ddpm-fast sample``: ``samples.npz`` or ``images/``, whichever has more images.
+
+    A later run may have added images to one of them only.
+    """
     archive, images = folder / "samples.npz", folder / "images"
     files = len(list(images.glob("*.png"))) if images.is_dir() else 0
     if not archive.exists():
@@ -234,7 +241,7 @@ def _larger_set(folder: Path) -> Path:
 
 
 class _Given(nn.Module):
-    """Stands for the network in torchmetrics, which then takes features for images."""
+    """A network that returns its input: with it torchmetrics' classes take features in place of images."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -246,8 +253,11 @@ class _Given(nn.Module):
 
 @contextlib.contextmanager
 def _quiet_and_seeded(seed: int) -> Iterator[None]:
-    """torchmetrics draws from the global generator, which must not notice, and warns of what is wanted: that it keeps
-    features, and that a score of one part has no deviation."""
+    """Seeds PyTorch's generator within the block, restores it afterwards, and hides two warnings of torchmetrics.
+
+    torchmetrics draws from the global generator. It warns that it keeps all features, and that a score of one part has no deviation;
+    both are intended here.
+    """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         for expected in ("Metric .* will save all extracted features in buffer", r"std\(\): degrees of freedom"):
             warnings.filterwarnings("ignore", message=expected)
@@ -256,7 +266,10 @@ def _quiet_and_seeded(seed: int) -> Iterator[None]:
 
 
 def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
-    """(n, M) of a few points at a time; not by a product of matrices, which leaves equal points apart."""
+    """Distances (n, M) of a few points at a time to all others.
+
+    They are not computed by a product of matrices, whose rounding gives equal points a distance above 0.
+    """
     for part in points.split(max(1, _DISTANCES // len(others))):
         yield torch.cdist(part, others, compute_mode="donot_use_mm_for_euclid_dist")
 

@@ -1,4 +1,4 @@
-"""The files in which a bound is written down: numbers to read, tables to plot again, pictures to look at."""
+"""The files that a bound is written into: JSON with its parts, CSV tables, and pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOUND_FILES = ("bound.json", "bound.csv", "bound.png", "rate_distortion.csv", "r
 
 
 def write_bound(
-    folder: str | os.PathLike, bound: Bound, *, about: Mapping[str, Any] | None = None, title: str | None = None
+    folder: str | os.PathLike[str], bound: Bound, *, about: Mapping[str, Any] | None = None, title: str | None = None
 ) -> dict[str, Path]:
     """Writes bound.json, bound.csv, bound.png, rate_distortion.csv and rate_distortion.png.
 
@@ -30,7 +30,7 @@ def write_bound(
         title: of the pictures.
 
     Returns:
-        The paths by what they are.
+        The paths by the content of the files: "summary", "table", "picture", "rate/distortion", "its picture".
     """
     folder = Path(folder)
     curve = rate_distortion(bound)

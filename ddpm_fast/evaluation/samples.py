@@ -9,11 +9,17 @@ from ddpm_fast.data.images import ImageData, to_levels, to_unit
 
 
 def class_counts(samples: Tensor, data: ImageData) -> list[int]:
-    """How many samples fall into each class, by an RBF-kernel SVM trained on the real training images.
+    """Number of samples in each class, by an RBF-kernel SVM that is trained on the real training images.
 
     Args:
         samples: (N, C, H, W) in [-1, 1].
-        data: with labels.
+        data: images with labels.
+
+    Returns:
+        A count for each class, in order of their numbers.
+
+    Raises:
+        ValueError: the data have no labels.
     """
     from sklearn.svm import SVC  # slow to import
 
@@ -26,10 +32,14 @@ def class_counts(samples: Tensor, data: ImageData) -> list[int]:
 
 
 def neighbour_distance_ratio(samples: Tensor, data: ImageData) -> float:
-    """Mean distance of the samples to their nearest training image, over that of the held-out images.
+    """Mean distance of the samples to their nearest training image, divided by the same mean for the held-out images.
 
-    Near 1 for samples from the data's distribution, well below it for copies of training images, above it for blurred or
-    broken ones.
+    It is near 1 for samples from the data's distribution, well below 1 for copies of training images, above 1 for blurred or broken
+    ones.
+
+    Args:
+        samples: (N, C, H, W) in [-1, 1].
+        data: images with a training and a held-out part.
     """
     train, _ = data.batch("train", slice(None))
     test, _ = data.batch("test", slice(None))

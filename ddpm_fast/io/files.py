@@ -23,7 +23,7 @@ STALE_SECONDS = 3600
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path to write; what is there when the block ends becomes `path`.
 
     A reader sees the old file or the new one, never a part. If the block raises (KeyboardInterrupt and a full disk included), nothing
@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
+def atomic_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary folder to fill with files; when the block ends they are moved into `folder`, one after the other.
 
     For many small files: as safe as `atomic_write` for each of them, and much cheaper. If the block raises, none is moved;
@@ -71,7 +71,7 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
+def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Gives an OSError that has none the name of the file that the block writes: the system names files when it opens them only."""
     try:
         yield
@@ -82,7 +82,7 @@ def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def named_if_damaged(path: str | os.PathLike, remedy: str) -> Iterator[None]:
+def named_if_damaged(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
     """Makes a ValueError of whatever a library raises over a damaged file (a dozen kinds): it names the file and says what to do."""
     try:
         yield
@@ -125,7 +125,7 @@ def _hidden_folder(path: Path, destination: Path) -> Iterator[Path]:
 
 
 class _Owner:
-    """Something that ends."""
+    """An object whose end triggers the finalizer of its folder."""
 
 
 def _remove(folder: Path) -> None:
@@ -158,13 +158,13 @@ def _publish(files: Sequence[Path], folder: Path) -> None:
         _sync(folder)  # the renames themselves must reach the disk
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """JSON to read and to parse: NaN and infinity, which it has no numbers for, become null."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
-def write_csv(path: str | os.PathLike, columns: Mapping[str, Sequence[Any]]) -> None:
+def write_csv(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
     """A table with a header, one row an entry of the columns, which have one length; NaN is an empty cell."""
     rows = zip(*columns.values(), strict=True)
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -182,7 +182,12 @@ def _finite(value: Any) -> Any:
 
 
 def remove_leftovers(path: Path, age: float = -math.inf) -> None:
-    """Removes what killed writers of ``path`` have left and not changed for ``age`` seconds; by default all, for the only one who may write."""
+    """Removes the temporary files that killed writers of ``path`` have left.
+
+    Args:
+        age: only files that have not changed for so many seconds. By default all of them, which is right only for a caller that
+            nobody else may write beside.
+    """
     for name in os.listdir(path.parent):
         if name.startswith(f".{path.name}.") and name.endswith(".tmp"):
             entry = path.parent / name

@@ -1,7 +1,7 @@
-"""A folder of generated images: PNG files, ``samples.npz``, and parts of what is not in either yet, all of one computation.
+"""A folder of generated images: PNG files, ``samples.npz``, and ``parts/`` for images that are in neither of them yet.
 
-Images are grey levels 0..levels-1 in uint8, numbered from 0. Image i is there if any of the three holds it; every file is whole or not
-there, so that whatever stopped a run, the next one goes on with what it finds.
+Images are grey levels 0..levels-1 in uint8, numbered from 0, all drawn with the same settings. Image i is there if any of the three
+places holds it. Every file is complete or absent, so a run can always go on from what an earlier one has left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ REMEDY = "remove it to have it written again"
 GRID_IMAGES = 400
 _GRID_SIDE = 4096  # pixels; larger images make a grid of fewer, so that it can be looked at, and drawn in memory
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name (APPNOTE.TXT, 4.3.7)
+
+_Read: TypeAlias = Callable[[range], np.ndarray]
+_Sources: TypeAlias = dict[range, _Read]
 
 
 class ImageStore:
@@ -59,7 +62,7 @@ class ImageStore:
         """Makes sure that the folder can be written and that what it holds has these settings. For one rank; the others wait.
 
         Args:
-            png: whether images will be saved as PNG files, or as parts.
+            png: save images as PNG files; else as parts.
             overwrite: remove images of other settings instead of refusing them. Those of the same settings always stay.
 
         Raises:
@@ -89,11 +92,15 @@ class ImageStore:
         return gaps(self._runs(), range(count), size)
 
     def read(self, wanted: range) -> np.ndarray:
-        """(len(wanted), C, H, W) uint8, which must all be there."""
+        """Reads images as (len(wanted), C, H, W) uint8.
+
+        Raises:
+            FileNotFoundError: one of them is not there.
+        """
         return self._gather(self._sources(), wanted)
 
     def save_part(self, part: range, images: np.ndarray) -> None:
-        """Keeps (len(part), C, H, W) uint8 until they are in a file of the result."""
+        """Writes images (len(part), C, H, W) uint8 into ``parts/``, where they stay until they are in a file of the result."""
         self.parts.save(part, images=images)
 
     def save_png(self, part: range, images: np.ndarray) -> None:
@@ -124,9 +131,9 @@ class ImageStore:
         with atomic_write(self.npz) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             with _member(archive, "images") as member:
                 np.lib.format.write_array_header_1_0(member, header)
-                for items, source in cover(sources, range(count)):
+                for items, read in self._readers(sources, range(count)):
                     for piece in pieces(items, size):
-                        images = sources[source](piece)
+                        images = read(piece)
                         if images.shape[1:] != shape:
                             found = f"{shape} and, at image {piece.start}, {images.shape[1:]}"
                             raise ValueError(f"{self.folder} must hold images of one shape, got {found}")
@@ -137,7 +144,7 @@ class ImageStore:
                     np.lib.format.write_array(member, array, allow_pickle=False)
 
     def write_grid(self, count: int) -> None:
-        """Writes ``samples.png`` of the first images: at most GRID_IMAGES, and what _GRID_SIDE pixels squared have room for."""
+        """Writes ``samples.png``, a grid of the first images: at most GRID_IMAGES, and no more than fit a square of _GRID_SIDE pixels."""
         height, width = self.read(range(1)).shape[2:]
         room = max(1, _GRID_SIDE // max(height, width)) ** 2
         images = self.read(range(min(count, GRID_IMAGES, room)))
@@ -151,11 +158,14 @@ class ImageStore:
 
     @property
     def in_npz(self) -> int:
-        """How many images ``samples.npz`` has, which are the first ones; 0 without it."""
+        """Number of images in ``samples.npz``, which holds 0..in_npz-1; 0 if there is no such file."""
         return self._stored()[0][0]
 
     def _stored(self) -> tuple[tuple[int, ...], int]:
-        """Shape of the images in ``samples.npz``, and where in the file their bytes start: uncompressed, they are read in pieces."""
+        """Shape of the images in ``samples.npz``, and the position of their first byte; (0,) and 0 if there is no such file.
+
+        They are not compressed, so that pieces can be read.
+        """
         if not self.npz.exists():
             return (0,), 0
         with named_if_damaged(self.npz, REMEDY), zipfile.ZipFile(self.npz) as archive, self.npz.open("rb") as raw:
@@ -169,20 +179,22 @@ class ImageStore:
             raw.seek(info.header_offset + _LOCAL_HEADER - 4)
             return shape, info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", raw.read(4))) + header
 
-    def _sources(self) -> dict[range, Callable[[range], np.ndarray]]:
-        """What there is, and how a range within it is read."""
-        sources: dict[range, Callable[[range], np.ndarray]] = {run: self._read_png for run in self._runs()}
-        sources |= {part: lambda items, part=part: self.parts.read(part, items)["images"] for part in self.parts.present()}
+    def _sources(self) -> _Sources:
+        """Ranges of images that are there, each with the function that reads a range within it."""
+        sources: _Sources = {run: self._read_png for run in self._runs()}
+        sources |= {part: partial(self._read_part, part) for part in self.parts.present()}
         shape, start = self._stored()
         return {**sources, range(shape[0]): partial(self._read_npz, shape[1:], start)} if shape[0] else sources
 
-    def _gather(self, sources: dict[range, Callable[[range], np.ndarray]], wanted: range) -> np.ndarray:
-        arrays = []
+    def _readers(self, sources: _Sources, wanted: range) -> Iterator[tuple[range, _Read]]:
+        """Splits ``wanted`` into ranges that one source holds, each with the function that reads it."""
         for items, source in cover(sources, wanted):
             if source is None:
                 raise FileNotFoundError(f"{self.folder} has no image {items.start}")
-            arrays.append(sources[source](items))
-        return np.concatenate(arrays)
+            yield items, sources[source]
+
+    def _gather(self, sources: _Sources, wanted: range) -> np.ndarray:
+        return np.concatenate([read(items) for items, read in self._readers(sources, wanted)])
 
     def _runs(self) -> list[range]:
         """The numbers of the PNG files that are there, as ranges."""
@@ -193,6 +205,9 @@ class ImageStore:
     def _png_numbers(self) -> Iterator[int]:
         names = os.listdir(self.images) if self.images.is_dir() else []
         return (int(match[1]) for match in map(_PNG.fullmatch, names) if match)
+
+    def _read_part(self, part: range, items: range) -> np.ndarray:
+        return self.parts.read(part, items)["images"]
 
     def _read_png(self, items: range) -> np.ndarray:
         arrays = []
@@ -210,7 +225,7 @@ class ImageStore:
             return np.frombuffer(file.read(len(items) * each), np.uint8).reshape(len(items), *shape)
 
     def _conflict(self) -> str:
-        """How the folder's images are not of these settings; empty if they are, or if there are none."""
+        """Text that says how the settings of the folder's images differ from these; empty if they are the same or there are no images."""
         if self.record.exists():
             with named_if_damaged(self.record, "choose another folder"):
                 other = differences(dict(json.loads(self.record.read_text("utf-8"))), self.settings)
@@ -224,7 +239,7 @@ class ImageStore:
         return f"other settings ({other})" if other else ""
 
     def _clear(self) -> None:
-        """Removes what this class writes and nothing else, the settings last: until then they tell what the rest is."""
+        """Removes the files that this class writes and no others. The settings go last: until then they say what the other files are."""
         for path in (self.npz, self.grid, *(self.images / _png_name(index) for index in list(self._png_numbers()))):
             path.unlink(missing_ok=True)
         if self.parts.folder.exists():

@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ddpm_fast.io.files import remove_leftovers
 from ddpm_fast.io.signals import uninterrupted
 
+fcntl: Any = None
+msvcrt: Any = None
 try:
-    import fcntl
+    fcntl = importlib.import_module("fcntl")
 except ImportError:  # Windows
-    import msvcrt
-
-    fcntl = None
+    msvcrt = importlib.import_module("msvcrt")
 
 _FAR = 2**30  # where the byte lies that Windows locks: behind the text, which others are to read
 _held = threading.local()
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | os.PathLike, activity: str, *files: str) -> Iterator[None]:
-    """While the block runs, no other process or thread gets past the same call. Within it, the same thread does.
+def exclusive(folder: str | os.PathLike[str], activity: str, *files: str) -> Iterator[None]:
+    """Makes sure that one process, and one thread of it, runs the block for a folder and activity at a time.
 
-    The system's lock on ``.<activity>.lock`` in the folder, which is removed at the end. One that a killed process has left is not
-    locked any more. Where the file system knows no locks (some networks' don't), the block runs without.
+    A second call raises; only the thread that runs the block may call again within it. The lock is the system's, on the file
+    ``.<activity>.lock`` in the folder, which is removed at the end. If a process is killed the file stays, but is not locked. A file
+    system may have no locks (some network file systems have none): then the block runs without one.
 
     Args:
         folder: created if missing, and then removed at the end if nothing was written into it.
-        activity: a noun: those of different activities do not exclude each other.
-        files: names in the folder that are written under this lock alone: what killed writers left of them is removed at once.
+        activity: a noun, for the messages too. Different activities do not exclude each other.
+        files: names of files in the folder that are written under this lock only. Temporary files that killed writers of them have
+            left are removed at once.
 
     Raises:
-        BlockingIOError: another one is at it; says which process.
+        BlockingIOError: another process or thread holds the lock; the message names the process.
         OSError: the folder cannot be written.
     """
     path = Path(folder).resolve() / f".{activity}.lock"
@@ -70,7 +74,7 @@ def _clean(path: Path, files: tuple[str, ...], locked: bool) -> None:
 
 
 def _locked(path: Path, folder: Path, activity: str) -> tuple[int, bool]:
-    """A handle of the file at ``path``, and whether the file system has locked it: it may know no locks."""
+    """Opens and locks the file at ``path``: (handle, True), or (handle, False) if the file system has no locks."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -96,7 +100,7 @@ def _locked(path: Path, folder: Path, activity: str) -> tuple[int, bool]:
 
 
 def _lock(handle: int) -> bool | None:
-    """Whether nobody else has it locked; None where the file system knows no locks."""
+    """Locks the file. True if that worked, False if somebody else has it locked, None if the file system has no locks."""
     try:
         if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

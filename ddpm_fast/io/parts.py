@@ -1,7 +1,7 @@
-"""A long computation over items 0..count-1 in parts that are files: it resumes where it was stopped, and ranks share it.
+"""A long computation over items 0..count-1, kept in files: it resumes where it was stopped, and several processes can share it.
 
-A part is the results of a range of items, ``<first>-<last>.npz`` in a folder of its own, whole or not there. Where an item's result does
-not depend on the others, as with noise that is a function of (seed, item), any set of parts that covers the items gives the same.
+A part is a file ``<first>-<stop>.npz`` with the results of items first..stop-1, complete or absent. If an item's result does not depend
+on the other items, as with noise that is a function of (seed, item), any set of parts that covers all items gives the same result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _name(part: range) -> str:
 
 
 def cover(present: Iterable[range], wanted: range) -> Iterator[tuple[range, range | None]]:
-    """Splits ``wanted`` at the edges of what is there: each piece in order, with one of ``present`` that holds it whole, or None."""
+    """Splits ``wanted`` into pieces, in order: each with the range of ``present`` that holds the whole piece, or None if none does."""
     position = wanted.start
     for part in sorted(present, key=lambda part: (part.start, -part.stop)):
         if max(part.start, position) >= wanted.stop:
@@ -43,17 +43,17 @@ def cover(present: Iterable[range], wanted: range) -> Iterator[tuple[range, rang
 
 
 def gaps(present: Iterable[range], wanted: range, size: int) -> list[range]:
-    """What ``present`` lacks of ``wanted``, in ranges of at most ``size`` items."""
+    """Ranges of at most ``size`` items that are in ``wanted`` but in none of ``present``."""
     return [piece for gap, part in cover(present, wanted) if part is None for piece in pieces(gap, size)]
 
 
 def pieces(whole: range, size: int) -> list[range]:
-    """A range as ranges of at most ``size`` items."""
+    """Splits a range into ranges of at most ``size`` items."""
     return [whole[at : at + size] for at in range(0, len(whole), size)]
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The settings that are not the same, for a message; empty if all are."""
+    """Text that lists the settings that differ; empty if none does."""
     other = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     return ", ".join(f"{name} {found.get(name)!r}, not {wanted.get(name)!r}" for name in other)
 
@@ -62,8 +62,8 @@ class Parts:
     """The parts in one folder.
 
     Args:
-        folder: of their files and of nothing else.
-        settings: JSON values of everything that the results depend on; they are kept beside the parts.
+        folder: for the files of the parts and nothing else.
+        settings: JSON values of everything that the results depend on; they are written into the folder too.
 
     Raises:
         ValueError: from :meth:`open`, where the folder holds parts of other settings, or damaged ones.
@@ -87,21 +87,27 @@ class Parts:
             write_json(path, self.settings)
 
     def present(self) -> list[range]:
-        """The ranges that are there, in order."""
+        """The ranges of the parts in the folder, in order."""
         names = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted((range(int(name[1]), int(name[2])) for name in names if name), key=lambda part: (part.start, -part.stop))
 
     def missing(self, count: int, size: int) -> list[range]:
-        """What is not there of 0..count-1, in ranges of at most ``size`` items."""
+        """Ranges of at most ``size`` items of 0..count-1 that are in no part yet."""
         return gaps(self.present(), range(count), size)
 
     def save(self, part: range, **arrays: np.ndarray) -> None:
         """Writes the results of a range: arrays with one entry an item."""
+        named: dict[str, Any] = dict(arrays)  # NumPy's own types take every name for that of its option
         with atomic_write(self.folder / _name(part)) as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, **named)
 
     def load(self, count: int) -> dict[str, np.ndarray]:
-        """The results of items 0..count-1, which must all be there, by name."""
+        """Reads the results of items 0..count-1: arrays by name, with one entry an item.
+
+        Raises:
+            FileNotFoundError: an item is in no part.
+            ValueError: a part is damaged.
+        """
         found: dict[str, list[np.ndarray]] = {}
         for items, part in cover(self.present(), range(count)):
             if part is None:
@@ -111,11 +117,11 @@ class Parts:
         return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
     def read(self, part: range, items: range) -> dict[str, np.ndarray]:
-        """The results of some items of a part, by name."""
+        """Reads the results of some items of a part: arrays by name."""
         path = self.folder / _name(part)
         with named_if_damaged(path, "remove it to have it computed again"), np.load(path) as file:
             return {name: file[name][items.start - part.start : items.stop - part.start] for name in file.files}
 
     def remove(self) -> None:
-        """The folder and all that is in it, once the results are elsewhere."""
+        """Removes the folder and everything in it. To be called when the results are safe elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)

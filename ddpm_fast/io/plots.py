@@ -70,7 +70,7 @@ def image_grid(x: torch.Tensor, columns: int | None = None, padding: int = 2, *,
     return grid
 
 
-def write_grid(path: str | os.PathLike, x: torch.Tensor, columns: int | None = None, padding: int = 2) -> None:
+def write_grid(path: str | os.PathLike[str], x: torch.Tensor, columns: int | None = None, padding: int = 2) -> None:
     """Writes `image_grid` of (N, C, H, W) floats in [-1, 1] as an image; the suffix gives the format."""
     grid = image_grid(x, columns, padding)
     with atomic_write(path) as temporary:
@@ -78,7 +78,7 @@ def write_grid(path: str | os.PathLike, x: torch.Tensor, columns: int | None = N
 
 
 def write_forward_strip(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     frames: torch.Tensor,
     labels: Sequence[int | str],
     alphas_bar: Sequence[float] | None = None,
@@ -116,7 +116,7 @@ def write_forward_strip(
     _save(figure, path)
 
 
-def write_reverse_gif(path: str | os.PathLike, frames: torch.Tensor, columns: int | None = None) -> None:
+def write_reverse_gif(path: str | os.PathLike[str], frames: torch.Tensor, columns: int | None = None) -> None:
     """Denoising as an animated GIF, about 4 seconds and 2 more on the last frame, in a loop.
 
     Args:
@@ -142,7 +142,7 @@ def write_reverse_gif(path: str | os.PathLike, frames: torch.Tensor, columns: in
 
 
 def write_bound_plot(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     terms: torch.Tensor,
     prior: torch.Tensor | float,
     timesteps: torch.Tensor | None = None,
@@ -211,7 +211,7 @@ def write_bound_plot(
 
 
 def write_rate_distortion_plot(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     t: torch.Tensor,
     rate: torch.Tensor,
     distortion: torch.Tensor,
@@ -260,7 +260,7 @@ def write_rate_distortion_plot(
 
 
 def write_loss_curve(
-    path: str | os.PathLike, steps: Sequence[int], losses: Sequence[float], *, ylabel: str = "loss (mean squared error)"
+    path: str | os.PathLike[str], steps: Sequence[int], losses: Sequence[float], *, ylabel: str = "loss (mean squared error)"
 ) -> None:
     """Training loss against step, logarithmic where all losses are positive.
 
@@ -339,6 +339,6 @@ def _label(axes: Axes, x: str, y: str, *, integers: bool = True) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)

@@ -8,23 +8,25 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
 
-# Between two meetings lies a whole share of the work: the default of half an hour would end a long run. A dead fellow is noticed at once.
+# Processes wait for each other until a whole share of the work is done: PyTorch's limit of half an hour would end a long run. A process
+# that has died is noticed at once all the same.
 _PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its fellows.
+    """This process, and its place among those of the same torchrun.
 
     Attributes:
         rank: 0..size-1.
         size: number of processes.
         local: index of the process on its machine, which chooses its GPU.
-        group: through which they wait for each other; None for the default one of torch.distributed.
+        group: the process group with which they wait for each other; None for the default one of torch.distributed.
     """
 
     rank: int = 0
@@ -34,15 +36,18 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that speaks and that writes what all have made."""
+        """True for the one process that prints, and that writes the files made from all processes' results."""
         return self.rank == 0
 
     def share_missing(self, look: Callable[[int], list[range]], batch: int) -> list[range]:
-        """This process's ranges of what is missing. All look before any of them adds something, or they would not see the same.
+        """This process's share of the missing items. All processes look before any of them goes on, so that all see the same.
 
         Args:
-            look: called as look(size), gives the missing items in ranges of at most ``size``.
-            batch: at most so many items in a range; fewer where some process would else have nothing to do.
+            look: called as look(size), returns the missing items in ranges of at most ``size``.
+            batch: largest number of items in a range. Ranges are smaller if some process would have nothing to do otherwise.
+
+        Returns:
+            Every ``size``-th range, from the ``rank``-th on.
         """
         total = sum(map(len, look(batch)))
         parts = look(max(1, min(batch, math.ceil(total / self.size))))
@@ -50,18 +55,18 @@ class Ranks:
         return parts[self.rank :: self.size]
 
     def device(self, name: str) -> str:
-        """The device that ``name`` means for this process: where it leaves the GPU open, each process of a machine has its own."""
+        """The device that ``name`` means for this process. If it does not name a GPU ("auto", "cuda"), each process gets its own."""
         return f"cuda:{self.local}" if self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Waits until every process has come here."""
         self.agree(True)
 
     def agree(self, well: bool) -> bool:
-        """Until every process has come here; whether all of them are well.
+        """Waits until every process has come here. True if all of them passed True.
 
         Raises:
-            ConnectionError: another one has ended before; its own message says why.
+            ConnectionError: another process has ended; its own message says why.
         """
         if self.size == 1:
             return well
@@ -73,10 +78,10 @@ class Ranks:
         return bool(flag)
 
     def lead(self, action: Callable[[], object]) -> None:
-        """The first process acts while the others wait.
+        """Calls ``action`` in the first process, while the others wait.
 
         Raises:
-            SystemExit: in the others where the action fails, so that the first alone says why.
+            SystemExit: in the other processes, if the action has raised in the first: only that one prints the reason.
         """
         if not self.first:
             if not self.agree(True):
@@ -92,9 +97,10 @@ class Ranks:
 
 @contextlib.contextmanager
 def launched_ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun has started (its environment variables say so), connected while the block runs; else the one process.
+    """The processes that torchrun has started, connected while the block runs; without torchrun, the one process.
 
-    They only wait for each other, through gloo: what they make goes through files.
+    torchrun's environment variables say which it is. The processes use gloo, and only to wait for each other: results are exchanged
+    through files.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or not torch.distributed.is_available():
@@ -102,8 +108,9 @@ def launched_ranks() -> Iterator[Ranks]:
         return
     torch.distributed.init_process_group("gloo")
     try:
-        # A group of its own, for the patience is not for finding each other: a process whose torchrun is gone must give up.
-        group = torch.distributed.new_group(timeout=_PATIENCE)
+        # The long limit is for this group only. While the processes look for each other the default holds: one whose torchrun has
+        # died must give up.
+        group: Any = torch.distributed.new_group(timeout=_PATIENCE)  # it is a group, as every process is in it
         yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), group)
     finally:
         torch.distributed.destroy_process_group()

@@ -80,7 +80,12 @@ def write_samples(
     except TypeError as error:
         raise ValueError(f"settings must be JSON values: {error}") from error
     with contextlib.ExitStack() as held:
-        ranks.lead(lambda: (held.enter_context(exclusive(out, "sampling", *OUTPUTS)), store.open("png" in wanted, overwrite)))
+
+        def prepare() -> None:
+            held.enter_context(exclusive(out, "sampling", *OUTPUTS))
+            store.open("png" in wanted, overwrite)
+
+        ranks.lead(prepare)
         _write(store, draw, count, batch, wanted, labels, ranks, report)
     paths = {"png": store.images, "grid": store.grid, "npz": store.npz}
     return {name: paths[name] for name in FORMATS if name in wanted} | {"settings": store.record}

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: both are an exception that lets what is done be kept, and neither falls into what must stay whole."""
+"""Ctrl-C and SIGTERM: both raise an exception, so that work can be saved, and neither interrupts a block that must run to its end."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. A kind of KeyboardInterrupt: whatever keeps its work on Ctrl-C keeps it when a scheduler ends the job, too."""
+    """SIGTERM. It is a KeyboardInterrupt, so that code that saves its work on Ctrl-C also saves it when a scheduler ends the job."""
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
-    """What a shell expects of a process that was stopped so: 128 + the signal's number."""
+    """Exit status that shells expect from a process that a signal has stopped: 128 + the signal's number."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM within the block raises `Terminated`, unless the program has a handler of its own for it."""
+    """Makes SIGTERM raise `Terminated` within the block, unless the program has set a handler for it."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
@@ -39,7 +39,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM within the block take effect at its end. (Python runs handlers in the main thread alone.)"""
+    """Delays Ctrl-C and SIGTERM to the end of the block. In other threads it does nothing: Python runs handlers in the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,11 +1,11 @@
-"""The UNet's pass on the CPU as a list of calls: what a CUDA graph is to a GPU, for sampling, where the same pass is made many times.
+"""The UNet's pass on the CPU as a list of kernel calls. Sampling makes the same pass many times, as a CUDA graph does on a GPU.
 
-Of a small network, or a small batch, most of a pass is Python and PyTorch deciding what to do: all that is decided once, for one shape
-of batch, and a pass is then the kernels' calls, on memory that is fixed and used again. What the residual blocks add for the time is
-computed before for every step.
+With a small network or a small batch, Python and PyTorch take most of a pass to decide what to do. A plan decides it once for one shape
+of batch. A pass is then a list of kernel calls, on memory that is reserved once and used again. The projections of the time that the
+residual blocks add are computed beforehand for all steps.
 
-A plan is of the network as it is when the plan is made, weights and all: it has copies of them, those of the 3 × 3 convolutions
-transformed, and reads nothing of the network afterwards. So it need not know in which ways a network can change.
+A plan belongs to the network as it is when the plan is made. It has copies of the weights (those of the 3 × 3 convolutions transformed)
+and does not read the network afterwards, so later changes of the network do not reach it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _plain(weight: Tensor) -> bool:
 
 
 class UNetPlan:
-    """The passes of a UNet over batches of one shape, at given time steps, with the weights that it has now, whatever becomes of them.
+    """The passes of a UNet over batches of one shape, at given time steps, with copies of the weights that it has now.
 
     Args:
         model: a UNet without :func:`plan_obstacle`.

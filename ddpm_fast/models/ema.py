@@ -22,8 +22,8 @@ class EMA:
 
     The shadow of a parameter of fewer than 32 bits is float32: a step of (1 - 0.9999) would round away in them.
 
-    Wherever a model is taken, DistributedDataParallel's, DataParallel's and torch.compile's wrappers of it serve as well.
-    Of a model under ``fully_shard`` each process averages its own part: make the EMA after sharding.
+    A model may be wrapped by DistributedDataParallel, DataParallel or torch.compile. Under ``fully_shard`` each process averages its own
+    part of the model: make the EMA after sharding.
 
     Args:
         model: the model to follow, on the device where it will stay. Its present weights are the first shadow.
@@ -81,7 +81,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Context in which `model` has the averaged weights; its own come back at the end, exceptions included.
+        """Context in which `model` has the averaged weights. Its own weights come back at the end, also after an exception.
 
         The tensors of `model` keep their addresses (compiled graphs stay valid); a second copy of the weights is held
         meanwhile.
@@ -103,7 +103,7 @@ class EMA:
     def state_dict(self) -> dict[str, Any]:
         """{"num_updates": int, "parameters": {name: tensor}, "buffers": {name: tensor}}.
 
-        The tensors are the live ones, as with `nn.Module.state_dict`: clone them to keep a moment.
+        The tensors are the EMA's own, as with `nn.Module.state_dict`: the next update changes them, so clone what you want to keep.
         """
         return {"num_updates": self.num_updates, "parameters": dict(self._parameters), "buffers": dict(self._buffers)}
 
@@ -112,8 +112,9 @@ class EMA:
         """Restore what `state_dict` gave, exactly. Nothing is changed when it does not fit.
 
         Raises:
-            TypeError: if the state is no dictionary of such ones.
-            ValueError: if the number of updates is no count, an entry is missing or one too many, or a tensor differs in name, shape, dtype or sharding.
+            TypeError: if the state is not a dictionary, or its parts are not.
+            ValueError: if the number of updates is not a count, an entry is missing or unexpected, or a tensor differs in name, shape,
+                dtype or sharding.
         """
         expected = {"num_updates", "parameters", "buffers"}
         if set(checks.instance("EMA state", state, dict)) != expected:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddpm_fast.noise import Noise
 from ddpm_fast.ops import attention, conv3x3, group_norm
+from ddpm_fast.types import Activation
 
 
 def init_fan_avg_uniform_(weight: Tensor, scale: float = 1.0) -> Tensor:
@@ -125,7 +126,9 @@ class GroupNormAct(nn.Module):
         dropout: probability that an element is zeroed while training, in [0, 1).
     """
 
-    def __init__(self, groups: int, channels: int, eps: float = 1e-6, *, activation: str | None = "silu", dropout: float = 0.0) -> None:
+    def __init__(
+        self, groups: int, channels: int, eps: float = 1e-6, *, activation: Activation | None = "silu", dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if activation not in ("silu", None):
             raise ValueError(f"activation must be 'silu' or None, got {activation!r}")

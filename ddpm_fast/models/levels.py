@@ -1,4 +1,4 @@
-"""The levels of the UNet: what stands at one resolution, and the dropouts' noise."""
+"""The levels of the UNet, which are the blocks at one resolution each, and the noise of the dropouts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Level(nn.Module):
 
     def __init__(self, blocks: Sequence[ResidualBlock], attentions: Sequence[SelfAttention]) -> None:
         super().__init__()
-        # For a type checker a ModuleList has lost what it is a list of.
+        # Type checkers do not know which modules a ModuleList holds.
         self.blocks = cast("Sequence[ResidualBlock]", nn.ModuleList(blocks))
         self.attentions = cast("Sequence[SelfAttention]", nn.ModuleList(attentions))
 

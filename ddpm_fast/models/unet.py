@@ -178,21 +178,21 @@ class UNet(nn.Module):
         """Predict from x_t and t (the noise, or whatever the network was trained for).
 
         Args:
-            x_t: (N, in_channels, H, W) of any floating dtype; all is computed in that of the weights, or as autocast has it. H and W
-                divisible by 2**(levels - 1). NCHW and channels_last are both taken; inside it is channels_last.
+            x_t: (N, in_channels, H, W) of any floating dtype, NCHW or channels_last, with H and W divisible by 2**(levels - 1). The
+                network computes in the dtype of its weights, or in autocast's, and in channels_last.
             t: (N,), int64 in {0, ..., T-1} or floating point, on the device of x_t.
-            labels: (N,), int64 in {0, ..., K}, for a class-conditional model; K is the null class, which None stands for.
+            labels: (N,), int64 in {0, ..., K}, for a class-conditional model. K is the null class; None gives it to all samples.
                 The values are not checked here: that would synchronise the device. (On CPU the lookup raises.)
-            dropout: what the masks are made from while training: the same ones on any device and for any batch size, its
-                first_sample telling where the batch begins; below 2^48 for all samples. Replicas of the model that have a part
-                of the batch each need a Noise of their own. Without one the masks come from PyTorch's generator.
+            dropout: the Noise that the masks are made from in training. They are the same on any device and for any batch size;
+                first_sample is the index of the batch's first sample, and all indices must be below 2^48. Replicas of the model
+                that each have a part of the batch each need their own Noise. Without one the masks come from PyTorch's generator.
 
         Returns:
             (N, out_channels, H, W), twice the channels with `learned_variance`, in the dtype of x_t (under autocast in its own, but
             for float64), contiguous (NCHW) because the diffusion operators read it linearly.
 
         Raises:
-            TypeError: for what is no tensor, or of a wrong dtype.
+            TypeError: for an argument that is not a tensor, or has a wrong dtype.
             ValueError: for a wrong shape, or labels given to a model without classes.
         """
         self._check_inputs(x_t, t, labels)
@@ -220,11 +220,11 @@ class UNet(nn.Module):
         return self.conv_out(self.norm_out(x)).contiguous()
 
     def cpu_plan(self, like: Tensor, samples: int, timesteps: Tensor, labels: Tensor | None) -> UNetPlan | None:
-        """The pass as a list of kernel calls, for sampling on the CPU; None where something stands against it.
+        """The network's pass as a list of kernel calls, for sampling on the CPU; None if it cannot be planned (`plan_obstacle`).
 
         Args:
             like: (N, C, H, W), a state: its shape, dtype and device.
-            samples: of a pass: N, or 2N with guidance.
+            samples: number of samples in a pass: N, or 2N with guidance.
             timesteps: (S,) int64, the t of each row.
             labels: (samples,) int64 for a class-conditional model, or None.
         """
@@ -265,7 +265,7 @@ _INTEGERS = "in_channels", "out_channels", "base_channels", "num_blocks", "image
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError unless the arguments describe a network. What they hold becomes JSON-able: Python's own numbers."""
+    """Raise TypeError or ValueError unless the arguments describe a network. Numbers become Python's own, which JSON can hold."""
     for name in _INTEGERS:
         if config[name] is not None or name not in _OPTIONAL:
             config[name] = _positive_int(name, config[name])
@@ -313,9 +313,9 @@ def _check_config(config: dict[str, Any]) -> None:
 
 
 def _positive_int(name: str, value: object) -> int:
-    """NumPy's integers are integers too."""
+    """Check a positive integer, which may be one of NumPy's."""
     try:
-        found = operator.index(cast(SupportsIndex, None if isinstance(value, bool) else value))  # which says if it is none
+        found = operator.index(cast(SupportsIndex, None if isinstance(value, bool) else value))  # raises if it is not an integer
     except TypeError:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if found < 1:

@@ -8,7 +8,8 @@ within its sample) of sample n::
 
 The four words of a block are two Box-Muller pairs; i % 4 picks the element. Logarithm, sine and cosine are fixed
 polynomials evaluated with separately rounded fp32 multiplications and additions, so every backend gives the same bits:
-`noise_reference` in philox.py, csrc/common/philox.h on CPU and CUDA, ops/triton/_philox.py in Triton. tests/noise/golden_noise.json pins values for ever.
+`noise_reference` in philox.py, csrc/common/philox.h on CPU and CUDA, ops/triton/_philox.py in Triton.
+tests/noise/golden_noise.json pins values for ever.
 """
 
 from __future__ import annotations

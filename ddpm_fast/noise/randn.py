@@ -16,13 +16,23 @@ from ddpm_fast._memory import check_target, was_written
 from ddpm_fast._pytorch import draw, goes_through_dispatcher, in_functorch
 from ddpm_fast.backends import FLOATING, BackendTable, library, native, triton_function
 from ddpm_fast.noise.philox import MAX_ELEMENTS_PER_SAMPLE, noise_reference, signed64, unsigned64
+from ddpm_fast.types import Backend
 
 
 def randn_reference(shape: torch.Size, seed: int, stream: int, first_sample: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return noise_reference(shape, seed, stream, first_sample, device).to(dtype)
 
 
-def _randn_cpu(shape, seed, stream, first_sample, dtype, device, *, out=None):
+def _randn_cpu(
+    shape: torch.Size,
+    seed: int,
+    stream: int,
+    first_sample: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
     native.cpu_randn(sizes=out, out=out, key=(seed, stream, first_sample))
     return out
@@ -39,7 +49,7 @@ def normals(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """The standard normals of a key as a tensor; arguments and errors as of :func:`ddpm_fast.ops.randn`."""
     if not isinstance(shape, Iterable):
@@ -86,10 +96,12 @@ library.define(
 
 
 @torch.library.impl(library, "randn", "CompositeExplicitAutograd")
-def _randn_op(shape, seed, stream, first_sample, dtype, device):
+def _randn_op(shape: list[int], seed: int, stream: int, first_sample: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return backends.choose(device, dtype)(torch.Size(shape), unsigned64(seed), stream, unsigned64(first_sample), dtype, device)
 
 
-@torch.library.register_fake("ddpm_fast::randn", lib=library)
-def _randn_fake(shape, seed, stream, first_sample, dtype, device):
+def _randn_fake(shape: list[int], seed: int, stream: int, first_sample: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+torch.library.register_fake("ddpm_fast::randn", _randn_fake, lib=library)

@@ -9,6 +9,8 @@ Where PyTorch's own is faster on the device at hand, a plain call there takes th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +22,17 @@ from ddpm_fast.backends import NATIVE_DTYPES, missing, native
 from ddpm_fast.ops._common import check_data, table_dtype
 from ddpm_fast.ops._native import stream_of, workspace_floats
 from ddpm_fast.ops._op import Op
+from ddpm_fast.types import Backend
 
 LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
 
 
 def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch; returns the result, (N, tokens, heads d), and the log of each sum, (N, heads, tokens), in nats."""
+    """The formula in plain PyTorch.
+
+    Returns:
+        The result, (N, tokens, heads d), and the log of the softmax's sum for each query, (N, heads, tokens).
+    """
     query, key, value = _heads(qkv.to(table_dtype(qkv.dtype)))
     with torch.autocast(qkv.device.type, enabled=False):
         logits = query @ key.transpose(-1, -2) * scale
@@ -33,8 +40,8 @@ def attention_reference(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _joined(out).to(qkv.dtype), torch.logsumexp(logits, -1).detach()
 
 
-def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as views, (N, heads, tokens, d)."""
+def _heads(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values as a tuple of views, each (N, heads, tokens, d)."""
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -43,12 +50,13 @@ def _joined(out: Tensor) -> Tensor:
 
 
 def _sdpa(qkv: Tensor, scale: float) -> Tensor:
+    query, key, value = _heads(qkv)
     with torch.autocast(qkv.device.type, enabled=False):  # the result has the data's dtype, whichever kernel is chosen
-        return _joined(F.scaled_dot_product_attention(*_heads(qkv), scale=scale))
+        return _joined(F.scaled_dot_product_attention(query, key, value, scale=scale))
 
 
 def _with_whole_heads(qkv: Tensor) -> Tensor:
-    """As PyTorch's kernel for the CPU takes it: any strides, but a head's channels side by side."""
+    """qkv in the form that PyTorch's CPU kernel reads: any strides, but the channels of a head next to each other."""
     return qkv if qkv.stride(4) == 1 else qkv.contiguous()
 
 
@@ -61,11 +69,18 @@ def _forward_cpu(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def attention_cpu(qkv: Tensor) -> Tensor:
-    """Of packed (N, tokens, 3, heads, d) data that the kernel takes as they are: (N, tokens, heads d), without a check or a gradient."""
+    """Attention on the CPU without checks and without a gradient, for data that the kernel can read as they are.
+
+    Args:
+        qkv: (N, tokens, 3, heads, d).
+
+    Returns:
+        (N, tokens, heads d), contiguous.
+    """
     return _forward_cpu(qkv, qkv.shape[-1] ** -0.5)[0]
 
 
-def _backward_cpu(arguments, needs, grads, results):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any, results: Any) -> dict[str, Tensor | None]:
     qkv, scale = _with_whole_heads(arguments[0]), arguments[1]
     out, logsumexp = results
     as_heads = lambda x: x.unflatten(2, qkv.shape[3:]).transpose(1, 2)  # noqa: E731
@@ -79,7 +94,7 @@ def _backward_cpu(arguments, needs, grads, results):
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """As the CUDA kernels take it: contiguous, from a multiple of 16 bytes on."""
+    """x in the form that the CUDA kernels read: contiguous, at an address that is a multiple of 16 bytes."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
@@ -96,7 +111,7 @@ def _forward_cuda(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out, logsumexp
 
 
-def _backward_cuda(arguments, needs, grads, results):
+def _backward_cuda(arguments: Any, needs: Any, grads: Any, results: Any) -> dict[str, Tensor | None]:
     qkv, scale = arguments
     qkv, grad_out, out = _aligned(qkv), _aligned(grads[0]), _aligned(results[0])
     grad_qkv, sizes = torch.empty_like(qkv), _sizes(qkv)
@@ -116,7 +131,7 @@ def _backward_cuda(arguments, needs, grads, results):
     return {"qkv": grad_qkv}
 
 
-def _check(qkv, scale) -> None:
+def _check(qkv: Tensor, scale: float) -> None:
     check_data("qkv", qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must have shape (N, tokens, 3, heads, d), got {tuple(qkv.shape)}")
@@ -124,7 +139,7 @@ def _check(qkv, scale) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _fake(qkv, scale):
+def _fake(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     samples, tokens, _, heads, channels = qkv.shape
     return qkv.new_empty((samples, tokens, heads * channels)), qkv.new_empty((samples, heads, tokens), dtype=table_dtype(qkv.dtype))
 
@@ -145,7 +160,7 @@ _op = Op(
 backends = _op.backends
 
 
-def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+def attention(qkv: Tensor, heads: int | None = None, *, scale: float | None = None, backend: Backend | None = None) -> Tensor:
     """softmax(scale · q kᵀ) v, each token of a sample attending to all of its tokens, for each head.
 
     Args:
@@ -189,9 +204,9 @@ def _kernel_takes(qkv: Tensor) -> bool:
 
 
 def _choice(qkv: Tensor, scale: float) -> str:
-    """ "ddpm_fast" or "pytorch", for a tensor that is not on the CPU."""
+    """Name of the implementation for a tensor that is not on the CPU: "ddpm_fast" or "pytorch"."""
     if qkv.dtype not in NATIVE_DTYPES or in_functorch() or 0 in qkv.shape:
-        return "ddpm_fast"  # which goes to the reference
+        return "ddpm_fast"  # the op then calls the reference
     if qkv.device.type != "cuda" or missing("cuda") or not _kernel_takes(qkv):
         return "pytorch"
     needs_grad = torch.is_grad_enabled() and qkv.requires_grad
@@ -201,11 +216,11 @@ def _choice(qkv: Tensor, scale: float) -> str:
     return autotune.choose("attention", key, candidates(qkv, scale, needs_grad), "ddpm_fast", device=qkv.device)
 
 
-def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict:
-    """What the autotuner times: a call, with its gradient where one is needed."""
+def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Calls for the autotuner to time, by name: each computes attention, and its gradient where one is needed."""
 
-    def timed(call):
-        def run():
+    def timed(call: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
             if not needs_grad:
                 return (call(qkv),)
             with torch.enable_grad():

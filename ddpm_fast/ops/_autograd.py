@@ -42,13 +42,13 @@ class Gradients:
         names: Sequence[str],
         tensors: Sequence[int],
         *,
-        reference: Callable,
+        reference: Callable[..., Any],
         differentiable: Sequence[str],
         reads: Sequence[str] | None,
         reads_results: Sequence[int],
-        plain: Callable | None,
-        kernels: dict[Callable, Callable],
-        ahead: dict[Callable, Callable],
+        plain: Callable[..., Any] | None,
+        kernels: dict[Callable[..., Any], Callable[..., Any]],
+        ahead: dict[Callable[..., Any], Callable[..., Any]],
     ) -> None:
         self.names = names
         make_arguments: Any = namedtuple  # checkers know it with names that are written out alone
@@ -62,8 +62,8 @@ class Gradients:
 
     def __call__(
         self,
-        implementation: Callable,
-        arguments: Sequence,
+        implementation: Callable[..., Any],
+        arguments: Sequence[Any],
         needs: Sequence[bool],
         grads: Sequence[Tensor | None],
         results: Sequence[Tensor],
@@ -81,13 +81,13 @@ class Gradients:
         with torch.enable_grad():
             with below_functorch():  # as forward was, with its draw
                 made = self.reference(*arguments)
-            pairs = zip(made if isinstance(made, tuple) else (made,), grads, strict=True)
-            pairs = [(result, grad) for result, grad in pairs if grad is not None and result is not None]
+            both = zip(made if isinstance(made, tuple) else (made,), grads, strict=True)
+            pairs = [(result, grad) for result, grad in both if grad is not None and result is not None]
             inputs = [x for x, needed in zip(arguments, needs, strict=True) if needed]
             found = torch.autograd.grad([r for r, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True)
         return spread(found, needs)
 
-    def by_plain(self, arguments: Sequence, needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def by_plain(self, arguments: Sequence[Any], needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         assert self.plain is not None
         return self.in_order(self.plain(self.Arguments(*arguments), self.Arguments(*needs), grads))
 
@@ -100,7 +100,7 @@ class Differentiable(torch.autograd.Function):
     """A call of an implementation with arguments of which one needs a gradient."""
 
     @staticmethod
-    def forward(ctx, gradients, implementation, *arguments):
+    def forward(ctx: Any, gradients: Gradients, implementation: Callable[..., Any], *arguments: Any) -> Any:
         ctx.gradients, ctx.implementation, ctx.ahead, ctx.prepared = gradients, implementation, gradients.ahead.get(implementation), None
         ctx.set_materialize_grads(False)
         made = None if ctx.ahead is None else ctx.ahead(gradients.Arguments(*arguments), gradients.Arguments(*ctx.needs_input_grad[2:]))
@@ -116,7 +116,7 @@ class Differentiable(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> Any:
         gradients, needs = ctx.gradients, ctx.needs_input_grad[2:]
         if ctx.ahead is None or grads[0] is None or torch.is_grad_enabled() or in_batches(grads):
             arguments, kept = kept_for_backward(ctx)
@@ -136,14 +136,14 @@ def spread(found: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor
     return [next(following) if needed else None for needed in needs]
 
 
-def keep_for_backward(ctx: Any, arguments: Sequence, reads: Sequence[int] | None, results: Sequence[Tensor] = ()) -> None:
+def keep_for_backward(ctx: Any, arguments: Sequence[Any], reads: Sequence[int] | None, results: Sequence[Tensor] = ()) -> None:
     """Saves the tensors among the arguments (those at ``reads``, or all) and results where autograd watches over them, the rest beside."""
     tensors = [x if isinstance(x, Tensor) else None for x in arguments]
     ctx.others = [x if tensor is None else None for x, tensor in zip(arguments, tensors, strict=True)]
     ctx.save_for_backward(*(tensors if reads is None else [x if i in reads else None for i, x in enumerate(tensors)]), *results)
 
 
-def kept_for_backward(ctx: Any) -> tuple[list, list[Tensor]]:
+def kept_for_backward(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     """Arguments and results as `keep_for_backward` got them; None for a tensor that was not saved."""
     saved, count = ctx.saved_tensors, len(ctx.others)
     return [other if x is None else x for x, other in zip(saved[:count], ctx.others, strict=True)], list(saved[count:])

@@ -1,4 +1,4 @@
-"""What the ops share: input checks, the gather of table rows, a noise as a tensor."""
+"""Functions that all ops use: input checks, the gather of table rows, a noise as a tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ddpm_fast.noise import MAX_ELEMENTS_PER_SAMPLE, Noise
 
 
 def check_data(name: str, x: Tensor) -> None:
-    """A floating-point batch, (N, ...), which may have no samples but no empty ones."""
+    """Checks that x is a floating-point batch, (N, ...). N may be 0, the other sizes may not.
+
+    Raises:
+        TypeError, ValueError: what was expected and what came. So do all checks here.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
@@ -22,7 +26,7 @@ def check_data(name: str, x: Tensor) -> None:
 
 
 def check_unit_range(name: str, x: Tensor) -> None:
-    """Finite data in [-1, 1]. Reads the values, and so waits for the device: for evaluation, not for an op."""
+    """Checks that data are finite and lie in [-1, 1]. It reads the values and waits for the device: for evaluation, not for an op."""
     if not x.numel():
         raise ValueError(f"{name} must have at least one sample, got shape {tuple(x.shape)}")
     largest = float(x.abs().amax())
@@ -31,7 +35,7 @@ def check_unit_range(name: str, x: Tensor) -> None:
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, same_dtype: bool = True) -> None:
-    """Same shape and device as another tensor, and the same dtype unless told otherwise."""
+    """Checks that x has the shape and the device of another tensor, and unless told otherwise the dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.shape != other.shape:
@@ -49,10 +53,10 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
-    """int64 of shape (N,) on x's device, each in 0..steps-1.
+    """Checks that t is int64 of shape (N,), on x's device, with values in 0..steps-1.
 
-    The values are looked at on CPU only: on another device that would wait for it to finish. What a compiler traces has none yet,
-    nor has a tensor around others: their operator checks what it is called with.
+    The values are read on the CPU only: to read them on another device, the call would have to wait for it. While a compiler traces, or
+    inside torch.func, t may have no values yet: the operator checks them when it is called.
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor, got {type(t).__name__}")
@@ -71,7 +75,7 @@ def check_t(t: Tensor, x_name: str, x: Tensor, steps: int) -> None:
 
 
 def check_t_values(t: Tensor, steps: int) -> None:
-    """Of any shape."""
+    """Checks that the values of t, of any shape, lie in 0..steps-1, where t is on the CPU and has values."""
     count = t.numel()
     if not count or not t.is_cpu or (type(t) is not Tensor and not holds_values(t)):
         return
@@ -91,7 +95,7 @@ def check_t_values(t: Tensor, steps: int) -> None:
 def check_table(
     name: str, table: Tensor, x_name: str, x: Tensor, shape: tuple[int, ...] | None = None, *, columns: int | None = None
 ) -> None:
-    """A contiguous table of fp32 (float64 for float64 data), (T,), (T, columns) or the shape given, on x's device."""
+    """Checks a table: contiguous, float32 (float64 for float64 data), on x's device, of shape (T,), (T, columns) or ``shape``."""
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
     if columns is not None:
@@ -111,7 +115,7 @@ def check_table(
 
 
 def check_noise(noise: Noise | Tensor, x_name: str, x: Tensor) -> None:
-    """A :class:`Noise`, or a tensor like x."""
+    """Checks that a noise is a :class:`Noise`, or a tensor like x."""
     if isinstance(noise, Noise):
         if x.numel() > MAX_ELEMENTS_PER_SAMPLE and x.numel() // x.shape[0] > MAX_ELEMENTS_PER_SAMPLE:
             raise ValueError(f"a sample may have at most 2^34 elements with Noise, got {x.numel() // x.shape[0]}")
@@ -122,12 +126,12 @@ def check_noise(noise: Noise | Tensor, x_name: str, x: Tensor) -> None:
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the tables, and the arithmetic, are in: float64 for float64 data, else fp32."""
+    """Dtype of the tables and of the arithmetic for data of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def take(table: Tensor, t: Tensor) -> Tensor:
-    """table[t]; NaN for a t outside whose value :func:`check_t` could not look at."""
+    """table[t]. A t outside the table gives NaN where :func:`check_t` could not read its value."""
     if t.is_cpu and not goes_through_dispatcher():
         return table[t]
     steps = table.shape[0]
@@ -146,9 +150,16 @@ def gather_columns(table: Tensor, t: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def check_destination(name: str, target: Tensor, x_name: str, x: Tensor, *others: Tensor | Noise | None, in_place: bool = True) -> None:
-    """A contiguous tensor like x to write a result into: x itself, where it may be ``in_place``, or none of the inputs' memory."""
+    """Checks that a result can be written into ``target``: contiguous, like x, and not in the memory of an input.
+
+    Args:
+        name, target: the tensor to write into.
+        x_name, x: the input that it must be like.
+        others: the other inputs.
+        in_place: allow x itself as the target.
+    """
     check_like(name, target, x_name, x)
-    if not check_target(name, target):  # nothing to compare, and no need: the result is computed apart and copied
+    if not check_target(name, target):  # it has no address to compare; the result is computed elsewhere and copied into it
         return
     if not in_place or target.data_ptr() != x.data_ptr():
         others = (x, *others)

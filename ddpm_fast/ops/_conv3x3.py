@@ -3,14 +3,15 @@
     y = conv(x, weight) + bias + residual
 
 On CPU by Winograd's minimal filtering F(2×2, 3×3) (Lavin & Gray 2016, https://arxiv.org/abs/1509.09308): 16 multiplications where the
-sum has 36, with float32's usual error. The weight is transformed on each call and nothing of it is kept: what is kept would have to know
-of every way of changing a weight, and some leave no trace. Where the kernel does not serve, PyTorch's convolution does, which is the
+sum has 36, with float32's usual error. The weight is transformed on each call and the result is not kept: a weight can be changed in ways
+that leave no trace, and a kept result would then be wrong. Calls that the kernel cannot serve go to PyTorch's convolution, which is the
 reference twin. The kernel is csrc/cpu/conv3x3.cpp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch.nn import Parameter
 from ddpm_fast._pytorch import goes_through_dispatcher, in_forward_mode, in_functorch
 from ddpm_fast.backends import FLOATING, BackendTable, native
 from ddpm_fast.ops._common import check_device
+from ddpm_fast.types import Backend
 
 _LAYOUT = torch.channels_last
 FEWEST_CHANNELS = 16  # of x: with fewer the transforms cost more than they save, and PyTorch's convolution is mostly faster
@@ -42,14 +44,22 @@ def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
 
 def conv3x3_prepared(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> Callable[[], None]:
-    """A call of the kernel for tensors that lie well for it, to be made again and again: it keeps them, and reads what they then have.
+    """Prepares a call of the kernel that can be repeated, for tensors that :func:`_lies_well` accepts.
 
-    Of the weight it has the values of now, transformed: 16/9 of its memory, output channels rounded up to 32.
+    The call keeps the tensors alive, and reads x, bias and residual anew each time. The weight is transformed here, so later changes of
+    it have no effect. The transformed weight takes 16/9 of the weight's memory, with the output channels rounded up to 32.
+
+    Args:
+        x, weight, bias, residual: as :func:`conv3x3` takes them.
+        y: (N, K, H, W) float32, channels_last, which the call writes.
+
+    Returns:
+        A function without arguments.
     """
     return native.cpu_conv3x3_prepared(**_arguments(x, weight, bias, residual, y))
 
 
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> dict:
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> dict[str, Any]:
     samples, channels_in, height, width = x.shape
     channels = dict(channels_in=channels_in, channels_out=weight.shape[0])
     transformed = torch.empty((native.conv3x3_floats(**channels),), dtype=torch.float32, device="cpu")
@@ -58,7 +68,7 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> str:
-    """Why the kernel cannot serve a call, but for shapes; empty where it can."""
+    """Reason why the kernel cannot serve a call, shapes apart; empty where it can."""
     if goes_through_dispatcher() or in_functorch() or in_forward_mode():
         return "is not for compiling, tracing or transforming: it is no operator of PyTorch"
     with_grad = torch.is_grad_enabled()
@@ -82,7 +92,7 @@ def _tiles(x: Tensor) -> int:
 
 
 def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """In memory, for the kernel."""
+    """True for tensors that the kernel can read where they are: channels_last, the weight also contiguous, and no negative views."""
     return (
         not any([y is not None and y.is_neg() for y in (x, weight, bias, residual)])  # memory that has the values' opposites
         and x.is_contiguous(memory_format=_LAYOUT)
@@ -92,18 +102,23 @@ def _lies_well(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     )
 
 
+def _laid_well(y: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """y in a layout that :func:`_lies_well` accepts."""
+    return y.resolve_neg().contiguous(memory_format=layout)
+
+
 backends = BackendTable("conv3x3", reference=conv3x3_reference, cpu=_forward_cpu)
 
 
-def _check_kinds(**tensors: Tensor | None) -> None:
-    for name, y in tensors.items():
+def _check_kinds(x: Tensor, **others: Tensor | None) -> None:
+    for name, y in {"x": x, **others}.items():
         if y is None and name in ("bias", "residual"):
             continue
         if not isinstance(y, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(y).__name__}")
         if y.dtype not in FLOATING:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {y.dtype}")
-        check_device(name, y, "x", tensors["x"])
+        check_device(name, y, "x", x)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -119,16 +134,18 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
         raise ValueError(f"residual must have shape {(samples, out_channels, height, width)}, got {tuple(residual.shape)}")
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, backend: str | None = None) -> Tensor:
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, backend: Backend | None = None
+) -> Tensor:
     """3 × 3 convolution of stride 1 and padding 1, plus a bias, plus a residual.
 
-    The CPU kernel serves float32 data in channels_last of at least 16 channels and 64 tiles of 2 × 2 pixels, all images together, where
-    no gradient is needed; it gives the same bits for any number of threads, and an image's the same in any batch. Everything else
-    (gradients, autocast, fewer tiles, other dtypes, layouts and devices, compiling, torch.func) is PyTorch's ``F.conv2d``, differentiable
-    as ever.
+    The CPU kernel is used for float32 data in channels_last, with at least 16 channels and, in all images together, 64 tiles of 2 × 2
+    pixels, if no gradient is needed. It gives the same bits for any number of threads, and for an image in any batch. All other calls
+    (gradients, autocast, fewer tiles, other dtypes, layouts and devices, compiling, torch.func) go to PyTorch's ``F.conv2d``, which is
+    differentiable.
 
-    A tile of 2 × 2 pixels is computed together: where a pixel of x is not finite, or near float32's largest numbers, pixels of y
-    up to two away from it are not, and NaN stands where the sum would be infinite. Other images stay as they are.
+    The kernel computes the four pixels of a tile together. If a pixel of x is not finite, or near float32's largest number, pixels of y
+    up to two away from it are not finite either, and may be NaN where the exact sum is infinite. Other images are not affected.
 
     Args:
         x: (N, C, H, W), N >= 0.
@@ -162,6 +179,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: 
     if obstacle:
         raise RuntimeError(f"backend 'cpu' of conv3x3 {obstacle}")
     if not _lies_well(x, weight, bias, residual):
-        x, residual = (y if y is None else y.resolve_neg().contiguous(memory_format=_LAYOUT) for y in (x, residual))
-        weight, bias = (y if y is None else y.resolve_neg().contiguous() for y in (weight, bias))
+        x, weight = _laid_well(x, _LAYOUT), _laid_well(weight)
+        residual = None if residual is None else _laid_well(residual, _LAYOUT)
+        bias = None if bias is None else _laid_well(bias)
     return _forward_cpu(x, weight, bias, residual)

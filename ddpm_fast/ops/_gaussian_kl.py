@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from ddpm_fast.backends import native, triton_kernels
 from ddpm_fast.ops._common import check_data, check_device, table_dtype
 from ddpm_fast.ops._native import new_like
 from ddpm_fast.ops._op import Op
+from ddpm_fast.types import Backend, Reduction
 
+_Operand: TypeAlias = tuple[Tensor, int, int]  # with its sample stride and its element stride
 _OPERANDS = ("mean1", "logvar1", "mean2", "logvar2")
-REDUCTIONS = (None, "mean_per_sample")
+REDUCTIONS: tuple[Reduction | None, ...] = (None, *get_args(Reduction))
 _NO_GRADIENTS = (None,) * 4
 _SERIES_BELOW = 0.3
 _INFINITE = 1000.0  # e^_INFINITE is, in float64 too
@@ -49,10 +52,10 @@ def gaussian_kl_reference(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2
     return (kl if reduction is None else kl.reshape(kl.shape[0], math.prod(kl.shape[1:])).mean(1)).to(dtype)
 
 
-def _operand(x: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
-    """A tensor that broadcasts to shape, with its sample stride and element stride (0 or 1) there.
+def _operand(x: Tensor, shape: torch.Size) -> _Operand:
+    """A tensor expanded to ``shape``, with the stride between its samples and between its elements (0 or 1).
 
-    What is one value a sample, one sample for all or one value for all is read where it lies; anything else is written out.
+    A tensor with one value for each sample, one sample for all, or one value for all is not copied. Any other broadcast is.
     """
     spread = x.expand(shape)
     samples, inner = spread.stride(0), spread[0]
@@ -70,13 +73,15 @@ def _shape(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> to
     return torch.broadcast_shapes(shape, logvar1.shape, mean2.shape, logvar2.shape)
 
 
-def _operands(arguments, shape: torch.Size) -> list[tuple[Tensor, int, int]]:
+def _operands(arguments: Sequence[Any], shape: torch.Size) -> list[_Operand]:
     elements = math.prod(shape[1:])
     return [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in arguments[:4]]
 
 
-def _launch(operands, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = _NO_GRADIENTS) -> None:
-    """Writes the divergence, the gradients that are wanted (for grad_kl, or for ones), or both."""
+def _launch(
+    operands: Sequence[_Operand], reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, grads: Sequence[Tensor | None] = _NO_GRADIENTS
+) -> None:
+    """Writes the divergence ``kl``, or the gradients that are wanted, or both. Without ``grad_kl`` the upstream gradient is ones."""
     mean1, logvar1, mean2, logvar2 = operands
     of_mean1, of_logvar1, of_mean2, of_logvar2 = grads
     native.cpu_gaussian_kl(
@@ -85,18 +90,18 @@ def _launch(operands, reduced: bool, kl: Tensor | None, grad_kl: Tensor | None, 
     )  # fmt: skip
 
 
-def _new_kl(arguments, shape: torch.Size) -> Tensor:
+def _new_kl(arguments: Sequence[Any], shape: torch.Size) -> Tensor:
     return arguments[0].new_empty(shape if arguments[4] is None else shape[:1])
 
 
-def _gaussian_kl_cpu(*arguments) -> Tensor:
+def _gaussian_kl_cpu(*arguments: Any) -> Tensor:
     shape = _shape(*arguments[:4])
     kl = _new_kl(arguments, shape)
     _launch(_operands(arguments, shape), arguments[4] is not None, kl, None)
     return kl
 
 
-def _ahead_cpu(arguments, needs):
+def _ahead_cpu(arguments: Any, needs: Any) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]] | None:
     if arguments[4] is None or arguments[0].dtype != torch.float32 or any(x.shape != arguments[0].shape for x in arguments[1:4]):
         return None
     shape = arguments[0].shape
@@ -105,14 +110,14 @@ def _ahead_cpu(arguments, needs):
     return kl, dict(zip(_OPERANDS, grads, strict=True)), [grad for grad in grads if grad is not None]
 
 
-def _gaussian_kl_triton(*arguments) -> Tensor:
+def _gaussian_kl_triton(*arguments: Any) -> Tensor:
     shape = _shape(*arguments[:4])
     kl = _new_kl(arguments, shape)
     triton_kernels("gaussian_kl").forward(_operands(arguments, shape), kl, shape, arguments[4] is not None)
     return kl
 
 
-def _backward(arguments, needs, grads, kernel: Callable):
+def _backward(arguments: Any, needs: Any, grads: Any, kernel: Callable[..., None]) -> dict[str, Tensor | None]:
     shape = _shape(*arguments[:4])
     operands = _operands(arguments, shape)
     # A kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
@@ -124,7 +129,7 @@ def _backward(arguments, needs, grads, kernel: Callable):
     ]
     summed = [k for k, (_, _, element) in enumerate(operands) if needs[k] and not element]
     totals = iter(arguments[0].new_empty(len(summed), shape[0], dtype=torch.float32) if summed else ())
-    results = [None] * 4
+    results: list[Any] = [None] * 4  # tensors, of the gradients that are wanted
     for k, (x, _, element) in enumerate(operands):
         if needs[k]:
             results[k] = (
@@ -138,21 +143,24 @@ def _backward(arguments, needs, grads, kernel: Callable):
 
 
 def _varies(x: Tensor, shape: torch.Size) -> bool:
-    """Whether the gradient of an operand has more than one value a sample of the broadcast shape, equal as the operand's may be in memory."""
+    """Answer whether an operand has more than one value for each sample of the broadcast ``shape``.
+
+    Its gradient then has as many, even where the operand's own values are one number in memory that was expanded.
+    """
     return x.shape[-(len(shape) - 1) :].numel() > 1 if len(shape) > 1 else False
 
 
-def _backward_cpu(arguments, needs, grads):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     return _backward(
         arguments, needs, grads, lambda operands, grad_kl, results, shape, reduced: _launch(operands, reduced, None, grad_kl, results)
     )
 
 
-def _backward_triton(arguments, needs, grads):
+def _backward_triton(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     return _backward(arguments, needs, grads, triton_kernels("gaussian_kl").backward)
 
 
-def _check(mean1, logvar1, mean2, logvar2, reduction) -> None:
+def _check(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, reduction: str | None) -> None:
     inputs = dict(mean1=mean1, logvar1=logvar1, mean2=mean2, logvar2=logvar2)
     for name, x in inputs.items():
         check_data(name, x)
@@ -185,13 +193,13 @@ backends = _op.backends
 
 
 def gaussian_kl(
-    mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, *, reduction: str | None = None, backend: str | None = None
+    mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, *, reduction: Reduction | None = None, backend: Backend | None = None
 ) -> Tensor:
     """KL divergence of diagonal Gaussians in nats.
 
     Args:
-        mean1, logvar1, mean2, logvar2: floating tensors of one dtype on one device, broadcast against each other (one value a
-            sample, or one for all, is not written out, nor is its gradient); log-variances are natural logarithms.
+        mean1, logvar1, mean2, logvar2: floating tensors of one dtype on one device, broadcast against each other. A tensor with one
+            value a sample, or one for all, is not copied to the full shape. Log-variances are natural logarithms.
         reduction: None for one value an element, "mean_per_sample" for the mean over all but the first dimension.
         backend: force "reference", "cpu" or "triton".
 

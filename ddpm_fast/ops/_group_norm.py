@@ -29,6 +29,7 @@ from ddpm_fast.ops._common import check_data, check_device, table_dtype
 from ddpm_fast.ops._native import contiguous, laid_out_as, memory_format, stream_of, workspace_floats
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._operator import NOISE
+from ddpm_fast.types import Activation, Backend
 
 
 def group_norm_reference(
@@ -70,7 +71,7 @@ def group_norm_reference(
         z = z + over_pixels(shift)
     if silu:
         z = F.silu(z)
-    if dropout > 0.0:
+    if dropout > 0.0 and noise is not None:
         key = (noise.seed, noise.stream, noise.first_sample)
         kept = draw(lambda count: dropout_mask_reference((count, *x.shape[1:]), dropout, *key, x.device), x.shape[0], x)
         z = torch.where(kept, z * (1.0 / (1.0 - dropout)), 0.0)
@@ -81,9 +82,9 @@ _DIFFERENTIABLE = ("x", "weight", "bias", "pre_bias", "scale", "shift")
 
 
 class _Call:
-    """One call as both backends are given it."""
+    """The arguments of one call in the form that both backends take."""
 
-    def __init__(self, arguments: tuple) -> None:
+    def __init__(self, arguments: Any) -> None:
         x, self.groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise = self.arguments = arguments
         self.layout = memory_format(x)
         x = x.contiguous(memory_format=self.layout)
@@ -93,14 +94,14 @@ class _Call:
         if weight is not None or bias is not None:
             weight, bias = _in_one_dtype(weight, bias)
             weight, bias = contiguous(weight), contiguous(bias)
-        rows = pre_bias, scale, shift
+        rows: Sequence[Tensor | None] = (pre_bias, scale, shift)
         if pre_bias is not None or scale is not None or shift is not None:
             rows = [y if y is None or y.stride(1) == 1 or y.shape[1] == 1 else y.contiguous() for y in _in_one_dtype(*rows)]
         self.taken = (x, weight, bias, *rows)
         # What every kernel is called with.
         self.common = dict(
-            channels_last=self.layout != torch.contiguous_format, samples=samples, channels=channels, pixels=self.sizes[2], groups=self.groups,
-            eps=eps, silu=silu, dropout=None if noise is None else (dropout, noise), x=x, weight=weight, bias=bias,
+            channels_last=self.layout != torch.contiguous_format, samples=samples, channels=channels, pixels=self.sizes[2],
+            groups=self.groups, eps=eps, silu=silu, dropout=None if noise is None else (dropout, noise), x=x, weight=weight, bias=bias,
             pre_bias=rows[0], scale=rows[1], shift=rows[2],
         )  # fmt: skip
 
@@ -108,7 +109,7 @@ class _Call:
         return _results(self.x, self.groups)
 
     def gradients(self, needs: Any) -> dict[str, Tensor | None]:
-        """By name, in the dtype that the kernels take the tensor in."""
+        """New tensors for the gradients that are needed, by the kernels' names, in the dtypes that the kernels write."""
         return {
             f"grad_{name}": torch.empty_like(y) if getattr(needs, name) else None
             for name, y in zip(_DIFFERENTIABLE, self.taken, strict=True)
@@ -120,14 +121,14 @@ class _Call:
             name: None if x is None else x.to(getattr(given, name).dtype) for name, x in zip(_DIFFERENTIABLE, made.values(), strict=True)
         }
 
-    def workspace(self, plan) -> Tensor:
+    def workspace(self, plan: Callable[..., dict[str, int]]) -> Tensor:
         sms = torch.cuda.get_device_properties(self.x.device).multi_processor_count
         floats = workspace_floats(plan, *self.sizes, self.layout != torch.contiguous_format, NATIVE_DTYPES[self.x.dtype], sms=sms)
         return self.x.new_empty((floats,), dtype=torch.float32)
 
 
 def _in_one_dtype(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """The kernels take the parameters in one dtype, and the rows: fp32 where they differ."""
+    """The tensors in one dtype, as the kernels take them: unchanged if they have one, else float32."""
     first = next(y for y in tensors if y is not None).dtype
     if all([y is None or y.dtype == first for y in tensors]):
         return tensors
@@ -139,7 +140,7 @@ def _results(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x, memory_format=memory_format(x)), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-def _forward_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(arguments)
     y, mean, rstd = call.results()
     native.cpu_group_norm(**call.common, y=y, mean=mean, rstd=rstd)
@@ -149,13 +150,23 @@ def _forward_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 def group_norm_prepared(
     x: Tensor, y: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, pre_bias: Tensor | None
 ) -> Callable[[], None]:
-    """A call of the kernel for tensors that lie well for it, to be made again and again: it keeps them, and reads what they then have."""
+    """Prepares a call of the CPU kernel that can be repeated; it keeps its tensors alive, and reads their values anew each time.
+
+    Args:
+        x: (N, C, ...), contiguous or channels_last.
+        y: like x, which the call writes.
+        groups, weight, bias, eps, pre_bias: as :func:`group_norm` takes them.
+        silu: apply SiLU.
+
+    Returns:
+        A function without arguments.
+    """
     call = _Call((x, groups, weight, bias, pre_bias, None, None, eps, silu, 0.0, None))
     _, mean, rstd = call.results()
     return native.cpu_group_norm_prepared(**call.common, y=y, mean=mean, rstd=rstd)
 
 
-def _forward_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(arguments)
     y, mean, rstd = call.results()
     workspace = call.workspace(native.cuda_group_norm_plan)
@@ -163,7 +174,7 @@ def _forward_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, rstd
 
 
-def _backward_cpu(arguments, needs, grads, results):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any, results: Any) -> dict[str, Tensor | None]:
     call = _Call(arguments)
     grad_y = grads[0].contiguous(memory_format=call.layout)
     made, (mean, rstd) = call.gradients(needs), results
@@ -171,7 +182,7 @@ def _backward_cpu(arguments, needs, grads, results):
     return call.returned(made)
 
 
-def _backward_cuda(arguments, needs, grads, results):
+def _backward_cuda(arguments: Any, needs: Any, grads: Any, results: Any) -> dict[str, Tensor | None]:
     call = _Call(arguments)
     grad_y = grads[0].contiguous(memory_format=call.layout)
     made, (mean, rstd) = call.gradients(needs), results
@@ -180,7 +191,19 @@ def _backward_cuda(arguments, needs, grads, results):
     return call.returned(made)
 
 
-def _check(x, groups, weight, bias, pre_bias, scale, shift, eps, silu, dropout, noise) -> None:
+def _check(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pre_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    silu: bool,
+    dropout: float,
+    noise: Noise | Tensor | None,
+) -> None:
     check_data("x", x)
     if x.ndim < 2:
         raise ValueError(f"x must have shape (N, C, ...), got {tuple(x.shape)}")
@@ -215,13 +238,14 @@ def _check_small(name: str, values: Tensor, shape: tuple[int, ...], x: Tensor) -
     check_device(name, values, "x", x)
 
 
-def _fake(x, groups, *_):
+def _fake(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _results(x, groups)
 
 
 _op = Op(
     "group_norm",
-    f"Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, float eps, bool silu, float dropout, {NOISE}",
+    "Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? pre_bias, Tensor? scale, Tensor? shift, float eps, bool silu, "
+    f"float dropout, {NOISE}",
     "(Tensor, Tensor, Tensor)",
     check=_check,
     fake=_fake,
@@ -243,12 +267,12 @@ def group_norm(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
-    activation: str | None = None,
+    activation: Activation | None = None,
     pre_bias: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     dropout: tuple[float, Noise] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """GroupNorm of x + pre_bias, then ·(1 + scale) + shift, then SiLU, then dropout, in one op; all but the norm are optional.
 

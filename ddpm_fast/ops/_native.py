@@ -1,4 +1,4 @@
-"""What the calls of native kernels share. The kernels take tensors by the names of csrc/common/arguments.h."""
+"""Functions that calls of native kernels use. The kernels take tensors by the names in csrc/common/arguments.h."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm_fast._pytorch import in_functorch
 
 
 def contiguous(x: Any) -> Any:
-    """A tensor, contiguous; what is none, as None or a Noise, as it is."""
+    """x made contiguous if it is a tensor; anything else, such as None or a Noise, as it is."""
     return x.contiguous() if isinstance(x, Tensor) else x
 
 
@@ -36,11 +36,15 @@ def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def workspace_floats(plan: Callable[..., dict], *sizes: int, **options: int) -> int:
-    """What a launch plan of csrc/cuda asks for; the rest of it is for its launcher and the tests."""
+def workspace_floats(plan: Callable[..., dict[str, int]], *sizes: int, **options: int) -> int:
+    """Number of floats in the workspace that a launch plan of csrc/cuda asks for.
+
+    Args:
+        plan: the plan's function, called with the other arguments.
+    """
     return plan(*sizes, **options)["workspace"]
 
 
 def stream_of(x: Tensor) -> dict[str, int]:
-    """Where a launcher of CUDA is to run for x: on its device, in the stream that is current there."""
+    """Arguments that tell a CUDA launcher where to run: x's device, and the stream that is current there."""
     return dict(device=x.device.index, stream=torch.cuda.current_stream(x.device).cuda_stream)

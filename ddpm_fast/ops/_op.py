@@ -45,17 +45,17 @@ class Op:
         schema: str,
         returns: str,
         *,
-        check: Callable,
-        fake: Callable,
-        reference: Callable,
+        check: Callable[..., Any],
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
         differentiable: Sequence[str],
         backward_reads: Sequence[str] | None = None,
         backward_reads_results: Sequence[int] = (),
         gradients_in_layout: bool = False,
-        plain_backward: Callable | None = None,
-        backward: dict[str, Callable],
-        ahead: dict[str, Callable] | None = None,
-        **backends: Callable,
+        plain_backward: Callable[..., Any] | None = None,
+        backward: dict[str, Callable[..., Any]],
+        ahead: dict[str, Callable[..., Any]] | None = None,
+        **backends: Callable[..., Any],
     ) -> None:
         self.name = name
         self.reference = reference
@@ -79,7 +79,7 @@ class Op:
             name, schema, returns, check=check, fake=fake, choose=self._choose, gradients=self.gradients, layout=layout
         )
 
-    def _require_memory(self, arguments: Sequence) -> None:
+    def _require_memory(self, arguments: Sequence[Any]) -> None:
         """Says of a call that failed which tensor could not be read, if that was it."""
         for i in self.tensors:
             x = arguments[i]
@@ -89,7 +89,7 @@ class Op:
                 check_memory(x)
 
     def __call__(
-        self, arguments: tuple, like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Tensor] | None = None
+        self, arguments: tuple[Any, ...], like: Tensor, dtype: torch.dtype, backend: str | None, into: dict[str, Any] | None = None
     ) -> Any:
         """Runs it.
 
@@ -146,7 +146,7 @@ class Op:
         ]
         return tuple(copied) if several else copied[0]
 
-    def _choose(self, arguments: Sequence) -> Callable:
+    def _choose(self, arguments: Sequence[Any]) -> Callable[..., Any]:
         """The implementation of an operator call. float64 anywhere in the data is the reference's."""
         data = [arguments[i] for i in self.gradients.differentiable if isinstance(arguments[i], Tensor)]
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in data) else data[0].dtype

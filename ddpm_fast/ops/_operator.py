@@ -40,9 +40,9 @@ class Operator:
         schema: str,
         returns: str,
         *,
-        check: Callable,
-        fake: Callable,
-        choose: Callable,
+        check: Callable[..., Any],
+        fake: Callable[..., Any],
+        choose: Callable[..., Any],
         gradients: Gradients,
         layout: Callable[[Tensor], torch.memory_format],
     ) -> None:
@@ -59,15 +59,15 @@ class Operator:
         torch.library.register_autograd(f"ddpm_fast::{name}", self._differentiate, setup_context=self._setup_context, lib=library)
         self._call, self._call_backward = (getattr(torch.ops.ddpm_fast, operator) for operator in (name, backward))
 
-    def __call__(self, arguments: Sequence) -> Any:
+    def __call__(self, arguments: Sequence[Any]) -> Any:
         return self._call(*self._flatten(arguments))
 
-    def _flatten(self, arguments: Sequence) -> tuple:
+    def _flatten(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Arguments as the operator takes them: it knows no Noise, and no unsigned integers."""
         i = self.noise
         return tuple(arguments) if i is None else (*arguments[:i], *noise_arguments(arguments[i]), *arguments[i + 1 :])
 
-    def _restore(self, flat: Sequence) -> tuple:
+    def _restore(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         i = self.noise
         if i is None:
             return tuple(flat)
@@ -75,12 +75,12 @@ class Operator:
         generated = None if seed is None else Noise(unsigned64(seed), stream, unsigned64(first_sample))
         return *flat[:i], generated if tensor is None else tensor, *flat[i + 4 :]
 
-    def _split(self, flat: Sequence) -> tuple[tuple, Sequence[bool], Sequence[Tensor]]:
+    def _split(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[bool], Sequence[Tensor]]:
         """Arguments, needs and results kept: what backward is called with after the gradients of the results."""
         flat, kept = (flat[:-1], flat[-1]) if self.gradients.reads_results else (flat, [])
         return self._restore(flat[:-1]), flat[-1], kept
 
-    def _forward(self, *flat):
+    def _forward(self, *flat: Any) -> Any:
         arguments = self._restore(flat)
         self.check(*arguments)  # a compiled graph has not seen the values of t yet
         results = self.choose(arguments)(*arguments)
@@ -88,23 +88,23 @@ class Operator:
             return tuple(flat[0].new_empty(0) if result is None else result for result in results)
         return results.contiguous()
 
-    def _backward(self, grads, *flat):
+    def _backward(self, grads: Sequence[Tensor | None], *flat: Any) -> list[Tensor]:
         arguments, needs, kept = self._split(flat)
         grads = [grad if grad is not None and grad.numel() else None for grad in grads]  # a result that was not wanted is empty
-        arguments = [x.detach().requires_grad_() if needed else x for x, needed in zip(arguments, needs, strict=True)]
+        leaves = [x.detach().requires_grad_() if needed else x for x, needed in zip(arguments, needs, strict=True)]
         with torch.no_grad():
-            found = self.gradients(self.choose(arguments), arguments, needs, grads, kept)
+            found = self.gradients(self.choose(leaves), leaves, needs, grads, kept)
         return [
             (torch.zeros_like(x) if grad is None else grad.detach()).contiguous(memory_format=self.layout(x))
-            for x, grad, needed in zip(arguments, found, needs, strict=True)
+            for x, grad, needed in zip(leaves, found, needs, strict=True)
             if needed
         ]
 
-    def _backward_fake(self, grads, *flat):
+    def _backward_fake(self, grads: Sequence[Tensor | None], *flat: Any) -> list[Tensor]:
         arguments, needs, _ = self._split(flat)
         return [torch.empty_like(x, memory_format=self.layout(x)) for x, needed in zip(arguments, needs, strict=True) if needed]
 
-    def _setup_context(self, ctx, inputs, output):
+    def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         reads, i = self.gradients.reads, self.noise
         flat = None if reads is None else [p if i is None or p <= i else p + 3 for p in reads]
         keep_for_backward(ctx, inputs, flat, [output[k] for k in self.gradients.reads_results])
@@ -112,7 +112,7 @@ class Operator:
         # The graph of a compiler knows the outputs that nobody asked a gradient of; None comes for them.
         ctx.set_materialize_grads(False)
 
-    def _differentiate(self, ctx, *grads):
+    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         flat, kept = kept_for_backward(ctx)
         i, needs = self.noise, [bool(needed) for needed in ctx.needs_input_grad]
         if i is not None:

@@ -1,15 +1,20 @@
-"""How the ops read a model's output: the prediction, and the half that gives the variance where there is one."""
+"""Functions to read a model's output: the prediction, and the second half of the channels if it gives the variance."""
 
 from __future__ import annotations
+
+from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.backends import FLOATING, NATIVE_DTYPES
 from ddpm_fast.ops._common import check_device, table_dtype
+from ddpm_fast.types import VarianceKind
 
-FIXED, LEARNED, LEARNED_RANGE = "fixed", "learned", "learned_range"
-VARIANCE_KINDS = (FIXED, LEARNED, LEARNED_RANGE)
+FIXED: Final = "fixed"
+LEARNED: Final = "learned"
+LEARNED_RANGE: Final = "learned_range"
+VARIANCE_KINDS: tuple[VarianceKind, ...] = get_args(VarianceKind)
 
 
 def check_variance(kind: str) -> None:
@@ -18,7 +23,11 @@ def check_variance(kind: str) -> None:
 
 
 def check_output(model_output: Tensor, x_name: str, x: Tensor, kind: str | None = None) -> None:
-    """(N, C, ...) like x, or (N, 2C, ...); a learned variance needs the second half."""
+    """Checks that a model's output has shape (N, C, ...), like x, or (N, 2C, ...), which a learned variance needs.
+
+    Raises:
+        TypeError, ValueError: what was expected and what came.
+    """
     if not isinstance(model_output, Tensor):
         raise TypeError(f"the model output must be a tensor, got {type(model_output).__name__}")
     if model_output.dtype not in FLOATING:
@@ -38,7 +47,7 @@ def check_output(model_output: Tensor, x_name: str, x: Tensor, kind: str | None 
 
 
 def arithmetic_dtype(model_output: Tensor, x: Tensor) -> torch.dtype:
-    """Of the two, the dtype that decides the backend: float64 goes to the reference."""
+    """The dtype that decides the backend: float64, for which only the reference exists, if either of the two has it."""
     return x.dtype if model_output.dtype in NATIVE_DTYPES else model_output.dtype
 
 
@@ -58,7 +67,7 @@ def prediction_half(model_output: Tensor, x: Tensor) -> Tensor:
 
 
 def split_output(model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(prediction, variance half or None), in the dtype of the arithmetic."""
+    """Splits an output into (prediction, variance half or None), in the dtype of the arithmetic."""
     model_output = model_output.to(table_dtype(x.dtype))
     if model_output.shape[1] == x.shape[1]:
         return model_output, None
@@ -75,8 +84,8 @@ def clipped(x: Tensor) -> Tensor:
     return torch.where(x.abs() <= 1.0, x, x.detach().clamp(-1.0, 1.0))
 
 
-def log_variance(kind: str, low: Tensor, high: Tensor, raw: Tensor | None) -> Tensor:
-    """The model's log-variance, nats.
+def log_variance(kind: str, low: Tensor, high: Tensor, raw: Any) -> Tensor:
+    """The model's log-variance, nats. ``raw`` is a tensor, or None for a fixed variance, which does not read it.
 
     "fixed" is low; "learned" is the raw output; "learned_range" goes from low to high as the raw output goes from -1 to
     1, without bounds (Nichol & Dhariwal 2021, eq. 15, with v = (raw + 1) / 2).

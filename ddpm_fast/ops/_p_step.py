@@ -12,6 +12,9 @@ csrc/cpu/p_step.cpp and ops/triton/p_step.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from ddpm_fast.ops._common import (
     check_noise,
     check_t,
     check_table,
+    gather,
     gather_columns,
     resolve_noise,
     table_dtype,
@@ -33,10 +37,17 @@ from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._operator import NOISE
 from ddpm_fast.ops._output import arithmetic_dtype, check_output, check_variance, clipped, guess_x_start, log_variance, split_output
+from ddpm_fast.types import Backend, VarianceKind
 
 # The table's columns; a row is 32 bytes in fp32.
 COLUMNS = ("from_x_t", "from_out", "x_start", "x_t", "previous", "log_variance_low", "log_variance_high", "noise")
+GUESS_COLUMNS = ("from_x_t", "from_out")  # those that make x̂0
 _DIFFERENTIABLE = ("x_t", "model_output", "noise", "x_start_previous", "without")
+
+
+def gather_row(table: Tensor, t: Tensor, x: Tensor, names: tuple[str, ...] = COLUMNS) -> dict[str, Tensor]:
+    """Columns of a table at t, by name, each shaped to broadcast over x (N, ...)."""
+    return {name: gather(table[:, COLUMNS.index(name)], t, x) for name in names}
 
 
 def p_step_reference(
@@ -73,17 +84,17 @@ def p_step_reference(
 
 
 def _p_step_cpu(
-    x_t,
-    model_output,
-    t,
-    table,
-    noise,
-    variance,
-    clip,
-    previous,
-    without,
-    scale,
-    with_x_start,
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Noise | Tensor | None,
+    variance: str,
+    clip: bool,
+    previous: Tensor | None,
+    without: Tensor | None,
+    scale: float,
+    with_x_start: bool,
     *,
     x_next: Tensor | None = None,
     x_start: Tensor | None = None,
@@ -93,25 +104,39 @@ def _p_step_cpu(
     if x_start is None and with_x_start:
         x_start = torch.empty_like(x_t)
     native.cpu_p_step(
-        sizes=x_t, x_t=x_t, model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance, clip=clip,
-        x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale, x_next=x_next, x_start=x_start,
+        sizes=x_t, x_t=x_t, model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise),
+        variance=variance, clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
+        x_next=x_next, x_start=x_start,
     )  # fmt: skip
     return x_next, x_start
 
 
-def _backward_cpu(arguments, needs, grads):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     x_t, model_output, t, table, noise, variance, clip, previous, without, scale, _ = arguments
     results = {name: new_like(getattr(arguments, name)) if getattr(needs, name) else None for name in _DIFFERENTIABLE}
     grad_x_next, grad_x_start = grads
     native.cpu_p_step_backward(
-        sizes=x_t, x_t=x_t.contiguous(), model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise), variance=variance,
-        clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
-        grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start), **{f"grad_{name}": result for name, result in results.items()},
+        sizes=x_t, x_t=x_t.contiguous(), model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise),
+        variance=variance, clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
+        grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start),
+        **{f"grad_{name}": result for name, result in results.items()},
     )  # fmt: skip
     return results
 
 
-def _check(x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start) -> None:
+def _check(
+    x_t: Tensor,
+    model_output: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Noise | Tensor | None,
+    variance: str,
+    clip: bool,
+    x_start_previous: Tensor | None,
+    without: Tensor | None,
+    scale: float,
+    with_x_start: bool,
+) -> None:
     check_data("x_t", x_t)
     check_variance(variance)
     check_output(model_output, "x_t", x_t, variance)
@@ -125,13 +150,14 @@ def _check(x_t, model_output, t, table, noise, variance, clip, x_start_previous,
         check_like("the output without the condition", without, "the model output", model_output)
 
 
-def _fake(x_t, *others):
+def _fake(x_t: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return new_like(x_t), new_like(x_t) if others[-1] else x_t.new_empty(0)
 
 
 _op = Op(
     "p_step",
-    f"Tensor x_t, Tensor model_output, Tensor t, Tensor table, {NOISE}, str variance, bool clip, Tensor? x_start_previous, Tensor? without, float scale, bool with_x_start",
+    f"Tensor x_t, Tensor model_output, Tensor t, Tensor table, {NOISE}, str variance, bool clip, Tensor? x_start_previous, "
+    "Tensor? without, float scale, bool with_x_start",
     "(Tensor, Tensor)",
     check=_check,
     fake=_fake,
@@ -151,13 +177,13 @@ def p_step(
     table: Tensor,
     noise: Noise | Tensor | None,
     *,
-    variance: str = "fixed",
+    variance: VarianceKind = "fixed",
     clip: bool = True,
     x_start_previous: Tensor | None = None,
     guidance: tuple[Tensor, float] | None = None,
     x_next: Tensor | None = None,
     x_start: bool | Tensor = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One reverse step by a table, in one pass.
 
@@ -172,7 +198,7 @@ def p_step(
         x_start_previous: x̂0 of the step before, for multistep tables.
         guidance: (output without the condition, scale): classifier-free guidance, without + scale · (model_output - without).
         x_next: contiguous tensor like x_t to write x' into, which may be x_t itself; only without gradients.
-        x_start: whether x̂0 is wanted, or a tensor to write it into, which may be x_start_previous itself.
+        x_start: True to get x̂0, False to leave it out, or a tensor to write it into, which may be x_start_previous itself.
         backend: force "reference", "cpu" or "triton".
 
     Returns:
@@ -187,7 +213,7 @@ def p_step(
     with_x_start, clip = x_start is not False, checks.flag("clip", clip)
     arguments = (x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, with_x_start)
     _check(*arguments)
-    into = None
+    into: dict[str, Any] | None = None  # tensors, or None for a result that goes into new memory
     if x_next is not None or not isinstance(x_start, bool):
         into = {"x_next": x_next, "x_start": None if isinstance(x_start, bool) else x_start}
         _check_destinations(into, arguments)
@@ -195,7 +221,7 @@ def p_step(
     return results if with_x_start else (results[0], None)
 
 
-def _check_destinations(into: dict[str, Tensor | None], arguments: tuple) -> None:
+def _check_destinations(into: dict[str, Any], arguments: Sequence[Any]) -> None:
     x_t, model_output, t, table, noise, _, _, previous, without, *_ = arguments
     x_next, x_start = into.values()
     if x_next is not None:

@@ -6,6 +6,8 @@ here; the kernels are csrc/cpu/q_sample.cpp, with its formula in csrc/common/dif
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from ddpm_fast.ops._common import check_data, check_destination, check_noise, ch
 from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._operator import NOISE
+from ddpm_fast.types import Backend
 
 
 def q_sample_reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Noise | Tensor) -> Tensor:
@@ -43,7 +46,7 @@ def scale_rows(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
     return out
 
 
-def _backward_cpu(arguments, needs, grads):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     t, (grad,) = arguments.t, grads
     return {
         "x_start": scale_rows(grad, t, arguments.signal) if needs.x_start else None,
@@ -51,7 +54,7 @@ def _backward_cpu(arguments, needs, grads):
     }
 
 
-def _plain_backward(arguments, needs, grads):
+def _plain_backward(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     # Plain PyTorch, which a compiler fuses with its neighbours.
     if needs.signal or needs.sigma:
         raise RuntimeError("q_sample gives the tables signal and sigma no gradient; detach them")
@@ -95,7 +98,7 @@ def q_sample(
     noise: Noise | Tensor,
     *,
     out: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Noised data, x_t = signal[t] · x_start + sigma[t] · ε, in one pass.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_fast.noise import Noise
 from ddpm_fast.noise.randn import normals
+from ddpm_fast.types import Backend
 
 
 def randn(
@@ -19,7 +20,7 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Standard normals of a :class:`Noise` as a tensor.
 

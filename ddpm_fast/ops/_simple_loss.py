@@ -7,6 +7,8 @@ csrc/cpu/simple_loss.cpp and ops/triton/simple_loss.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from ddpm_fast.ops._native import contiguous, new_like
 from ddpm_fast.ops._op import Op
 from ddpm_fast.ops._operator import NOISE
 from ddpm_fast.ops._output import arithmetic_dtype, check_output, per_sample, prediction_half, split_output
+from ddpm_fast.types import Backend
 
 
 def simple_loss_reference(
@@ -29,22 +32,23 @@ def simple_loss_reference(
     return take(weight, t) * (prediction - target).square().flatten(1).mean(1)
 
 
-def _launch(arguments, loss: Tensor | None, grad_loss: Tensor | None, grad_model_output: Tensor | None) -> None:
+def _launch(arguments: Any, loss: Tensor | None, grad_loss: Tensor | None, grad_model_output: Tensor | None) -> None:
     """Writes the loss, the gradient of model_output (for grad_loss, or for ones), or both."""
     model_output, x_start, t, weight, x_start_coef, noise_coef, noise = arguments
     native.cpu_simple_loss(
         sizes=x_start, model_output=model_output.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(), weight=weight,
-        x_start_coef=x_start_coef, noise_coef=noise_coef, noise=contiguous(noise), loss=loss, grad_loss=grad_loss, grad_model_output=grad_model_output,
+        x_start_coef=x_start_coef, noise_coef=noise_coef, noise=contiguous(noise),
+        loss=loss, grad_loss=grad_loss, grad_model_output=grad_model_output,
     )  # fmt: skip
 
 
-def _simple_loss_cpu(*arguments) -> Tensor:
+def _simple_loss_cpu(*arguments: Any) -> Tensor:
     loss = per_sample(arguments[1])
     _launch(arguments, loss, None, None)
     return loss
 
 
-def _ahead_cpu(arguments, needs):
+def _ahead_cpu(arguments: Any, needs: Any) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]] | None:
     model_output, x_start, *_ = arguments
     if model_output.dtype != torch.float32 or any(needs[1:]):
         return None
@@ -53,13 +57,15 @@ def _ahead_cpu(arguments, needs):
     return loss, {"model_output": grad_model_output}, [prediction_half(grad_model_output, x_start)]
 
 
-def _backward_cpu(arguments, needs, grads):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     grad_model_output = new_like(arguments.model_output)
     _launch(arguments, None, grads[0].contiguous(), grad_model_output)
     return {"model_output": grad_model_output}
 
 
-def _check(model_output, x_start, t, weight, x_start_coef, noise_coef, noise) -> None:
+def _check(
+    model_output: Tensor, x_start: Tensor, t: Tensor, weight: Tensor, x_start_coef: Tensor, noise_coef: Tensor, noise: Noise | Tensor
+) -> None:
     check_data("x_start", x_start)
     check_output(model_output, "x_start", x_start)
     check_table("weight", weight, "x_start", x_start)
@@ -94,7 +100,7 @@ def simple_loss(
     noise_coef: Tensor,
     noise: Noise | Tensor,
     *,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Weighted squared error of a model's output against its target, one value a sample.
 

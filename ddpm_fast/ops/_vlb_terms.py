@@ -8,6 +8,7 @@ csrc/cpu/vlb_terms.cpp and ops/triton/vlb_terms.py.
 from __future__ import annotations
 
 import math
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -30,10 +31,11 @@ from ddpm_fast.ops._output import (
     prediction_half,
     split_output,
 )
+from ddpm_fast.types import Backend, Cdf, VarianceKind
 
 # The table's columns. mean1 and mean2 weigh x̂0 (or x_0) and x_t in the posterior's mean.
 COLUMNS = ("from_x_t", "from_out", "mean1", "mean2", "posterior_log_variance", "log_variance_low", "log_variance_high", "unused")
-CDFS = ("tanh", "erf")
+CDFS: tuple[Cdf, ...] = get_args(Cdf)
 _FLOOR = 1e-12  # of a bin's probability, as in the published code
 _EDGE = 0.999  # data beyond it lies in one of the two open bins
 MAX_LEVELS = 2000  # with more, inner levels would lie beyond _EDGE
@@ -41,7 +43,7 @@ _SATURATED = 100.0  # Φ is 0 or 1 beyond it in fp32 and float64; a larger argum
 _MIN_LOG_SCALE = -80.0  # e^80 is still finite in fp32; at this scale every argument that is not 0 is saturated
 
 
-def normal_cdf(x: Tensor, cdf: str) -> Tensor:
+def normal_cdf(x: Tensor, cdf: Cdf) -> Tensor:
     """Φ(x): by the tanh approximation that published bounds were computed with, or exactly by erf."""
     x = x.clamp(-_SATURATED, _SATURATED)
     if cdf == "tanh":
@@ -49,7 +51,7 @@ def normal_cdf(x: Tensor, cdf: str) -> Tensor:
     return 0.5 * torch.erfc(x * -math.sqrt(0.5))
 
 
-def discretized_gaussian_log_likelihood(x_start: Tensor, mean: Tensor, log_scale: Tensor, levels: int, cdf: str = "tanh") -> Tensor:
+def discretized_gaussian_log_likelihood(x_start: Tensor, mean: Tensor, log_scale: Tensor, levels: int, cdf: Cdf = "tanh") -> Tensor:
     """log P(x_start) in nats, elementwise, where P gives each grey level the mass of its bin under a Gaussian.
 
     Bins have the half-width 1 / (levels - 1); the first and the last are open (Ho et al., eq. 13).
@@ -78,7 +80,7 @@ def vlb_terms_reference(
     variance: str,
     clip: bool,
     levels: int,
-    cdf: str,
+    cdf: Cdf,
     detach_mean: bool,
 ) -> Tensor:
     """The formulas in plain PyTorch; fp32 arithmetic (float64 for float64 data)."""
@@ -102,23 +104,23 @@ def vlb_terms_reference(
     return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2.0)
 
 
-def _launch(arguments, terms: Tensor | None, grad_terms: Tensor | None, grad_model_output: Tensor | None) -> None:
+def _launch(arguments: Any, terms: Tensor | None, grad_terms: Tensor | None, grad_model_output: Tensor | None) -> None:
     """Writes the terms, the gradient of model_output (for grad_terms, or for ones), or both."""
     model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean = arguments
     native.cpu_vlb_terms(
-        sizes=x_t, model_output=model_output.contiguous(), x_t=x_t.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(), table=table,
-        variance=variance, clip=clip, levels=levels, exact_cdf=cdf == "erf", detach_mean=detach_mean,
+        sizes=x_t, model_output=model_output.contiguous(), x_t=x_t.contiguous(), x_start=x_start.contiguous(), t=t.contiguous(),
+        table=table, variance=variance, clip=clip, levels=levels, exact_cdf=cdf == "erf", detach_mean=detach_mean,
         terms=terms, grad_terms=grad_terms, grad_model_output=grad_model_output,
     )  # fmt: skip
 
 
-def _vlb_terms_cpu(*arguments) -> Tensor:
+def _vlb_terms_cpu(*arguments: Any) -> Tensor:
     terms = per_sample(arguments[2])
     _launch(arguments, terms, None, None)
     return terms
 
 
-def _ahead_cpu(arguments, needs):
+def _ahead_cpu(arguments: Any, needs: Any) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]] | None:
     model_output, x_t = arguments.model_output, arguments.x_t
     if model_output.dtype != torch.float32 or any(needs[1:]):
         return None
@@ -133,13 +135,24 @@ def _ahead_cpu(arguments, needs):
     return terms, {"model_output": grad_model_output}, [part]
 
 
-def _backward_cpu(arguments, needs, grads):
+def _backward_cpu(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
     grad_model_output = new_like(arguments.model_output)
     _launch(arguments, None, grads[0].contiguous(), grad_model_output)
     return {"model_output": grad_model_output}
 
 
-def _check(model_output, x_start, x_t, t, table, variance, clip, levels, cdf, detach_mean) -> None:
+def _check(
+    model_output: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    table: Tensor,
+    variance: str,
+    clip: bool,
+    levels: int,
+    cdf: str,
+    detach_mean: bool,
+) -> None:
     check_data("x_t", x_t)
     check_like("x_start", x_start, "x_t", x_t)
     check_variance(variance)
@@ -154,7 +167,8 @@ def _check(model_output, x_start, x_t, t, table, variance, clip, levels, cdf, de
 
 _op = Op(
     "vlb_terms",
-    "Tensor model_output, Tensor x_start, Tensor x_t, Tensor t, Tensor table, str variance, bool clip, SymInt levels, str cdf, bool detach_mean",
+    "Tensor model_output, Tensor x_start, Tensor x_t, Tensor t, Tensor table, str variance, bool clip, SymInt levels, str cdf, "
+    "bool detach_mean",
     "Tensor",
     check=_check,
     fake=lambda model_output, x_start, x_t, *_: per_sample(x_t),
@@ -175,12 +189,12 @@ def vlb_terms(
     t: Tensor,
     table: Tensor,
     *,
-    variance: str = "fixed",
+    variance: VarianceKind = "fixed",
     clip: bool = False,
     levels: int = 256,
-    cdf: str = "tanh",
+    cdf: Cdf = "tanh",
     detach_mean: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """L_t of each sample, bits per dimension.
 

@@ -1,4 +1,4 @@
-"""A reverse step as a CUDA graph: what the host has to say for a step is then two launches, whatever the network's size."""
+"""A reverse step as a CUDA graph: the host then makes two launches for a step, whatever the network's size."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ def cuda_capture(body: Callable[[], None]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _autocast_without_cache() -> Iterator[None]:
-    """Autocast keeps the casts of weights till it ends: a graph would go on reading those of the warm-up, whose memory is then given back."""
+    """Switches autocast's cache off within the block.
+
+    Autocast keeps its casts of the weights until it ends. A graph that is recorded meanwhile would go on reading those casts after
+    their memory is given back.
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,6 +1,6 @@
-"""Sampling: one loop for every sampler, which diffusion/samplers.py writes as tables, and what can be asked of it.
+"""Sampling: one loop for all samplers, whose tables of coefficients are made in diffusion/samplers.py.
 
-Guidance, thresholding, inpainting and interpolation change what goes into a step or what comes out, never the step.
+Guidance, thresholding, inpainting and interpolation change the inputs or the outputs of a step, never the step itself.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def sample_loop(
         step: of the sampler, or the CUDA graph of it.
         x_t: (N, C, ...), the start, usually N(0, I).
         noise: key of the steps' noise: the step at model time t draws from stream t.
-        constrain: called as constrain(t, x) after each step, t being the time of the chain that x is at, None for the data; gives the
-            x to go on with.
+        constrain: called as constrain(t, x) after each step, where t is x's time in the chain, or None at the end, when x is the
+            sample; returns the x to go on with.
         keep: give new tensors at each step; False writes each step over the one before, ``x_t`` first of all, which saves
             the memory and the time that new memory costs.
-        with_x_start: whether x̂0 is wanted.
+        with_x_start: give x̂0 too.
 
     Yields:
         (t, x, x̂0 or None) after each step, with the t that the model was told; x after the last one is the sample.
@@ -72,17 +72,17 @@ class Sampler:
     Args:
         model: any callable (x_t, t) -> output, or (x_t, t, labels) -> output where labels are given; put it in eval mode first. It gets
             x_t in float32, which a UNet in another dtype casts.
-        diffusion: what the model was trained for.
+        diffusion: the diffusion that the model was trained with.
         sampler: "ddpm", "ddim" or "dpmpp_2m".
         steps: None for all T, a number of steps, or their ascending list.
-        spacing: of a number of steps: "even", "quadratic" or "logsnr".
+        spacing: how a number of steps is spaced: "even", "quadratic" or "logsnr".
         eta: DDIM's share of noise, 0..1.
         clip: clip each x̂0 to [-1, 1].
         threshold: dynamic thresholding in place of clipping: the share of |x̂0|, in (0, 1], that may be scaled to lie within
             [-1, 1] (Saharia et al. 2022, section 2.3; 0.995 there).
         guidance: scale of classifier-free guidance, 1 for none: unconditional + scale · (conditional - unconditional) (Ho &
             Salimans 2022, whose w is the scale less 1).
-        null_label: what the model takes for "no class"; by default its ``num_classes``, as the UNet here.
+        null_label: the label that means "no class" to the model; by default its ``num_classes``, as in the UNet here.
         graph: capture a step in a CUDA graph and replay it; by default for modules on CUDA. Anything that the model does on the
             host, such as reading a value of a tensor, cannot be captured.
 
@@ -90,7 +90,7 @@ class Sampler:
         table: the :class:`~ddpm_fast.diffusion.samplers.StepTable`.
 
     Raises:
-        ValueError: for an unknown name, or what is out of range.
+        ValueError: for an unknown name, or a value out of range.
     """
 
     def __init__(
@@ -119,7 +119,8 @@ class Sampler:
         guidance = checks.number("guidance", guidance)
         if threshold is not None and self.table.output_is_mean:
             raise ValueError(
-                "threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take sampler 'ddim'"
+                "threshold acts on x̂0, which the steps of a model that predicts the mean do not read; leave steps out, or take "
+                "sampler 'ddim'"
             )
         null_label = getattr(model, "num_classes", None) if null_label is None else checks.integer("null_label", null_label, 0)
         if guidance != 1.0 and null_label is None:
@@ -186,7 +187,8 @@ class Sampler:
         Args:
             a, b: (N, C, ...) float32 in [-1, 1].
             weights: (K,) share of b, 0..1.
-            t: time of the chain, 0..T-1: the later, the freer; the sampler's last step that is not after t is the first to be done.
+            t: time of the chain, 0..T-1. With a larger t the result keeps less of the images. Sampling starts at the last of the
+                sampler's steps that is not after t.
             labels: (N,) int64, for a class-conditional model.
 
         Returns:
@@ -204,7 +206,7 @@ class Sampler:
             check_unit_range(name, images)
         weights = _weights(weights)
         t = checks.integer("t", t, 0, len(self.diffusion) - 1)
-        # A table of its own: its first step has no history, whatever the step in the whole table has.
+        # A new table, because its first step must not read x̂0 of a step before, as the same step in the whole table may.
         table = self._make_table(self.table.chain_times[: start_row(self.table, t) + 1], spacing="even")
         table = replace(table, output_is_mean=self.table.output_is_mean)
         device = self._device(a.device if not isinstance(self.model, torch.nn.Module) else None)
@@ -238,7 +240,7 @@ class Sampler:
         for t, x, x_start in steps:
             if callback is not None and x_start is not None:
                 callback(t, x, x_start)
-        return x.clone() if isinstance(step, StepGraph) else x  # a graph's own memory serves its next batch
+        return x.clone() if isinstance(step, StepGraph) else x  # x is the graph's memory, which the next batch overwrites
 
     def _step(self, x: Tensor, labels: Tensor | None, table: StepTable) -> ReverseStep | StepGraph:
         captures = x.is_cuda and isinstance(self.model, torch.nn.Module) if self.graph is None else self.graph
@@ -262,7 +264,10 @@ class Sampler:
         return self._graphs[place].set_labels(labels)
 
     def _state_of_model(self) -> tuple[object, ...]:
-        """All that a recorded pass depends on: which modules, their modes and hooks, and where the weights are and how they lie, not what they are."""
+        """Everything that a recorded pass depends on: the modules, their modes and hooks, and the weights' addresses and strides.
+
+        The weights' values are not part of it: a replay reads them anew.
+        """
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         if not isinstance(self.model, torch.nn.Module):
             return autocast
@@ -296,7 +301,7 @@ class Sampler:
         return labels.to(device)
 
     def _constrain(self, known: tuple[Tensor, Tensor], shape: torch.Size, device: torch.device, key: Noise) -> Constrain:
-        """Puts the known part, noised to time t (None: as it is), where the mask says."""
+        """Makes the function that puts the known part of an image, noised to time t, into x. For t = None it puts it in without noise."""
         if not isinstance(known, (tuple, list)) or len(known) != 2 or not all(isinstance(part, Tensor) for part in known):
             raise TypeError(f"known must be two tensors, (x_start, mask), got {type(known).__name__}")
         x_start, mask = known

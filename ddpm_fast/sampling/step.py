@@ -12,13 +12,12 @@ from ddpm_fast import checks, ops
 from ddpm_fast._memory import overlap
 from ddpm_fast.diffusion.samplers import StepTable
 from ddpm_fast.noise import Noise
-from ddpm_fast.ops._common import gather
 from ddpm_fast.ops._output import check_output, guess_x_start, split_output
-from ddpm_fast.ops._p_step import COLUMNS
+from ddpm_fast.ops._p_step import COLUMNS, GUESS_COLUMNS, gather_row
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance: its scale, 1 for none, and the label that stands for no class."""
+    """Classifier-free guidance: its scale (1 for none) and the label that means "no class"."""
 
     scale: float = 1.0
     null_label: int | None = None
@@ -37,7 +36,7 @@ class ReverseStep:
     Attributes:
         timesteps: (S,) ints, the t that the model is told at each row.
         chain_times: (S,) ints, the time of the diffusion's chain at each row.
-        multistep: whether a step reads x̂0 of the step before.
+        multistep: true if a step reads x̂0 of the step before.
     """
 
     def __init__(
@@ -81,7 +80,19 @@ class ReverseStep:
         keep: bool = True,
         with_x_start: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Goes from the state at ``row`` to the one before it: (x', x̂0 or None). Without ``keep``, x' is written over x_t where that is possible."""
+        """Goes from the state at ``row`` to the one before it.
+
+        Args:
+            row: of the sampler's table.
+            x_t: (N, C, ...) the state.
+            noise: z, as a Noise or a tensor like x_t.
+            x_start_previous: x̂0 of the step before, for multistep samplers.
+            keep: write the results into new memory. Without it, x' is written over x_t and x̂0 over x_start_previous where possible.
+            with_x_start: return x̂0 too. For a multistep sampler it is always returned.
+
+        Returns:
+            (x', x̂0 or None), each like x_t.
+        """
         out = self.plan(self.doubled(x_t), row) if self.plan is not None else self.predict(x_t, self.model_t[row])
         reuse = not keep and x_t.is_contiguous() and not overlap(x_t, out)  # it may return its input
         into = x_start_previous if x_start_previous is not None and not keep else with_x_start or self.multistep
@@ -130,7 +141,7 @@ class ReverseStep:
         if guidance is not None:
             without, scale = guidance
             prediction = torch.lerp(split_output(without, x_t)[0], prediction, scale)
-        from_x_t, from_out = (gather(self.rows[:, COLUMNS.index(name)], row, x_t) for name in ("from_x_t", "from_out"))
+        from_x_t, from_out = gather_row(self.rows, row, x_t, GUESS_COLUMNS).values()
         x_start = dynamic_threshold(guess_x_start(from_x_t, from_out, x_t, prediction), share)
         return x_start if raw is None else torch.cat([x_start, raw], 1)
 

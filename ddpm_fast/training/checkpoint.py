@@ -1,11 +1,11 @@
 """Checkpoints: one ``.safetensors`` file that is complete by itself, and a ``.json`` to read.
 
-The tensors, and in the header everything else (configuration, step), are one file, which is replaced in one step: whatever happens while
-saving, a whole checkpoint is there, the old one or the new one. The JSON beside it is a copy of the header for people and scripts. Both
-carry the same random id, and loading compares them, so that a pair put together from two saves is noticed.
+One file has the tensors and, in its header, everything else (configuration, step). It is replaced in one step: whatever happens while
+saving, a complete checkpoint is there, the old one or the new one. The JSON beside it is a copy of the header for people and scripts. Both
+have the same random id, and loading compares them: a pair from two different saves is refused.
 
-The header has a checksum of all of it, so that a flipped bit, which would only make the samples a little worse, is noticed. Nothing is
-pickled: loading a checkpoint runs no code from it.
+The header has a checksum of the whole content. Without it a flipped bit would not be noticed: it would only make samples a little worse.
+Nothing is pickled: loading a checkpoint runs no code from it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ CHECKPOINT_FILES = ("checkpoint.safetensors", "checkpoint.json")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _KEYS_SHOWN = 5
-# safetensors reads headers of up to 100 MB, after escaping, and writes longer ones without a word.
+# safetensors reads headers of up to 100 MB, after escaping, but writes longer ones without an error.
 _META_BYTES = 40_000_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, found, trusted or fitted; says what was expected."""
+    """A checkpoint that cannot be written, found, trusted or loaded into a network; the message says what was expected."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` returns.
+    """The content of a checkpoint, as `load_checkpoint` returns it.
 
     Attributes:
         tensors: flat names (``"model.conv_in.weight"``) to tensors.
@@ -66,7 +66,7 @@ def strip_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def save_checkpoint(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     tensors: Mapping[str, torch.Tensor],
     meta: Mapping[str, Any],
 ) -> Path:
@@ -109,7 +109,7 @@ def save_checkpoint(
     return tensor_path
 
 
-def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads what `save_checkpoint` wrote, into the host's memory.
 
     Args:
@@ -157,7 +157,14 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what
 
 
 def check_fits(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what: str = "model") -> None:
-    """What `load_into` checks, for a module that may be on the meta device, before its memory is taken."""
+    """Checks that names and shapes of `tensors` are those of `module`, which may be on the meta device and so take no memory.
+
+    Args:
+        module, tensors, what: as `load_into`.
+
+    Raises:
+        CheckpointError: names are missing or unexpected, or shapes differ.
+    """
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]
     unexpected = [name for name in tensors if name not in own]
@@ -170,7 +177,7 @@ def check_fits(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wha
 
 
 def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Dense contiguous tensors, each with a storage of its own, as the format wants them."""
+    """Converts tensors to what the format can store: dense and contiguous, and no two on one storage."""
     result, storages = {}, set()
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
@@ -204,7 +211,7 @@ def _document(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _resolve(path: Path) -> Path:
-    """The tensor file that `path` stands for."""
+    """Path of the tensor file for a folder, a .safetensors or a .json file."""
     if path.is_dir():
         tensor_path = path / CHECKPOINT_FILES[0]
     elif path.suffix in _PICKLE_SUFFIXES:
@@ -255,12 +262,11 @@ def _check_json(tensor_path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _holds(beside: Any, document: Any) -> bool:
-    """Whether all that the document says stands beside it, too. What was added there, a note or a later version's entry, does no harm."""
+    """True if the JSON file's content has everything that the document has. It may have more: a note, or a later version's entry."""
     if isinstance(document, dict):
         return isinstance(beside, dict) and all(key in beside and _holds(beside[key], value) for key, value in document.items())
-    return json.dumps(beside, sort_keys=True) == json.dumps(
-        document, sort_keys=True
-    )  # as texts: a diverged run's meta may hold NaN, which equals nothing
+    # Compared as texts: a diverged run's meta may hold NaN, which is not equal to itself.
+    return json.dumps(beside, sort_keys=True) == json.dumps(document, sort_keys=True)
 
 
 def _damaged(path: Path, error: Exception) -> str:
@@ -272,7 +278,10 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def _pickle_message(path: Path) -> str:
-    return f"{path} is a pickle, or named like one: pickles can run any code and are not loaded; expected a .safetensors file written by ddpm_fast"
+    return (
+        f"{path} is a pickle, or named like one: pickles can run any code and are not loaded; "
+        "expected a .safetensors file written by ddpm_fast"
+    )
 
 
 def _shortened(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a training run is made of: one flat record, which the command line fills and the checkpoint stores."""
+"""The configuration of a training run: one flat record, which the command line fills and the checkpoint stores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from ddpm_fast.types import Decay, Loss, Precision, Prediction, Preset, Schedule
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DECAYS: tuple[Decay, ...] = get_args(Decay)
 WARMUP_SHARE = 8  # a recipe's warm-up takes at most one part in so many of a run
-# Far beyond any use (but for the seed, which has 64 bits): more is a slip or a damaged file, and would fill the memory with tables or take hours to count out.
+# Far beyond any use (but for the seed, which has 64 bits). A larger number is a slip or a damaged file, and would fill the memory with
+# tables or take hours to count through.
 _MOST = {"timesteps": 1_000_000, "batch": 1_000_000, "seed": 2**64 - 1}
 
 
@@ -51,9 +52,9 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    image_size: int | tuple | None = None
+    image_size: int | tuple[int, int] | None = None
     levels: int | None = None
-    value_range: tuple | None = None
+    value_range: tuple[float, float] | None = None
     preset: Preset = "cifar10"
     network: dict[str, Any] = field(default_factory=dict)
     schedule: ScheduleName = "linear"
@@ -113,14 +114,25 @@ class TrainConfig:
 
     @classmethod
     def for_data(cls, data: str, **overrides: Any) -> TrainConfig:
-        """The recipe for a data set, with what is given (not None) replaced; another schedule starts from its own defaults.
+        """Makes the configuration of a run: the recipe for a data set, with some entries replaced.
 
-        Recipes are for runs of their own length. In shorter ones the warm-up, unless it is given, takes no more than an eighth of
-        ``steps``, or the learning rate would never be reached. The average of the weights needs no such rule: `EMA` begins with a
-        short memory, of a ninth of the steps so far, whatever ``ema`` is.
+        Some entries follow from others, unless they are given:
 
-        Loss "vlb" given brings its own published recipe: t drawn by "loss_aware", and no weight, which is of the simple loss. A variance
-        given without a loss brings the one that can train it: "hybrid" if it is learned, else "simple".
+        - ``warmup`` takes at most an eighth of ``steps``: a recipe's warm-up is for a run of the recipe's length, and a shorter run would
+          never reach the learning rate. ``ema`` needs no such rule: :class:`~ddpm_fast.EMA` never looks back over more than about a
+          ninth of the steps so far.
+        - With loss "vlb", t are drawn by "loss_aware", as published, and ``weight``, which belongs to the simple loss, is "uniform".
+        - With a ``variance``, the loss is one that can train it: "hybrid" for a learned variance, else "simple".
+        - With a ``schedule``, its options are that schedule's defaults. With ``timesteps``, the betas of a linear schedule are scaled so
+          that the chain destroys as much of the data as the recipe's.
+
+        Args:
+            data: "digits", "photos", a folder of images, or a .npy or .npz file. The first two have recipes; other data get the defaults
+                of the class.
+            overrides: entries to replace, by name. None counts as not given.
+
+        Raises:
+            TypeError, ValueError: an entry that does not exist, has a wrong type or value, or does not fit the others.
         """
         recipe = RECIPES.get(data, {})
         given = {name: value for name, value in overrides.items() if value is not None}
@@ -139,7 +151,8 @@ class TrainConfig:
             start, end = options.get("beta_start", 1e-4) * T, options.get("beta_end", 0.02) * T
             if end >= config.timesteps:
                 raise ValueError(
-                    f"timesteps must be more than {end:.4g} for schedule 'linear', whose last beta is {end:.4g} / timesteps, got {config.timesteps}; schedule 'cosine' takes fewer"
+                    f"timesteps must be more than {end:.4g} for schedule 'linear', whose last beta is {end:.4g} / timesteps, "
+                    f"got {config.timesteps}; schedule 'cosine' takes fewer"
                 )
             config = dataclasses.replace(
                 config, schedule_options=dict(beta_start=start / config.timesteps, beta_end=end / config.timesteps)
@@ -156,10 +169,10 @@ class TrainConfig:
         return cls(**arguments)  # JSON has no tuples
 
     def continued(self, **changes: Any) -> TrainConfig:
-        """The configuration with which a run goes on. ``steps`` and ``device`` may change; the rest may only be what it was.
+        """Makes the configuration with which a run goes on. ``steps`` and ``device`` may change, everything else must stay.
 
         Args:
-            changes: entries to replace; None is as good as not given. ``network`` may have some of its arguments.
+            changes: entries to replace; None counts as not given. ``network`` may hold only some of its arguments.
 
         Raises:
             ValueError: for any other change, and for another number of steps where the learning rate decays over them.
@@ -182,7 +195,7 @@ class TrainConfig:
 
     @property
     def data_options(self) -> dict[str, Any]:
-        """The arguments of `load_data` beside the source."""
+        """Arguments of `load_data`, without the source."""
         return dict(image_size=self.image_size, levels=self.levels, value_range=self.value_range)
 
     def make_diffusion(self, levels: int) -> GaussianDiffusion:
@@ -190,11 +203,15 @@ class TrainConfig:
         return GaussianDiffusion(schedule, self.prediction, self.variance, levels)
 
     def make_network(self, data: ImageData) -> UNet:
-        """The preset, fitted to the data's channels and size and to the variance's head. Weights are random."""
+        """Builds the preset's network for the data's channels and image size, and for the variance. Its weights are random."""
         return UNet(**self.network_arguments(data))
 
     def network_arguments(self, data: ImageData) -> dict[str, Any]:
-        """Of :meth:`make_network`'s UNet."""
+        """Arguments of the UNet that :meth:`make_network` builds.
+
+        Raises:
+            ValueError: the preset does not fit the size of the images, or the network wants labels that the data do not have.
+        """
         channels, height, width = data.image_shape
         preset = PRESETS[self.preset]
         # Attention stays at the level, not at the resolution, that the preset has it at.
@@ -221,9 +238,13 @@ class TrainConfig:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as its annotation says; numbers of NumPy's become Python's, which JSON can hold."""
+    """Checks a value against its annotation. NumPy's numbers become Python's, which JSON can hold.
+
+    Raises:
+        TypeError: what was expected and what came.
+    """
     kinds = (dict,) if get_origin(hint) is dict else (str,) if get_origin(hint) is Literal else get_args(hint)
-    kinds = kinds or (hint,)
+    kinds = tuple(get_origin(kind) or kind for kind in kinds or (hint,))  # tuple, for tuple[int, int]
     if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
         return value
     if not isinstance(value, bool):

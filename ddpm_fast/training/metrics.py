@@ -13,7 +13,7 @@ from ddpm_fast.io.files import atomic_write
 METRICS = "metrics.jsonl"
 
 
-def read_metrics(path: Path, step: int) -> list[dict]:
+def read_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl up to a step; none where there is no file, or nothing done.
 
     Raises:
@@ -37,7 +37,7 @@ def read_metrics(path: Path, step: int) -> list[dict]:
 
 
 @contextlib.contextmanager
-def open_metrics(path: Path, lines: list[dict]) -> Iterator[Any]:
+def open_metrics(path: Path, lines: list[dict[str, Any]]) -> Iterator[Any]:
     """metrics.jsonl with the lines that are kept, to write more. Opened before any work: an unwritable folder is noticed at once."""
     with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines))

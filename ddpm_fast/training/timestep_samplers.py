@@ -1,10 +1,11 @@
-"""How the t of a training step are drawn: "uniform", "stratified" or "loss_aware".
+"""Samplers of the time steps t in training: "uniform", "stratified" or "loss_aware".
 
-A loss summed over t is estimated from one t an image. Any distribution p_t > 0 estimates it without bias if a sample's loss is weighted
-by 1 / (T p_t); the variance is least for p_t in proportion to sqrt(E[L_t²]) (Nichol & Dhariwal 2021, section 3.3, eq. 18).
+The loss is a sum over all t, estimated from one t for each image. Any distribution p_t > 0 gives an unbiased estimate if a sample's
+loss is weighted by 1 / (T p_t). The estimate's variance is least for p_t in proportion to sqrt(E[L_t²]) (Nichol & Dhariwal 2021,
+section 3.3, eq. 18).
 
-Draws are a function of (seed, step, state) alone. Everything stays on the device: no value is read back, no shape depends on data, and
-no sum or scatter depends on the order in which a GPU happens to work.
+Draws depend on (seed, step, state) only. Everything stays on the device: no value is read back, no shape depends on data, and
+no sum or scatter depends on the order in which a GPU works.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _GRID = 2.0**32  # Noise.uniform gives multiples of its inverse
 class UniformTimesteps(nn.Module):
     """Independent draws, each t as likely as any other.
 
-    A module for the sake of its buffers, which are the sampler's state: ``state_dict`` and ``load_into`` come with it.
+    It is a module so that its buffers, the sampler's state, can be saved by ``state_dict`` and loaded by ``load_into``.
 
     Args:
         timesteps: T, the length of the chain.
@@ -56,7 +57,7 @@ class UniformTimesteps(nn.Module):
         """
 
     def strata(self, step: int) -> Tensor:
-        """(N,) float64, sample n uniform in [n, n + 1): over N, points that are spread evenly over [0, 1)."""
+        """(N,) float64, where number n is uniform in [n, n + 1). Divided by N they are spread evenly over [0, 1)."""
         offset = torch.arange(self.batch, dtype=torch.float64, device=self.device)
         return offset + self.noise.at(stream=step).uniform(self.batch, self.device)
 
@@ -93,11 +94,11 @@ class LossAwareTimesteps(UniformTimesteps):
     def cdf(self) -> Tensor:
         """P(t <= k) for each k: (T,) float64, rising multiples of 2^-32 that end in exactly 1.
 
-        A number of :meth:`Noise.uniform` is a multiple of 2^-32 too, so differences are the very probabilities of its draws.
+        The numbers of :meth:`Noise.uniform` are multiples of 2^-32 too, so the difference of two entries is exactly the probability of t.
         """
         root = self.losses.double().square().mean(1).sqrt()
         total = root.sum()
-        # A sum of zero: all is learnt (or the loss is constant), and no t needs more draws than another.
+        # If all losses are zero, no t needs more draws than another.
         aware = (self.seen == HISTORY).all() & (total > 0)
         # Filled, as torch.where would first copy a Python number to the device, and wait.
         p = ((1.0 - UNIFORM_SHARE) * root / total + UNIFORM_SHARE / self.T).masked_fill(~aware, 1.0 / self.T)
@@ -117,12 +118,12 @@ class LossAwareTimesteps(UniformTimesteps):
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Appends each sample's loss to the history of its t, in the order of the batch; losses that are not finite are passed over.
+        """Appends each sample's loss to the history of its t, in the order of the batch; losses that are not finite are left out.
 
         Args: as :meth:`UniformTimesteps.update`.
         """
         losses = losses.float()
-        # One NaN would spoil p for ever. Sorted behind all t, a sample is in nobody's range.
+        # A NaN would make p NaN from then on. Samples with such losses get the key T, which sorts them behind all t.
         key, order = t.masked_fill(~losses.isfinite(), self.T).sort(stable=True)
         losses, every_t = losses[order], torch.arange(self.T, device=key.device)
         first = torch.searchsorted(key, every_t)

@@ -37,7 +37,10 @@ class TrainedModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of the model and its chain that results depend on, as JSON values: what must be the same where an unfinished computation goes on."""
+        """Everything of the model and its chain that results depend on, as JSON values.
+
+        An unfinished computation may be continued only where all of them are the same.
+        """
         diffusion = self.diffusion
         return dict(
             checkpoint=self.fingerprint, network=self.model.config, betas=fingerprint(diffusion.schedule.betas),
@@ -46,7 +49,7 @@ class TrainedModel:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes in order of their numbers, which stand for names that the run did not have; None without classes."""
+        """Names of the classes in order of their numbers; the numbers themselves if the run had no names, None if it had no classes."""
         count, names = self.model.num_classes, self.meta.get("classes")
         if count is None:
             return None
@@ -57,12 +60,16 @@ class TrainedModel:
         return next(self.model.parameters()).device
 
 
-def load_trained(path: str | os.PathLike, device: torch.device | str = "cpu", *, averaged: bool = True) -> TrainedModel:
-    """Reads what `Trainer.save` wrote.
+def load_trained(path: str | os.PathLike[str], device: torch.device | str = "cpu", *, averaged: bool = True) -> TrainedModel:
+    """Reads a trained model from the checkpoint that `Trainer.save` wrote.
 
     Args:
         path: the run's folder, or its checkpoint file.
-        averaged: the moving average of the weights, or the last ones.
+        device: where the model goes.
+        averaged: take the moving average of the weights; else the last weights.
+
+    Returns:
+        :class:`TrainedModel`, in eval mode.
 
     Raises:
         CheckpointError: for a file that is missing, foreign, damaged or of a later version.
@@ -79,8 +86,8 @@ def load_trained(path: str | os.PathLike, device: torch.device | str = "cpu", *,
     return TrainedModel(model.eval(), diffusion, config, tuple(meta["image_shape"]), meta["step"], meta)
 
 
-def load_run(path: str | os.PathLike) -> tuple[Checkpoint, TrainConfig]:
-    """The checkpoint of a training run, on the CPU, and the run's configuration.
+def load_run(path: str | os.PathLike[str]) -> tuple[Checkpoint, TrainConfig]:
+    """Reads the checkpoint of a training run, onto the CPU, and the run's configuration.
 
     Raises:
         CheckpointError: as `load_trained`.
@@ -97,14 +104,16 @@ def load_run(path: str | os.PathLike) -> tuple[Checkpoint, TrainConfig]:
 
 
 def rebuilt(checkpoint: Checkpoint) -> UNet:
-    """The network of a training run on the meta device: no memory is taken before its shapes are known to be the file's.
+    """Builds the network of a training run on the meta device, and compares it with the weights in the file.
+
+    No memory is taken for weights that the file does not have.
 
     Raises:
-        CheckpointError: the description is none of a network, or not of the one whose weights are there.
+        CheckpointError: the file does not describe a network, or describes another one than its weights are of.
     """
     arguments, weights = checkpoint.meta["network"], strip_prefix("model", checkpoint.tensors)
     try:
-        if (blocks := len(arguments["channel_mult"]) * arguments["num_blocks"]) > len(weights):  # building them would take for ever
+        if (blocks := len(arguments["channel_mult"]) * arguments["num_blocks"]) > len(weights):  # building them could take hours
             raise ValueError(f"its network has {blocks} blocks, but {len(weights)} weights")
         with torch.device("meta"):  # no random weights, which would move the global generator
             model = UNet(**arguments)
@@ -139,10 +148,10 @@ def cannot_rebuild(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
 
 
 def load_run_data(config: TrainConfig) -> ImageData:
-    """The images that a run was trained on.
+    """Loads the images that a run was trained on.
 
     Raises:
-        DataError: as `load_data`, and where they are no longer where they were.
+        DataError: as `load_data`, and if the images are no longer in their place.
     """
     if config.data not in BUILT_IN and not os.path.exists(config.data):
         raise DataError(
@@ -152,7 +161,7 @@ def load_run_data(config: TrainConfig) -> ImageData:
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Of values, whatever file they came from: a run that was moved or copied is the same."""
+    """Hash of tensors' values. It does not depend on files, so a run that was moved or copied keeps its fingerprint."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().reshape(-1).numpy().data)

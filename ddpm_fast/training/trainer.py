@@ -40,7 +40,7 @@ SAVE_MINUTES = 10.0
 
 
 class Progress(NamedTuple):
-    """What the trainer tells after each step. loss is None where it was not read, which would wait for the device."""
+    """Report of the trainer after each step. ``loss`` is None for most steps, as reading it waits for the device."""
 
     step: int
     steps: int
@@ -122,7 +122,7 @@ class Trainer:
         return trainer
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        """Takes over everything that `save` wrote of a run of this configuration."""
+        """Takes over everything that `save` wrote, from a run with this configuration."""
         tensors, meta, where = checkpoint.tensors, checkpoint.meta, f"of {checkpoint.path}"
         if absent := [name for name in ("ema_updates", "optimizer") if name not in meta]:
             raise CheckpointError(f"{checkpoint.path} can be sampled from but not resumed: it has no {', '.join(absent)}")
@@ -153,7 +153,8 @@ class Trainer:
             values = [group.get(name) for group in found["groups"]]
             if json.dumps(values) != json.dumps([group[name] for group in own]):
                 raise ValueError(
-                    f"its optimizer must be Adam with {name} {own[0][name]} in one parameter group, got {name} {', '.join(map(str, values))}"
+                    f"its optimizer must be Adam with {name} {own[0][name]} in one parameter group, "
+                    f"got {name} {', '.join(map(str, values))}"
                 )
         # Files hold rows in order; the fused kernel wants a parameter and its state laid out alike, here channels_last.
         state: dict[int, dict[str, Tensor]] = {}
@@ -210,7 +211,7 @@ class Trainer:
         save_every: int | None = None,
         save_minutes: float | None = SAVE_MINUTES,
         report: Callable[[Progress], Any] = lambda _: None,
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Trains up to the last step.
 
         Args:
@@ -244,8 +245,8 @@ class Trainer:
 
     def _run(
         self, out: Path | str | None, log_every: int, save_every: int | None, save_minutes: float | None, report: Callable[[Progress], Any]
-    ) -> list[dict]:
-        history: list[dict] = [] if out is None else read_metrics(Path(out) / METRICS, self.step)
+    ) -> list[dict[str, Any]]:
+        history: list[dict[str, Any]] = [] if out is None else read_metrics(Path(out) / METRICS, self.step)
         with contextlib.ExitStack() as stack:
             metrics = stack.enter_context(open_metrics(Path(out) / METRICS, history)) if out is not None else None
             start = saved = time.perf_counter()
@@ -275,16 +276,23 @@ class Trainer:
             except KeyboardInterrupt:
                 if out is not None and first < self.step:
                     self._check_finite(loss, norm)
-                    with uninterrupted():  # whoever is impatient, or a scheduler that sends both signals, gets it whole
+                    with uninterrupted():  # a second Ctrl-C, or a scheduler that sends both signals, must not stop the save
                         self.save(out)
                 raise
         return history
 
     def _check_finite(self, loss: Tensor, norm: Tensor) -> None:
-        """Before anything is kept: an infinite gradient makes NaN weights even where the loss is finite."""
+        """Raises if the loss or the gradient is not finite, before anything is saved.
+
+        An infinite gradient makes the weights NaN even if the loss is finite.
+
+        Raises:
+            FloatingPointError: the message gives both.
+        """
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise FloatingPointError(
-                f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step}; lower the learning rate or check the data"
+                f"the loss is {loss.item()} and the gradient's norm {norm.item()} at step {self.step}; "
+                "lower the learning rate or check the data"
             )
 
     def save(self, out: Path | str) -> Path:
@@ -328,12 +336,12 @@ class Trainer:
         self.ema.copy_to(model)
         return model.eval()
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU.
+    """The device with a name. "auto" is CUDA if there is a GPU, else the CPU.
 
     Raises:
         ValueError: for a device that PyTorch does not know or does not see here.
@@ -353,20 +361,24 @@ def resolve_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's generator of the CPU (initial weights) seeded within the block, and as it was after it."""
+    """Seeds PyTorch's CPU generator, which initial weights are drawn from, within the block, and restores it afterwards."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         yield
 
 
 def image_fingerprints(images: ImageData, config: TrainConfig) -> dict[str, str]:
-    """Of the two parts of the images, with the labels of those that are trained on where the network is given them."""
+    """Hashes of the training and the held-out images, by part. Labels are included in the first if the network is trained with them."""
     labels = [images.train_labels] if config.class_conditional and images.train_labels is not None else []
     return dict(train=fingerprint(images.train, *labels), test=fingerprint(images.test))
 
 
 def _check_images(images: ImageData, checkpoint: Checkpoint, config: TrainConfig) -> None:
-    """What a checkpoint tells of the images that it was trained on. Their order in training depends on their number."""
+    """Checks that images are those that a checkpoint was trained on: number, shape, levels, labels and values.
+
+    Raises:
+        ValueError: what was expected and what came.
+    """
     meta, found = checkpoint.meta, (len(images.train), images.image_shape, images.levels)
     expected = (meta["images"], tuple(meta["image_shape"]), meta["levels"])
     if found != expected:
@@ -381,7 +393,13 @@ def _check_images(images: ImageData, checkpoint: Checkpoint, config: TrainConfig
 
 
 def _check_network(network: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Compares the file's network with the one that would be built, before it is. (A dropout, say, leaves no trace in the weights.)"""
+    """Compares the arguments of the file's network with those that the configuration gives.
+
+    Not all of them can be seen in the weights' shapes: a dropout cannot.
+
+    Raises:
+        ValueError: what was expected and what came.
+    """
     own = {name: parameter.default for name, parameter in inspect.signature(UNet).parameters.items()} | arguments
     own["out_channels"] = own["in_channels"] if own["out_channels"] is None else own["out_channels"]
     own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ddpm_fast as df
 from ddpm_fast.training import TrainConfig, Trainer, load_data
-from ddpm_fast.types import Backend, Loss, Prediction, SamplerName, Spacing, Variance, Weight
+from ddpm_fast.types import Backend, Loss, Prediction, Reduction, SamplerName, Spacing, Variance, VarianceKind, Weight
 
 schedule = df.NoiseSchedule.cosine(1000)
 diffusion = df.GaussianDiffusion(schedule, prediction="epsilon", variance="learned_range", levels=256, cdf="tanh")
@@ -60,6 +60,12 @@ def ops(qkv: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
     return [attended, normed, df.gaussian_kl(x, x, x, x), df.ops.conv3x3(x, weight, None), df.ops.randn((2, 3), df.Noise(0))]
 
 
+def ops_by_name(x: Tensor, t: Tensor, table: Tensor, kind: VarianceKind, reduction: Reduction, backend: Backend) -> list[Tensor]:
+    x_next, _ = df.ops.p_step(x, x, t, table, None, variance=kind, backend=backend)
+    terms = df.ops.vlb_terms(x, x, x, t, table, variance="learned_range", cdf="erf", backend=None)
+    return [x_next, terms, df.gaussian_kl(x, x, x, x, reduction=reduction, backend="cpu")]
+
+
 def a_run() -> Trainer:
     config = TrainConfig(
         data="digits", preset="digits", prediction="v", loss="hybrid", variance="learned_range", weight="p2", precision="bf16"
@@ -77,6 +83,7 @@ def by_name(prediction: Prediction, variance: Variance, spacing: Spacing, backen
 
 
 # Refused.
+x = torch.zeros(1)
 TrainConfig(prediction="epsilom")  # type: ignore[arg-type]
 TrainConfig(decay="linear")  # type: ignore[arg-type]
 df.GaussianDiffusion(schedule, prediction="epsilom")  # type: ignore[arg-type]
@@ -91,3 +98,12 @@ df.UNet.from_preset("photos")  # type: ignore[arg-type]
 print(df.Noise(0).sead)  # type: ignore[attr-defined]
 df.Noise("0")  # type: ignore[arg-type]
 train_step(torch.zeros(1), torch.zeros(1), 0, kind="hybird")  # type: ignore[arg-type]
+df.attention(x, backend="cude")  # type: ignore[arg-type]
+df.group_norm(x, 1, activation="relu")  # type: ignore[arg-type]
+df.gaussian_kl(x, x, x, x, reduction="mean")  # type: ignore[arg-type]
+df.ops.randn((2, 3), df.Noise(0), backend="gpu")  # type: ignore[arg-type]
+df.ops.conv3x3(x, x, backend="cdnn")  # type: ignore[arg-type]
+df.ops.q_sample(x, x, x, x, x, backend="trition")  # type: ignore[arg-type]
+df.ops.p_step(x, x, x, x, None, variance="fixed_large")  # type: ignore[arg-type]
+df.ops.vlb_terms(x, x, x, x, x, variance="learnt")  # type: ignore[arg-type]
+df.ops.vlb_terms(x, x, x, x, x, cdf="erv")  # type: ignore[arg-type]

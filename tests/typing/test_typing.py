@@ -63,7 +63,7 @@ def test_pyright_accepts_the_program():
 
 @pytest.mark.parametrize("function", [getattr(ddpm_fast.ops, name) for name in ddpm_fast.ops.__all__], ids=ddpm_fast.ops.__all__)
 def test_an_ops_public_function_is_typed(function):
-    """mypy does not ask for it in ddpm_fast/ops, for the sake of what is private there."""
+    """Each argument and the result has a type."""
     signature = inspect.signature(function)
     assert inspect.Signature.empty not in (
         signature.return_annotation,
@@ -74,7 +74,8 @@ def test_an_ops_public_function_is_typed(function):
 @pytest.mark.parametrize(
     ("alias", "known"),
     [
-        (types.Backend, BACKENDS), (types.Cdf, CDFS), (types.Preset, PRESETS), (types.TimestepSampler, TIMESTEP_SAMPLERS), (types.Variance, VARIANCES),
+        (types.Backend, BACKENDS), (types.Cdf, CDFS), (types.Preset, PRESETS), (types.TimestepSampler, TIMESTEP_SAMPLERS),
+        (types.Variance, VARIANCES),
     ],
     ids=["Backend", "Cdf", "Preset", "TimestepSampler", "Variance"],
 )  # fmt: skip

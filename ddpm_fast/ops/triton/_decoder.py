@@ -1,6 +1,7 @@
-"""The decoder's bins (Ho et al. 2020, eq. 13): csrc/common/diffusion_math.h operation by operation, which has the reasons.
+"""The decoder's bins (Ho et al. 2020, eq. 13), with the operations of csrc/common/diffusion_math.h, which has the reasons.
 
-Each gives (probability of the grey level x_start, derivatives of its logarithm by the mean and by the log of the deviation).
+Each decoder returns the probability of the grey level x_start, and the derivatives of its logarithm by the mean and by the log of the
+deviation.
 """
 
 import triton
@@ -17,7 +18,7 @@ def saturate(x):
 
 @triton.jit
 def decoder_tanh(x_start, mean, inverse, half):
-    """With the tanh CDF as a product, Φ(a) - Φ(b) = Φ(a) Φ(-b) (1 - e^-gap)."""
+    """Decoder with the tanh CDF, whose difference is computed as a product: Φ(a) - Φ(b) = Φ(a) Φ(-b) (1 - e^-gap)."""
     centered = x_start - mean
     a, b = saturate(inverse * (centered + half)), saturate(inverse * (centered - half))
     width = saturate(inverse * half) * 2.0
@@ -47,7 +48,7 @@ def add_node(z, weight, mass, first, second):
 
 @triton.jit
 def decoder_erf(x_start, mean, inverse, half):
-    """With the exact CDF: Gauss-Legendre where a bin is narrower than 0.4 deviations, else a difference of small numbers."""
+    """Decoder with the exact CDF: Gauss-Legendre if a bin is narrower than 0.4 deviations, else a difference of small numbers."""
     centered = x_start - mean
     upper, lower = saturate(inverse * (centered + half)), saturate(inverse * (centered - half))
     first, last = x_start < -0.999, x_start > 0.999

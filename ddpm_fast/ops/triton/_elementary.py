@@ -1,4 +1,4 @@
-"""Elementary functions in fp32: csrc/common/elementary.h operation by operation, which has the reasons."""
+"""Elementary functions in fp32, with the operations of csrc/common/elementary.h, which has the reasons."""
 
 import triton
 import triton.language as tl
@@ -47,13 +47,13 @@ def excess_of(d):
 
 @triton.jit
 def logarithm(x):
-    """Of a positive normal number; NaN stays NaN."""
+    """Natural logarithm of a positive normal number; NaN stays NaN."""
     return log_unit(x) + (x - x)
 
 
 @triton.jit
 def clamp(x, low, high):
-    """NaN stays NaN."""
+    """x clipped to [low, high]; NaN stays NaN."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 

@@ -1,15 +1,14 @@
-"""How work is cut into programs, and how a kernel is started.
+"""Division of the work into programs, and the start of a kernel.
 
 A program has a tile of ROWS samples by COLUMNS elements, 1024 in all for 128 threads: two 16-byte accesses a thread to each
-fp32 tensor, one to each 16-bit one. The cut depends on the size of a sample alone, so sums have the same bits in any batch. A kernel's
-constants take few values whatever the sizes are, so few variants are ever compiled: COLUMNS is a power of two, VECTOR says
-only how many elements may be accessed at once, and sizes are never specialised on.
+fp32 tensor, one to each 16-bit one. The division depends only on the size of a sample, so sums have the same bits in any batch. A
+kernel's constants take few values whatever the sizes are, so few variants are compiled: COLUMNS is a power of two, VECTOR says
+only how many elements may be accessed at once, and kernels are never specialised on sizes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,12 +45,12 @@ def plan(samples: int, elements: int) -> Plan:
 
 
 class Tiles:
-    """What every launch of one call shares.
+    """The tiles of one call, and the sizes that each of its launches needs.
 
     Args:
         shape: (N, ...) of the data whose samples the programs work on.
-        tensors: those that are accessed in vectors, whose samples may lie further apart than the data's; None is left out.
-            The first one's device is where kernels start.
+        tensors: the tensors that are accessed in vectors; None is left out. Their samples may be further apart in memory than those of
+            the data. Kernels start on the device of the first one.
     """
 
     def __init__(self, shape: torch.Size, *tensors: Tensor | None) -> None:
@@ -65,7 +64,7 @@ class Tiles:
         self.wide = narrowest == 2
 
     def launch(
-        self, kernel: Callable, reads: dict[str, Any], writes: dict[str, Any], numbers: dict[str, Any], constants: dict[str, Any]
+        self, kernel: Any, reads: dict[str, Any], writes: dict[str, Any], numbers: dict[str, Any], constants: dict[str, Any]
     ) -> None:
         """Starts a kernel on all tiles, on the current stream; the sizes of the tiles are added to its arguments.
 
@@ -80,14 +79,25 @@ class Tiles:
 
 
 def noise_arguments(noise: Noise | Tensor | None) -> tuple[dict[str, Any], dict[str, int], dict[str, int]]:
-    """(reads, numbers, constants) of a noise."""
+    """Arguments of a kernel for a noise, a tensor or None: (reads, numbers, constants)."""
     if isinstance(noise, Noise):
         return dict(noise_ptr=None), dict(seed=noise.seed, noise_stream=noise.stream, first_sample=noise.first_sample), dict(NOISE=DRAWN)
     return dict(noise_ptr=noise), dict(seed=0, noise_stream=0, first_sample=0), dict(NOISE=NO_NOISE if noise is None else GIVEN)
 
 
-def start_here(device: torch.device, kernel: Callable, grid: tuple, reads: dict, writes: dict, numbers: dict, constants: dict) -> None:
-    """On the device of the tensors, or in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was imported."""
+def start_here(
+    device: torch.device,
+    kernel: Any,
+    grid: tuple[int, int, int],
+    reads: dict[str, Any],
+    writes: dict[str, Any],
+    numbers: dict[str, Any],
+    constants: dict[str, Any],
+) -> None:
+    """Starts a kernel on a device.
+
+    It runs in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was imported.
+    """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](**reads, **writes, **numbers, **constants, **OPTIONS)

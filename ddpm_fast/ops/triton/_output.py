@@ -1,4 +1,4 @@
-"""What a model's output gives, with csrc/common/diffusion_math.h operation by operation, and how a table's row is read."""
+"""The variance that a model's output gives, with the operations of csrc/common/diffusion_math.h, and the rows of tables."""
 
 import triton
 import triton.language as tl
@@ -34,9 +34,9 @@ def log_variance_of(raw, low, high, VARIANCE: tl.constexpr):
 
 @triton.jit
 def log_variance_slope(low, high, VARIANCE: tl.constexpr):
-    """Its derivative by ``raw``."""
+    """Derivative of the log-variance by ``raw``, for a learned variance."""
     if VARIANCE == LEARNED:
-        return 1.0  # whatever low is: it does not matter here, and may be infinite
+        return 1.0  # and not an expression with low, which may be infinite
     else:
         return 0.5 * (high - low)
 

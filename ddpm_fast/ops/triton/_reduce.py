@@ -1,8 +1,8 @@
-"""Sums over a sample, for the ops that give one value a sample: of each program's elements, then of the programs' sums.
+"""Sums over a sample, for the ops that give one value a sample: first over each program's elements, then over the programs.
 
-The second launch is left out where a sample is one tile. The order of every sum is decided by the sample's size alone: by
-neighbouring pairs, then pairs of pairs. A sum that is left to the compiler takes the order in which a variant's threads hold
-their elements, which changes with the alignment of the pointers.
+The second launch is left out if a sample is one tile. The order of every sum depends only on the sample's size: neighbouring
+pairs, then pairs of pairs. If the compiler chose the order, it would depend on which thread holds which element, and that
+changes with the alignment of the pointers.
 """
 
 import torch
@@ -46,13 +46,13 @@ def _sum_kernel(
 
 
 def workspace(tiles, result):
-    """Where store_total puts the sums of a result (quantities · N,): there itself if a sample is one tile, else fp32 (…, tiles)."""
+    """Tensor for the sums that store_total writes: ``result`` (quantities · N,) if a sample is one tile, else new fp32 (…, tiles)."""
     count = tiles.plan.tiles
     return result if count == 1 else torch.empty(result.numel(), count, dtype=torch.float32, device=result.device)
 
 
 def finish(sums, result):
-    """Adds up what is in the workspace."""
+    """Adds up the workspace over the tiles, into ``result``."""
     if sums is not result:
         rows, count = sums.shape
         _launch.start(result.device, _sum_kernel, (rows, 1, 1), dict(sums_ptr=sums), dict(result_ptr=result), dict(tiles=count), {})

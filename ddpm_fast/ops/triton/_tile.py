@@ -1,4 +1,4 @@
-"""What every kernel begins with: which elements a program has, which row of the tables each sample takes, and its noise."""
+"""Parts that every kernel begins with: a program's elements, the row of the tables for each sample, and the noise."""
 
 import triton
 import triton.language as tl
@@ -24,14 +24,14 @@ def tile(samples, elements, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def timestep(t_ptr, n, samples, steps):
-    """(t, whether it is one), both (ROWS,): what lies outside 0..steps-1 must not be read with."""
+    """(t, known), both (ROWS,). ``known`` is false where t lies outside 0..steps-1: nothing may be read at such an index."""
     t = tl.load(t_ptr + n, mask=n < samples, other=-1)
     return t, (t >= 0) & (t < steps)
 
 
 @triton.jit
 def entry(table_ptr, at, known):
-    """A column (ROWS, 1) of a table's numbers; NaN for a t that is not one, which shows in the result and does not stop the device."""
+    """A column (ROWS, 1) of a table's numbers. It is NaN where t is not ``known``: the error shows in the result, and the GPU goes on."""
     return tl.load(table_ptr + at, mask=known, other=float("nan"))[:, None]
 
 
@@ -43,7 +43,7 @@ def each(ptr, n, samples):
 
 @triton.jit
 def any_row(condition):
-    """Whether a condition (ROWS,) holds for a sample of the program, as a scalar to branch on."""
+    """True if a condition (ROWS,) holds for any sample of the program: a scalar to branch on."""
     return tl.max(condition.to(tl.int32), 0) != 0
 
 
@@ -56,7 +56,7 @@ def read(ptr, place, inside):
 def epsilon(
     noise_ptr, place, n, wanted, inside, seed, stream, first_sample, NOISE: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """ε (ROWS, COLUMNS), read or drawn; anything at all for samples that do not want it (ROWS, 1), so select, not multiply."""
+    """ε (ROWS, COLUMNS), read or drawn. Samples that are not ``wanted`` (ROWS, 1) get arbitrary values: select, do not multiply by 0."""
     if NOISE == DRAWN:
         e = tl.zeros(inside.shape, tl.float32)
         if any_row(tl.max(wanted.to(tl.int32), 1)):

@@ -29,7 +29,7 @@ def _operand(ptr, n, i, stride, samples, inside, WHOLE: tl.constexpr, VECTOR: tl
 
 @triton.jit
 def _store_grad(ptr, sums_ptr, grad, place, inside, n, samples, PLACE: tl.constexpr):
-    """The gradient of an operand that has one value an element, or the sum of one that has one a sample; neither where not wanted."""
+    """Stores the gradient of an operand with one value an element, or the sum for one with one value a sample, if it is wanted."""
     if ptr is not None:
         tl.store(ptr + place, grad, mask=inside)
     elif PLACE >= 0:
@@ -141,7 +141,14 @@ def _operands(operands, tiles):
 
 
 def forward(operands, kl, shape, reduced):
-    """Into kl: (N, ...) elementwise, (N,) where reduced. ``operands``: (tensor, sample stride, element stride) each."""
+    """Writes the divergence into ``kl``.
+
+    Args:
+        operands: (tensor, sample stride, element stride) each.
+        kl: (N, ...), or (N,) where ``reduced``.
+        shape: (N, ...) of the broadcast operands.
+        reduced: take the mean over each sample.
+    """
     tiles = Tiles(shape, *(x for x, _, _ in operands))
     reads, numbers, constants = _operands(operands, tiles)
     sums = workspace(tiles, kl) if reduced else kl
@@ -151,9 +158,13 @@ def forward(operands, kl, shape, reduced):
 
 
 def backward(operands, grad_kl, grads, shape, reduced):
-    """Into grads, None where not wanted: (N, ...) of an operand that has one value an element, fp32 (N,) of one that has one a sample.
+    """Writes the gradients of the operands into ``grads``.
 
-    The latter are the rows of one tensor, in order.
+    Args:
+        operands, shape, reduced: as :func:`forward`.
+        grad_kl: the upstream gradient, like kl.
+        grads: a tensor for each operand, None where its gradient is not wanted: (N, ...) for an operand with one value an element,
+            fp32 (N,) for one with one value a sample. Those (N,) are the rows of one tensor, in order.
     """
     tiles = Tiles(shape, *(x for x, _, _ in operands), *(grad for grad in grads))
     reads, numbers, constants = _operands(operands, tiles)

@@ -73,8 +73,8 @@ def _launch(tiles, arguments, share, grad_loss, sums, grad_model_output):
     tiles.launch(
         _simple_loss_kernel,
         dict(
-            model_output_ptr=model_output, x_start_ptr=x_start, t_ptr=t, weight_ptr=weight, x_start_coef_ptr=x_start_coef, noise_coef_ptr=noise_coef,
-            grad_loss_ptr=grad_loss,
+            model_output_ptr=model_output, x_start_ptr=x_start, t_ptr=t, weight_ptr=weight,
+            x_start_coef_ptr=x_start_coef, noise_coef_ptr=noise_coef, grad_loss_ptr=grad_loss,
         ) | reads,
         dict(sums_ptr=sums, grad_model_output_ptr=grad_model_output),
         dict(share=share / tiles.elements, steps=weight.numel()) | numbers,

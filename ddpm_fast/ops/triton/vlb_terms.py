@@ -113,8 +113,8 @@ def _launch(tiles, arguments, grad_terms, sums, grad_model_output):
         dict(sums_ptr=sums, grad_model_output_ptr=grad_model_output),
         dict(half=1.0 / (levels - 1), share=1.0 / (tiles.elements * _LN2), steps=table.shape[0]),
         dict(
-            VARIANCE=VARIANCE_KINDS.index(variance), CLIP=bool(clip), EXACT=cdf == "erf", DETACH=bool(detach_mean) and grad_model_output is not None,
-            DOUBLED=sample_stride(model_output) // tiles.elements,
+            VARIANCE=VARIANCE_KINDS.index(variance), CLIP=bool(clip), EXACT=cdf == "erf",
+            DETACH=bool(detach_mean) and grad_model_output is not None, DOUBLED=sample_stride(model_output) // tiles.elements,
         ),
     )  # fmt: skip
 

@@ -74,7 +74,8 @@ def test_an_ops_public_function_is_typed(function):
 @pytest.mark.parametrize(
     ("alias", "known"),
     [
-        (types.Backend, BACKENDS), (types.Cdf, CDFS), (types.Preset, PRESETS), (types.TimestepSampler, TIMESTEP_SAMPLERS), (types.Variance, VARIANCES),
+        (types.Backend, BACKENDS), (types.Cdf, CDFS), (types.Preset, PRESETS),
+        (types.TimestepSampler, TIMESTEP_SAMPLERS), (types.Variance, VARIANCES),
     ],
     ids=["Backend", "Cdf", "Preset", "TimestepSampler", "Variance"],
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Ancestral sampling, the whole loop, beside a plain loop over diffusers' UNet2DModel and DDPMScheduler with the same weights.
 
-"ours, passes not planned" calls the network as a function at each step, "compiled" the network through torch.compile. The second argument of
-the command line is the number of steps, by default 50 of the 1000 of the chain: a step costs the same, as long as it is not the first.
+"ours, passes not planned" calls the network as a function at each step, "compiled" the network through torch.compile. The second
+argument of the command line is the number of steps, by default 50 of the 1000 of the chain: a step costs the same, as long as it is not
+the first.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def timed_sides(preset: str, batch: int, precision: str, what: str, compiled: bo
 
 
 def saved_bytes(side: Network) -> int:
-    """What the graph of a step keeps for backward: every storage once, the parameters' own not. Copies of them that autocast makes count."""
+    """What a step's graph keeps for backward: every storage once, the parameters' own not. Copies of them that autocast makes count."""
     own = {x.untyped_storage().data_ptr() for x in (*side.model.parameters(), *side.model.buffers())}
     sizes: dict[int, int] = {}
 

@@ -59,9 +59,8 @@ def table(results: dict[str, Side], ours: str, needed_bytes: int) -> str:
         ratios = [theirs / mine for theirs, mine in zip(side.times, results[ours].times, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         spread = "{:.1f}..{:.1f}".format(*(1e6 * second for second in side.spread))
-        lines.append(
-            f"  {name:<22}{1e6 * side.median:>11.1f}{spread:>20}{needed_bytes / side.median / 1e9:>8.2f}{middle:>8.2f}{f'{low:.2f}..{high:.2f}':>14}"
-        )
+        bandwidth, ratios = needed_bytes / side.median / 1e9, f"{low:.2f}..{high:.2f}"
+        lines.append(f"  {name:<22}{1e6 * side.median:>11.1f}{spread:>20}{bandwidth:>8.2f}{middle:>8.2f}{ratios:>14}")
     return "\n".join(lines)
 
 

@@ -78,7 +78,7 @@ def diffusers_unet(model: UNet) -> UNet2DModel:
 
 
 def diffusers_unet_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our UNet's state under the names and in the shapes of UNet2DModel's; qkv, packed in one 1x1 convolution, becomes three linear maps."""
+    """Our UNet's state under the names and in the shapes of UNet2DModel's; qkv, packed in a 1x1 convolution, becomes three linear maps."""
     found = {}
     for name, value in state.items():
         for pattern, replacement in UNET_NAMES:

@@ -48,8 +48,9 @@ PyObject* first_out_of_range(PyObject*, PyObject* const* given, Py_ssize_t count
     return PyLong_FromLongLong(i < last ? i : -1);
   });
 }
-PyMethodDef first_out_of_range_method{"first_out_of_range", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&first_out_of_range)),
-                                      METH_FASTCALL, "Index of the first value of t outside 0..steps - 1, or -1."};
+PyMethodDef first_out_of_range_method{"first_out_of_range",
+                                      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&first_out_of_range)), METH_FASTCALL,
+                                      "Index of the first value of t outside 0..steps - 1, or -1."};
 
 int64_t conv3x3_floats(int64_t channels_in, int64_t channels_out) {
   return (channels_out + conv3x3_panel - 1) / conv3x3_panel * conv3x3_panel * 16 * channels_in;
@@ -70,8 +71,8 @@ void fields(Visit& visit, OnStream<Arguments>& a) {
 }
 
 std::string sizes(const GroupNormArguments& a) {
-  return std::to_string(a.samples) + " samples of " + std::to_string(a.channels) + " channels of " +
-         std::to_string(a.pixels) + " pixels in " + std::to_string(a.groups) + " groups";
+  return std::to_string(a.samples) + " samples of " + std::to_string(a.channels) + " channels of " + std::to_string(a.pixels) +
+         " pixels in " + std::to_string(a.groups) + " groups";
 }
 std::string sizes(const AttentionArguments& a) {
   return std::to_string(a.samples) + " samples of " + std::to_string(a.tokens) + " tokens, " + std::to_string(a.heads) + " heads of " +
@@ -146,9 +147,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of ddpm_fast. They check memory, dtypes and strides, nothing else; use ddpm_fast.ops instead.";
   m.def("build_info", &build_info, "How this module was built and which instruction sets this processor offers it.");
   m.def("isa", [] { return cpu::kernels().isa; }, "The instruction set in use.");
-  m.def("select_isa", [](const char* isa) {
-    if (!cpu::select_isa(isa)) throw py::value_error(std::string("this processor does not run the ") + isa + " build");
-  }, py::arg("isa").none(true), "For tests: use this build of the CPU kernels; None goes back to the best.");
+  m.def(
+      "select_isa",
+      [](const char* isa) {
+        if (!cpu::select_isa(isa)) throw py::value_error(std::string("this processor does not run the ") + isa + " build");
+      },
+      py::arg("isa").none(true), "For tests: use this build of the CPU kernels; None goes back to the best.");
   m.def("layout", &layout, "For tests: (bytes of a kernel's struct, [(name of a number, offset, NumPy's type), ...]).");
   m.add_object("first_out_of_range", py::reinterpret_steal<py::object>(PyCFunction_New(&first_out_of_range_method, nullptr)));
   m.def("conv3x3_floats", &conv3x3_floats, py::arg("channels_in"), py::arg("channels_out"));

@@ -2,7 +2,8 @@
 
 Works on copies of the tree in a temporary folder. A bug in the CPU kernels is built with CMake (the ``dev`` extra); one in the CUDA
 kernels is compiled by the tests themselves, with nvcc, and runs in the simulator, as the Triton kernels do. At the end the tests that
-caught a bug must pass without it. Ends with status 1 where a bug survives. The whole takes about half an hour on two cores; --only WORD picks.
+caught a bug must pass without it. Ends with status 1 where a bug survives. The whole takes about half an hour on two cores; --only WORD
+picks.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def is_built(mutation: Mutation) -> bool:
 
 
 class Tree:
-    """A copy of the repository to plant bugs in. Where it is built it is without the CUDA part, and portable: all CPU builds have one source."""
+    """A copy of the repository to plant bugs in.
+
+    Where it is built it is without the CUDA part, and portable: all CPU builds have one source.
+    """
 
     def __init__(self, folder: Path, built: bool) -> None:
         self.folder, self.built = folder, built
@@ -68,8 +72,8 @@ class Tree:
             assert x86 in lists.read_text()
             lists.write_text(lists.read_text().replace(x86, "if(FALSE)"))
             self._run(
-                "cmake", "-G", "Ninja", "-B", "build", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'ddpm_fast'}", "-DDDPM_FAST_CUDA=0",
+                "cmake", "-G", "Ninja", "-B", "build", "-DDDPM_FAST_CUDA=0", f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'ddpm_fast'}",
             )  # fmt: skip
 
     @contextlib.contextmanager

@@ -11,9 +11,7 @@ namespace ddpm_fast {
 
 // Whether a field must be given. Two kernels may share a struct, the second mostly backward of the first.
 enum class Need { absent, optional, required };
-struct Use {
-  Need first, second;
-};
+struct Use { Need first, second; };
 constexpr Use required{Need::required, Need::required}, optional{Need::optional, Need::optional};
 constexpr Use in_first{Need::required, Need::absent}, optional_in_first{Need::optional, Need::absent};
 constexpr Use in_second{Need::absent, Need::required}, optional_in_second{Need::absent, Need::optional};

@@ -63,15 +63,15 @@ DDPM_INLINE float saturate(float x) { return clamp(x, -decoder_saturated, decode
 DDPM_INLINE Bin decoder_tanh(float x_start, float mean, float inverse, float half) {
   const float centered = x_start - mean, a = saturate(mul_rn(inverse, centered + half)), b = saturate(mul_rn(inverse, centered - half));
   const float width = saturate(mul_rn(inverse, half)) * 2.0f, squares = add_rn(mul_rn(a, add_rn(a, b)), mul_rn(b, b));
-  const bool first = x_start < -decoder_edge, last = x_start > decoder_edge, open = first | last;
+  const bool first = x_start < -decoder_edge;
+  const bool last = x_start > decoder_edge, open = first | last;
   const Logistic upper = normal_tanh(a), lower = normal_tanh(b);
   const float scale = mul_rn(2.0f * sqrt_two_over_pi, width);
   const float inside = -2.0f * excess_of(-mul_rn(scale, step_rn(squares, tanh_cubic, 1.0f))).growth;
   const float probability = mul_rn(mul_rn(last ? 1.0f : upper.cdf, first ? 1.0f : lower.tail), open ? 1.0f : inside);
   const float by_a = last ? 0.0f : mul_rn(upper.slope, upper.tail), by_b = first ? 0.0f : mul_rn(lower.slope, lower.cdf);
   const float by_gap = open ? 0.0f : mul_rn(add_rn(1.0f, -inside) / inside, scale);
-  return {probability,
-          mul_rn(inverse, by_b - by_a - mul_rn(mul_rn(by_gap, 3.0f * tanh_cubic), add_rn(a, b))),
+  return {probability, mul_rn(inverse, by_b - by_a - mul_rn(mul_rn(by_gap, 3.0f * tanh_cubic), add_rn(a, b))),
           mul_rn(b, by_b) - mul_rn(a, by_a) - mul_rn(by_gap, step_rn(squares, 3.0f * tanh_cubic, 1.0f))};
 }
 
@@ -88,7 +88,8 @@ DDPM_INLINE void add_node(float z, float weight, float& mass, float& first, floa
 DDPM_INLINE Bin decoder_erf(float x_start, float mean, float inverse, float half) {
   const float centered = x_start - mean;
   const float upper = saturate(mul_rn(inverse, centered + half)), lower = saturate(mul_rn(inverse, centered - half));
-  const bool first = x_start < -decoder_edge, last = x_start > decoder_edge, open = first | last;
+  const bool first = x_start < -decoder_edge;
+  const bool last = x_start > decoder_edge, open = first | last;
   const bool mirrored = last | (!first & (centered > 0.0f));
   const float a = mirrored ? -lower : upper, b = mirrored ? -upper : lower, inner = open ? 0.0f : 1.0f;
   const Normal at_a = normal_erf(a), at_b = normal_erf(b);
@@ -104,8 +105,8 @@ DDPM_INLINE Bin decoder_erf(float x_start, float mean, float inverse, float half
   add_node(middle + 0.906179846f * reach, 0.118463443f * width, mass, mass_first, mass_second);
 
   const bool narrow = reach < (open ? 0.0f : 0.2f);
-  const float probability = narrow ? mass : difference;
-  return {probability, inverse * (narrow ? mass_first : mirrored ? density : -density) / probability,
+  const float probability = narrow ? mass : difference, by_mean = narrow ? mass_first : mirrored ? density : -density;
+  return {probability, inverse * by_mean / probability,
           -(narrow ? mass_second : a * at_a.density - inner * (b * at_b.density)) / probability};
 }
 

@@ -32,8 +32,16 @@ DDPM_INLINE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 DDPM_INLINE float mul_rn(float a, float b) { return a * b; }
 DDPM_INLINE float add_rn(float a, float b) { return a + b; }
 DDPM_INLINE float sqrt_rn(float a) { return __builtin_sqrtf(a); }
-DDPM_INLINE float bits_to_float(uint32_t x) { float f; std::memcpy(&f, &x, 4); return f; }
-DDPM_INLINE uint32_t float_to_bits(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
+DDPM_INLINE float bits_to_float(uint32_t x) {
+  float f;
+  std::memcpy(&f, &x, 4);
+  return f;
+}
+DDPM_INLINE uint32_t float_to_bits(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
 #endif
 
 DDPM_INLINE void philox4x32_10(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {

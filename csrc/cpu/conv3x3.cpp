@@ -10,9 +10,7 @@ DDPM_INLINE void transform_input(const Vec (&d)[window], Vec (&v)[window]) {
   v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
 }
 // Aᵀ of four values.
-DDPM_INLINE void transform_output(const Vec (&m)[window], Vec (&y)[tile_size]) {
-  y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
-}
+DDPM_INLINE void transform_output(const Vec (&m)[window], Vec (&y)[tile_size]) { y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3]; }
 
 // One tile's Bᵀ d B for the channels of a register, to `v` and on from point to point.
 template <bool partial>

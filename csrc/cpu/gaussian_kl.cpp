@@ -20,9 +20,7 @@ DDPM_INLINE const float* operand(const Broadcast& b, int64_t sample, int64_t fir
   return buffer.values;
 }
 
-struct Operands {
-  const float *mean1, *logvar1, *mean2, *logvar2;
-};
+struct Operands { const float *mean1, *logvar1, *mean2, *logvar2; };
 
 DDPM_INLINE Operands operands(const GaussianKLArguments& a, State& state, int64_t sample, int64_t first, int64_t count) {
   return {operand(a.mean1, sample, first, count, state.mean1), operand(a.logvar1, sample, first, count, state.logvar1),

@@ -67,9 +67,7 @@ struct Cut {
     for (int64_t first = begin; first < end; first += range) body(first, end - first < range ? end - first : range);
   }
   // Whether each thread takes whole slabs, which then stay in its cache; or else segments of them.
-  bool whole_slabs(int threads) const {
-    return segments == 1 || threads == 1 || slabs % threads == 0 || slabs >= slabs_a_thread * threads;
-  }
+  bool whole_slabs(int threads) const { return segments == 1 || threads == 1 || slabs % threads == 0 || slabs >= slabs_a_thread * threads; }
 
   const bool channels_last;
   const int64_t channels_a_group, groups, channels, pixels, all_channels, slabs;  // groups and channels: of a slab

@@ -10,9 +10,7 @@ namespace {
 constexpr int64_t kept_elements = 1 << 17;  // 512 KiB, which the second-level cache has room for
 
 // Over the pixels of one channel.
-struct Sums {
-  double dz, products, distances;
-};
+struct Sums { double dz, products, distances; };
 
 template <typename T, bool channels_last> class Backward {
  public:
@@ -79,7 +77,8 @@ template <typename T, bool channels_last> class Backward {
         if (all) all[n * a_.channels + channel] = {sums.dz, products, 0};
         put(a_.grad_shift, n, channel, sums.dz);
         if (a_.grad_scale.view.data)
-          put(a_.grad_scale, n, channel, double(value(a_.weight, channel, 1.0f)) * products + double(value(a_.bias, channel, 0.0f)) * sums.dz);
+          put(a_.grad_scale, n, channel,
+              double(value(a_.weight, channel, 1.0f)) * products + double(value(a_.bias, channel, 0.0f)) * sums.dz);
         put(a_.grad_pre_bias, n, channel, double(affine_.slope[i]) * sums.dz - double(cut_.pixels) * constant - linear * sums.distances);
       }
     }

@@ -35,10 +35,16 @@ bool select_isa(const char* isa);  // for tests; null goes back to the best. Fal
 int available_isas(const char* names[3]);
 
 #define DDPM_DECLARE(kernel, Arguments) void kernel(const Arguments&);
-namespace portable { DDPM_KERNELS(DDPM_DECLARE) }
+namespace portable {
+DDPM_KERNELS(DDPM_DECLARE)
+}
 #if defined(DDPM_FAST_X86)
-namespace avx2 { DDPM_KERNELS(DDPM_DECLARE) }
-namespace avx512 { DDPM_KERNELS(DDPM_DECLARE) }
+namespace avx2 {
+DDPM_KERNELS(DDPM_DECLARE)
+}
+namespace avx512 {
+DDPM_KERNELS(DDPM_DECLARE)
+}
 #endif
 #undef DDPM_DECLARE
 

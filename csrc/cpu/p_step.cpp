@@ -41,7 +41,9 @@ struct Block {
 
   DDPM_METHOD bool noisy() const { return a.noise.present && row.noise != 0.0f; }
 
-  DDPM_METHOD const float* raw() const { return read(a.model_output.view, sample * a.model_output.stride + a.sizes.elements + first, count, state.raw); }
+  DDPM_METHOD const float* raw() const {
+    return read(a.model_output.view, sample * a.model_output.stride + a.sizes.elements + first, count, state.raw);
+  }
   DDPM_METHOD float fixed_deviation() const { return mul_rn(row.noise, deviation(row.low)); }
 };
 
@@ -144,7 +146,8 @@ DDPM_INLINE void backward(const Block& b) {
   const int64_t place = b.sample * a.grad_model_output.stride + b.first;
   write_gradient(a.grad_model_output.view, place, count, buffer, [&](int64_t i) { return mul_rn(with, g_start[i]); });
 
-  const bool doubled = a.grad_model_output.view.data && a.grad_model_output.stride > a.sizes.elements, learned = a.variance != Variance::fixed;
+  const bool doubled = a.grad_model_output.view.data && a.grad_model_output.stride > a.sizes.elements,
+             learned = a.variance != Variance::fixed;
   if (a.grad_without.view.data && a.grad_without.stride > a.sizes.elements)
     write_zeros(a.grad_without.view, b.sample * a.grad_without.stride + a.sizes.elements + b.first, count);
   if (!b.noisy()) {

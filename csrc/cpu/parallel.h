@@ -38,7 +38,9 @@ inline void acquires(void*) {}
 #endif
 
 template <typename Body>
-DDPM_BODY void run(const Body& body, int64_t first, int64_t last) { body(first, last); }
+DDPM_BODY void run(const Body& body, int64_t first, int64_t last) {
+  body(first, last);
+}
 
 // Calls body(first, last) for ranges that make up [0, tasks), one a thread.
 template <typename Body>

@@ -74,7 +74,10 @@ struct Decoder : Model<kind> {
 };
 
 // A block's inputs and results in fp32.
-struct Places { const float *x_start, *x_t, *prediction, *raw; float *value, *grad, *grad_raw; };
+struct Places {
+  const float *x_start, *x_t, *prediction, *raw;
+  float *value, *grad, *grad_raw;
+};
 
 // The elements of a block by one formula: their values, and where `gradient` says so their derivatives times `share`.
 template <bool gradient, typename Formula>

@@ -33,8 +33,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_by_registers(sizeof(
     const T* __restrict__ qkv,       // (samples, tokens, 3, heads, channels)
     T* __restrict__ out,             // (samples, tokens, heads, channels)
     float* __restrict__ logsumexp,   // (samples, heads, tokens), nats, or null
-    int64_t tokens,
-    int64_t heads,
+    int64_t tokens, int64_t heads,
     int channels,                    // at most D
     float scale) {
   constexpr int keys = keys_of_tile(sizeof(T), D);
@@ -136,7 +135,11 @@ cudaError_t launch(const AttentionArguments& a, const AttentionLaunch& plan, cud
 
 AttentionLaunch attention_plan(int64_t samples, int64_t tokens, int64_t heads, int64_t head_channels, DType dtype) {
   const int D = pad_channels(head_channels);
-  return {"attention_kernel", D, 0, blocks_for(samples, tokens, heads, queries), threads_per_block,
+  return {"attention_kernel",
+          D,
+          0,
+          blocks_for(samples, tokens, heads, queries),
+          threads_per_block,
           shared_bytes(dtype == DType::float32 ? 4 : 2, D)};
 }
 

@@ -20,9 +20,7 @@ constexpr int lanes_of_row = 8;      // 128 bytes of a row at a time: the length
 constexpr int blocks_by_registers = 2;  // left to itself ptxas spills to fit four of the smallest
 
 // What a block keeps and what it goes over at a time: as much as 99 KB hold (sm_86), and registers.
-struct BackwardTile {
-  int rows, columns;
-};
+struct BackwardTile { int rows, columns; };
 __host__ __device__ constexpr BackwardTile backward_tile(int element_size, int D) {
   if (element_size == 2) return {64, D <= 64 ? 64 : D == 128 ? 32 : 16};
   return D <= 64 ? BackwardTile{64, 32} : D == 128 ? BackwardTile{64, 16} : BackwardTile{32, 8};
@@ -41,9 +39,7 @@ __global__ void __launch_bounds__(delta_threads) attention_delta_kernel(
     const T* __restrict__ grad_out,  // (samples, tokens, heads, channels)
     float* __restrict__ delta,       // (samples, heads, tokens)
     int64_t rows,                    // samples * tokens * heads
-    int64_t tokens,
-    int64_t heads,
-    int channels) {
+    int64_t tokens, int64_t heads, int channels) {
   constexpr int chunk = chunk_bytes / sizeof(T);
   const int64_t row = (int64_t(blockIdx.x) * delta_threads + threadIdx.x) / lanes_of_row;
   float sum = 0;
@@ -75,8 +71,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_regi
     const float* __restrict__ logsumexp,  // (samples, heads, tokens)
     const float* __restrict__ delta,      // (samples, heads, tokens)
     T* __restrict__ grad_qkv,             // (samples, tokens, 3, heads, channels)
-    int64_t tokens,
-    int64_t heads,
+    int64_t tokens, int64_t heads,
     int channels,                         // at most D
     float scale) {
   constexpr BackwardTile size = backward_tile(sizeof(T), D);
@@ -119,8 +114,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_regi
 #pragma unroll
     for (int n = 0; n < queries / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        weights[n][i] = weight_of(weights[n][i], scale, numbers_of_tile[8 * n + 2 * t + i % 2]);
+      for (int i = 0; i < 4; ++i) weights[n][i] = weight_of(weights[n][i], scale, numbers_of_tile[8 * n + 2 * t + i % 2]);
     if constexpr (with_values) multiply<T, D, queries>(grad_v, weights, grad_tile);
     __syncwarp();  // ptxas would mix this product and the next one, and spill
     if constexpr (with_keys) {
@@ -149,8 +143,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_regi
     const float* __restrict__ logsumexp,  // (samples, heads, tokens)
     const float* __restrict__ delta,      // (samples, heads, tokens)
     T* __restrict__ grad_qkv,             // (samples, tokens, 3, heads, channels)
-    int64_t tokens,
-    int64_t heads,
+    int64_t tokens, int64_t heads,
     int channels,                         // at most D
     float scale) {
   constexpr BackwardTile size = backward_tile(sizeof(T), D);
@@ -207,8 +200,8 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T), D), blocks_by_regi
 template <typename T>
 cudaError_t launch_delta(const AttentionArguments& a, const AttentionLaunch& plan, cudaStream_t stream) {
   attention_delta_kernel<T><<<uint32_t(plan.blocks), plan.threads, 0, stream>>>(
-      static_cast<const T*>(a.out.data), static_cast<const T*>(a.grad_out.data), a.workspace, a.samples * a.tokens * a.heads,
-      a.tokens, a.heads, int(a.head_channels));
+      static_cast<const T*>(a.out.data), static_cast<const T*>(a.grad_out.data), a.workspace, a.samples * a.tokens * a.heads, a.tokens,
+      a.heads, int(a.head_channels));
   return cudaGetLastError();
 }
 
@@ -220,8 +213,8 @@ cudaError_t launch(BackwardKernel<T>* kernel, const AttentionArguments& a, const
   const cudaError_t error = allow_shared(kernel, plan.shared_bytes);
   if (error != cudaSuccess) return error;
   kernel<<<uint32_t(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(
-      static_cast<const T*>(a.qkv.data), static_cast<const T*>(a.grad_out.data), a.logsumexp, a.workspace,
-      static_cast<T*>(a.grad_qkv.data), a.tokens, a.heads, int(a.head_channels), a.scale);
+      static_cast<const T*>(a.qkv.data), static_cast<const T*>(a.grad_out.data), a.logsumexp, a.workspace, static_cast<T*>(a.grad_qkv.data),
+      a.tokens, a.heads, int(a.head_channels), a.scale);
   return cudaGetLastError();
 }
 
@@ -274,8 +267,8 @@ AttentionBackwardPlan attention_backward_plan(int64_t samples, int64_t tokens, i
 const char* attention_backward(const AttentionArguments& a, int device, void* stream) {
   if (a.samples == 0 || a.tokens == 0 || a.heads == 0) return nullptr;
   const AttentionBackwardPlan plan = attention_backward_plan(a.samples, a.tokens, a.heads, a.head_channels, a.qkv.dtype);
-  const char* const refusal = why_not(a, {plan.launches[0].blocks, plan.launches[1].blocks},
-                                      {a.qkv.data, a.out.data, a.grad_out.data, a.grad_qkv.data});
+  const char* const refusal =
+      why_not(a, {plan.launches[0].blocks, plan.launches[1].blocks}, {a.qkv.data, a.out.data, a.grad_out.data, a.grad_qkv.data});
   if (refusal) return refusal;
   return launch_on(device, [&] {
     return launch_for(a.qkv.dtype, [&](auto t) { return launch<decltype(t)>(a, plan, static_cast<cudaStream_t>(stream)); });

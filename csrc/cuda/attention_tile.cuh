@@ -94,7 +94,7 @@ __device__ __forceinline__ void multiply_transposed(float (&products)[N / 8][4],
       uint32_t words[4];
       load_matrices(words, columns.at(8 * n + lane % 8, c + lane / 8));
       float part[4] = {};
-      float(&sum)[4] = is_fp32<T> ? part : products[n];
+      float (&sum)[4] = is_fp32<T> ? part : products[n];
       static_assert(fp32_steps == 2, "a part is what one ldmatrix has");
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
@@ -176,8 +176,8 @@ __device__ __forceinline__ void multiply(float (&sums)[D / 8][4], const float (&
 // Stores the warp's 16 rows, row g times factors[0] and row g + 8 times factors[1], through `stage`, 16 rows of shared memory
 // that nobody else uses, so that every thread writes 16 bytes and a row is written as one piece.
 template <typename T, int D>
-__device__ __forceinline__ void store_rows(const HeadRows<T>& head, int64_t first, const float (&sums)[D / 8][4],
-                                           const float (&factors)[2], Tile<T, D> stage) {
+__device__ __forceinline__ void store_rows(const HeadRows<T>& head, int64_t first, const float (&sums)[D / 8][4], const float (&factors)[2],
+                                           Tile<T, D> stage) {
   const uint32_t lane = threadIdx.x % warp_size, g = lane / 4, t = lane % 4;
   __syncwarp();
 #pragma unroll
@@ -214,9 +214,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // The block's share of the work: `rows` tokens of one head of one sample.
-struct Share {
-  int64_t sample, head, first;
-};
+struct Share { int64_t sample, head, first; };
 __device__ __forceinline__ Share share_of_block(int64_t tokens, int64_t heads, int rows) {
   const uint32_t shares = uint32_t((tokens + rows - 1) / rows), pair = blockIdx.x / shares;
   return {int64_t(pair / uint32_t(heads)), int64_t(pair % uint32_t(heads)), int64_t(blockIdx.x % shares) * rows};

@@ -6,9 +6,7 @@ namespace ddpm_fast::cuda {
 
 // Of a group's part in one tile, a.workspace[((n * groups + g) * tiles + tile) * 4]: elements, mean = origin + offset, sum of squared
 // deviations from it. In one number the mean would be rounded by more than the tiles' means differ where |mean| is large.
-struct __align__(16) GroupNormMoments {
-  float count, origin, offset, squares;
-};
+struct __align__(16) GroupNormMoments { float count, origin, offset, squares; };
 
 // Tables in shared memory, one float for each channel of the tile: y = silu((x + pre_bias - centre) * slope + offset).
 struct GroupNormTables {
@@ -19,8 +17,8 @@ struct GroupNormTables {
         partial(shared + 4 * channels) {}
 };
 
-__device__ __forceinline__ void group_norm_fill_tables(
-    const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table) {
+__device__ __forceinline__ void group_norm_fill_tables(const GroupNormArguments& a, const GroupNormPlace& place,
+                                                       const GroupNormTables& table) {
 #pragma unroll 1
   for (int32_t c = thread_of_block(); c < place.channels; c += threads_of_block()) {
     const int64_t channel = place.channel + c;
@@ -32,9 +30,8 @@ __device__ __forceinline__ void group_norm_fill_tables(
 }
 
 // Mean and rstd of a group as the last pass uses them.
-__device__ __forceinline__ void group_norm_finish(
-    const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table, int64_t group, int32_t low, int32_t high,
-    float mean, float variance) {
+__device__ __forceinline__ void group_norm_finish(const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormTables& table,
+                                                  int64_t group, int32_t low, int32_t high, float mean, float variance) {
   const float rstd = __frsqrt_rn((variance < 0.0f ? 0.0f : variance) + a.eps);  // written so that NaN stays NaN
 #pragma unroll 1
   for (int32_t c = low + thread_of_block() % 32; c < high; c += 32) {
@@ -48,8 +45,8 @@ __device__ __forceinline__ void group_norm_finish(
 }
 
 // Merges the moments of all tiles: the mean first, counted from one tile's origin so that nothing cancels, then the deviations from it.
-__device__ __forceinline__ void group_norm_merge(
-    const GroupNormArguments& a, const GroupNormTile& tile, const GroupNormPlace& place, const GroupNormTables& table) {
+__device__ __forceinline__ void group_norm_merge(const GroupNormArguments& a, const GroupNormTile& tile, const GroupNormPlace& place,
+                                                 const GroupNormTables& table) {
   group_norm_each_group(tile, place, [&](int64_t group, int32_t low, int32_t high) {
     const int32_t tiles = tile.channel_tiles * tile.position_tiles;
     const GroupNormMoments* const moments = reinterpret_cast<GroupNormMoments*>(a.workspace) + (place.sample * a.groups + group) * tiles;
@@ -90,16 +87,16 @@ __device__ __forceinline__ void group_norm_collect_jointly(const float (&sums)[v
 }
 
 template <bool channels_last, int values, int own>
-__device__ __forceinline__ void group_norm_collect_groups(
-    const float (&sums)[values][own], int joint, const GroupNormTile& tile, float* partial) {
+__device__ __forceinline__ void group_norm_collect_groups(const float (&sums)[values][own], int joint, const GroupNormTile& tile,
+                                                          float* partial) {
   if (own >= 8 && joint == 8) group_norm_collect_jointly<channels_last, own >= 8 ? 8 : 1>(sums, tile, partial);
   else if (own >= 4 && joint == 4) group_norm_collect_jointly<channels_last, own >= 4 ? 4 : 1>(sums, tile, partial);
   else group_norm_collect_jointly<channels_last, 1>(sums, tile, partial);
 }
 
 // Sum v over the tile's channels [low, high), by one warp.
-__device__ __forceinline__ float group_norm_total(
-    const float* partial, int v, int joint, const GroupNormTile& tile, int32_t low, int32_t high) {
+__device__ __forceinline__ float group_norm_total(const float* partial, int v, int joint, const GroupNormTile& tile, int32_t low,
+                                                  int32_t high) {
   const int32_t width = tile.channels / joint, entries = (high - low) / joint;
   float total = 0.0f;
 #pragma unroll 1
@@ -113,9 +110,9 @@ __device__ __forceinline__ float group_norm_total(
 // Corrected two-pass moments (Chan, Golub, LeVeque 1983) of the tile in registers: the second pass adds up the deviations from the
 // first one's mean too, which takes that mean's rounding out of both results. Fills the tables, or the workspace where the slab is cut.
 template <int items, bool channels_last, int vector, typename Item>
-__device__ __forceinline__ void group_norm_moments(
-    const GroupNormArguments& a, const GroupNormTile& tile, const GroupNormPlace& place, const GroupNormTables& table,
-    const GroupNormThread<channels_last, vector>& thread, const Item (&x)[items]) {
+__device__ __forceinline__ void group_norm_moments(const GroupNormArguments& a, const GroupNormTile& tile, const GroupNormPlace& place,
+                                                   const GroupNormTables& table, const GroupNormThread<channels_last, vector>& thread,
+                                                   const Item (&x)[items]) {
   constexpr int own = channels_last ? vector : 1, unit = Item::unit;
   constexpr bool by_unit = group_norm_by_unit<channels_last, vector, items>;
   const auto each = [&](auto start, auto use) {  // start(j) for a channel of the thread, use(j, x)

@@ -50,6 +50,7 @@ constexpr uint32_t group_norm_grid_y = 65535;   // the hardware's limit
 constexpr int64_t group_norm_most_pixels = 1 << 30, group_norm_most_channels = 1 << 30;  // positions and channels are counted in 32 bits
 constexpr int group_norm_finish_threads = 128;  // of a block that finishes one group's sums
 constexpr int group_norm_columns = 32, group_norm_rows = 16;  // of a block that sums over samples: channels, and slices of the batch
+constexpr int group_norm_parameters_threads = group_norm_columns * group_norm_rows;
 
 // What a thread holds of x, vectors or single elements. With eight vectors a block of 256 threads covers 32 KiB and two blocks fill a
 // multiprocessor; with sixteen one block does, for slabs that are larger. Backward holds as much of grad_y beside it.

@@ -25,9 +25,7 @@ __device__ __forceinline__ float* group_norm_tile_sums(const GroupNormArguments&
 }
 
 // S1, S2, X of a channel of a sample.
-struct GroupNormChannelSums {
-  float upstream, product, normalised;
-};
+struct GroupNormChannelSums { float upstream, product, normalised; };
 
 __device__ __forceinline__ float group_norm_factor(const GroupNormArguments& a, int64_t sample, int64_t channel) {
   return 1.0f + read(a.scale.view, sample * a.scale.stride + channel, 0.0f);
@@ -38,9 +36,8 @@ __device__ __forceinline__ float group_norm_slope(const GroupNormArguments& a, i
 }
 
 // The gradients of what one channel of a sample has, and its share of grad_weight and grad_bias; constant = D1 / M, linear = D2 / M.
-__device__ __forceinline__ void group_norm_write_rows(
-    const GroupNormArguments& a, int64_t sample, int64_t channel, float rstd, const GroupNormChannelSums& sums, float constant,
-    float linear) {
+__device__ __forceinline__ void group_norm_write_rows(const GroupNormArguments& a, int64_t sample, int64_t channel, float rstd,
+                                                      const GroupNormChannelSums& sums, float constant, float linear) {
   const float factor = group_norm_factor(a, sample, channel), weight = read(a.weight, channel, 1.0f), bias = read(a.bias, channel, 0.0f);
   write(a.grad_shift.view, sample * a.grad_shift.stride + channel, sums.upstream);
   write(a.grad_scale.view, sample * a.grad_scale.stride + channel, weight * sums.product + bias * sums.upstream);
@@ -53,7 +50,7 @@ __device__ __forceinline__ void group_norm_write_rows(
 
 template <typename T, bool channels_last, int vector, int items>
 __global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 && items == group_norm_many_items ? 1 : 2)
-    group_norm_backward_kernel(const GroupNormArguments a, const GroupNormTile tile) {
+group_norm_backward_kernel(const GroupNormArguments a, const GroupNormTile tile) {
   extern __shared__ __align__(16) float shared[];
   using Item = Pack<T, vector>;
   constexpr int unit = Item::unit, own = channels_last ? unit : 1;  // channels that a thread is at work on at one time
@@ -146,12 +143,15 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 &
     float sums[3][own] = {};
 #pragma unroll
     for (int u = 0; u < vector / unit; ++u) {
-      each(u, [&](int c, float xh, float dz) {
-        sums[0][c] += dz;
-        sums[1][c] += dz * xh;
-        sums[2][c] += xh;
-        return dz;
-      }, [](int, const float (&)[unit]) {});
+      each(
+          u,
+          [&](int c, float xh, float dz) {
+            sums[0][c] += dz;
+            sums[1][c] += dz * xh;
+            sums[2][c] += xh;
+            return dz;
+          },
+          [](int, const float (&)[unit]) {});
       if constexpr (channels_last) {
         group_norm_collect<true>(sums, threadIdx.x * vector + u * unit, tile.channels, tile.slots, table.partial);
 #pragma unroll
@@ -212,8 +212,9 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 &
       const int32_t c = thread.entry(u * unit + j);
       lead[j] = table.lead[c], constant[j] = table.constant[c], linear[j] = table.linear[c];
     }
-    each(u, [&](int c, float xh, float dz) { return lead[c] * dz - (constant[c] + linear[c] * xh); },
-         [&](int k, const float (&values)[unit]) { x[k].set(u, values); });
+    each(
+        u, [&](int c, float xh, float dz) { return lead[c] * dz - (constant[c] + linear[c] * xh); },
+        [&](int k, const float (&values)[unit]) { x[k].set(u, values); });
   }
   T* to = static_cast<T*>(a.grad_x.data) + thread.offset;
 #pragma unroll
@@ -222,8 +223,8 @@ __global__ void __launch_bounds__(group_norm_backward_most_threads, vector > 1 &
 }
 
 // Where slabs are cut: adds up the tiles of one group of a sample, blockIdx (group, sample, samples beyond the limit of y).
-__global__ void __launch_bounds__(group_norm_finish_threads) group_norm_backward_finish_kernel(
-    const GroupNormArguments a, const GroupNormTile tile) {
+__global__ void __launch_bounds__(group_norm_finish_threads) group_norm_backward_finish_kernel(const GroupNormArguments a,
+                                                                                               const GroupNormTile tile) {
   __shared__ float partial[2][group_norm_finish_threads / 32];
   const int64_t sample = int64_t(blockIdx.z) * gridDim.y + blockIdx.y, group = sample * a.groups + blockIdx.x;
   if (sample >= a.samples) return;
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(group_norm_finish_threads) group_norm_backward
 }
 
 // grad_weight and grad_bias: sums of the samples' shares, block (channels, slices of the batch), in one order whatever runs first.
-__global__ void __launch_bounds__(group_norm_columns * group_norm_rows) group_norm_backward_parameters_kernel(const GroupNormArguments a) {
+__global__ void __launch_bounds__(group_norm_parameters_threads) group_norm_backward_parameters_kernel(const GroupNormArguments a) {
   __shared__ float partial[2][group_norm_rows][group_norm_columns];
   const int64_t channel = int64_t(blockIdx.x) * group_norm_columns + threadIdx.x;
   float weight = 0.0f, bias = 0.0f;

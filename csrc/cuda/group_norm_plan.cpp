@@ -33,9 +33,7 @@ struct Kernel {
 constexpr Kernel forward{group_norm_most_threads, 4, 2}, backward{group_norm_backward_most_threads, 8, 3};
 
 // A tile before its slab is cut: threads along x and y, and the most positions that they hold.
-struct Block {
-  int64_t x, y, channels, positions;
-};
+struct Block { int64_t x, y, channels, positions; };
 
 class Planner {
  public:
@@ -95,9 +93,7 @@ class Planner {
     return {x, y, channels, y * items_};
   }
 
-  int64_t tile_channels_last() const {
-    return std::min({slab_channels_, most_channels, kernel_.most_threads * vector_});
-  }
+  int64_t tile_channels_last() const { return std::min({slab_channels_, most_channels, kernel_.most_threads * vector_}); }
 
   Block whole_slab_channels_last() const {
     const int64_t channels = tile_channels_last(), x = channels / vector_;

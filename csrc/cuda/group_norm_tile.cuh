@@ -42,12 +42,12 @@ __device__ __forceinline__ GroupNormPlace group_norm_place(const GroupNormArgume
 // A thread has one row of memory to walk along: in NCHW the vectors x, x + blockDim.x, ... of channel threadIdx.y, in channels_last
 // the vector of channels threadIdx.x of the pixels y, y + blockDim.y, ...
 template <bool channels_last, int vector> struct GroupNormThread {
-  int32_t channel;   // first of its channels, counted from the tile's; 0 in a thread that has no items
-  int32_t items;     // that it has
-  int32_t first;     // position of its first item; the next ones are `step` further each
+  int32_t channel;  // first of its channels, counted from the tile's; 0 in a thread that has no items
+  int32_t items;  // that it has
+  int32_t first;  // position of its first item; the next ones are `step` further each
   int32_t step;
-  int64_t offset;    // of its first item in the tensor
-  int64_t stride;    // from one item to the next
+  int64_t offset;  // of its first item in the tensor
+  int64_t stride;  // from one item to the next
 
   __device__ __forceinline__ GroupNormThread(const GroupNormArguments& a, const GroupNormPlace& place) {
     const int32_t own = channels_last ? threadIdx.x * vector : threadIdx.y;
@@ -83,8 +83,8 @@ template <int vector, int items> constexpr int group_norm_mask_words = (items * 
 
 // Bit k * vector + e says that element e of item `first` + k is kept. One loop for them, so that the generator's code is there once.
 template <int vector, bool channels_last>
-__device__ __forceinline__ uint64_t group_norm_mask(
-    const GroupNormArguments& a, const GroupNormPlace& place, const GroupNormThread<channels_last, vector>& thread, int32_t first) {
+__device__ __forceinline__ uint64_t group_norm_mask(const GroupNormArguments& a, const GroupNormPlace& place,
+                                                    const GroupNormThread<channels_last, vector>& thread, int32_t first) {
   constexpr int words = channels_last && vector >= 4 ? 4 : 1;  // that one counter block gives: channels run fastest
   const uint32_t threshold = a.dropout.threshold;
   const uint64_t sample = a.dropout.key.first_sample + uint64_t(place.sample);
@@ -142,8 +142,8 @@ __device__ __forceinline__ void group_norm_each_unit(int32_t present, Start star
 // Adds up what the threads have: sums[v][j] for entry `entry` + j of `width` entries, a channel or neighbouring channels of one group
 // each. Leaves the sum v of an entry in `slots` parts, at partial[(v * slots + slot) * width + entry]; to be read after a barrier.
 template <bool channels_last, int values, int count>
-__device__ __forceinline__ void group_norm_collect(
-    float (&sums)[values][count], int32_t entry, int32_t width, int32_t slots, float* partial) {
+__device__ __forceinline__ void group_norm_collect(float (&sums)[values][count], int32_t entry, int32_t width, int32_t slots,
+                                                   float* partial) {
   const int32_t x = blockDim.x, warp = thread_of_block() / 32, lane = thread_of_block() % 32;
   const bool shuffled = !channels_last || (x < 32 && (x & (x - 1)) == 0);
   if (shuffled) sum_over_lanes(sums, channels_last ? x : 1, channels_last ? 32 : x);
@@ -156,8 +156,7 @@ __device__ __forceinline__ void group_norm_collect(
     constexpr int together = count % 4 == 0 ? 4 : count;
 #pragma unroll
     for (int j = 0; j < count; j += together) {
-      if constexpr (together == 4)
-        *reinterpret_cast<float4*>(to + j) = {sums[v][j], sums[v][j + 1], sums[v][j + 2], sums[v][j + 3]};
+      if constexpr (together == 4) *reinterpret_cast<float4*>(to + j) = {sums[v][j], sums[v][j + 1], sums[v][j + 2], sums[v][j + 3]};
       else if constexpr (together == 2) *reinterpret_cast<float2*>(to + j) = {sums[v][j], sums[v][j + 1]};
       else to[j] = sums[v][j];
     }

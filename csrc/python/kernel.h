@@ -37,7 +37,9 @@ class Layout {
  public:
   explicit Layout(const void* start) : start_(static_cast<const char*>(start)) {}
   template <typename Field>
-  void operator()(const std::string& name, Field& field, const Rule& = {}) { add(name, field); }
+  void operator()(const std::string& name, Field& field, const Rule& = {}) {
+    add(name, field);
+  }
   void threads(const std::string& name, int& field) { add(name, field); }
   std::vector<Number> numbers;
 
@@ -54,7 +56,9 @@ class Layout {
   void add(const std::string& name, const float& x) { number(name, x, 'f'); }
   void add(const std::string& name, const Variance& x) { number(name, x, 'i'); }
   template <typename T>
-  void add(const std::string& name, T* const& x) { number(name, x, 'u'); }
+  void add(const std::string& name, T* const& x) {
+    number(name, x, 'u');
+  }
   void add(const std::string& name, const View& x) {
     add(name + ".data", x.data);
     number(name + ".dtype", x.dtype, 'i');
@@ -237,7 +241,8 @@ void add_kernel(PyObject* module, const char* name, bool second = false) {
   auto* const kernel = new Kernel{name, sizeof(Arguments), names.names, &read_as<Arguments>, &run_as<Arguments, Run>, second};
   const Owned self(PyCapsule_New(kernel, nullptr, nullptr));
   add_function(module, name, self.get(), &call, "Runs the kernel; takes the fields of its struct in csrc/common/arguments.h by name.");
-  add_function(module, std::string(name) + "_prepared", self.get(), &prepare, "The same as a function of no arguments, to be called often.");
+  add_function(module, std::string(name) + "_prepared", self.get(), &prepare,
+               "The same as a function of no arguments, to be called often.");
 }
 
 template <typename Arguments>

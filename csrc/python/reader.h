@@ -42,7 +42,8 @@ class Reader {
   // Tensors.
 
   void* memory(PyObject* x, bool channels_last) const {
-    if (!is_contiguous(x, channels_last)) refuse(PyExc_ValueError, channels_last ? "must be contiguous in channels_last" : "must be contiguous");
+    if (!is_contiguous(x, channels_last))
+      refuse(PyExc_ValueError, channels_last ? "must be contiguous in channels_last" : "must be contiguous");
     return address(x);
   }
   void* memory(PyObject* x, PyObject* dtype, const char* expected, const Rule& rule) const {

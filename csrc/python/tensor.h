@@ -26,7 +26,11 @@ class Owned {
   ~Owned() { Py_XDECREF(object_); }
   Owned(const Owned&) = delete;
   PyObject* get() const { return object_; }
-  PyObject* release() { PyObject* const object = object_; object_ = nullptr; return object; }
+  PyObject* release() {
+    PyObject* const object = object_;
+    object_ = nullptr;
+    return object;
+  }
 
  private:
   PyObject* object_;

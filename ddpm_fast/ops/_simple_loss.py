@@ -1,8 +1,8 @@
 """simple_loss: per-sample weight[t] · mean (model_output - (x_start_coef[t] · x_start + noise_coef[t] · ε))².
 
-Ho et al. 2020, eq. 14, for any prediction: the target is a row of two coefficients (diffusion/parameterisation.py: target_coefficients), the
-weight any function of t (1, min-SNR, P2). The reference twin is here; the kernels are
-csrc/cpu/simple_loss.cpp and ops/triton/simple_loss.py.
+Ho et al. 2020, eq. 14, for any prediction: the target is a row of two coefficients (diffusion/parameterisation.py gives them), the
+weight any function of t (1, min-SNR, P2). The reference twin is here; the kernels are csrc/cpu/simple_loss.cpp and
+ops/triton/simple_loss.py.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def test_wrong_sizes(text):
 
 
 @pytest.mark.parametrize("text, classes, labels", [
-    ("cat", ["ant", "cat"], [1]), ("0", ["ant", "cat"], [0]), ("each", ["ant", "cat"], [0, 1]), ("3", ["1", "2", "3"], [2]), ("7", list("0123456789"), [7]),
-    ("10", ["1", "10", "2"], [1]),
+    ("cat", ["ant", "cat"], [1]), ("0", ["ant", "cat"], [0]), ("each", ["ant", "cat"], [0, 1]),
+    ("3", ["1", "2", "3"], [2]), ("7", list("0123456789"), [7]), ("10", ["1", "10", "2"], [1]),
 ])  # fmt: skip
 def test_classes_by_name_and_number(text, classes, labels):
     assert parse_label(text, classes) == labels

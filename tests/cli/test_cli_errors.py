@@ -26,7 +26,8 @@ def out_of_memory(kind):
     """As PyTorch and NumPy raise it."""
     if kind == "host":
         return RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000 bytes. Error code 12 (Cannot allocate memory)"
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 8000000000 bytes. Error code 12 (Cannot allocate memory)"
         )
     if kind == "device":
         return torch.OutOfMemoryError(
@@ -120,7 +121,8 @@ def test_arguments_become_options(command_name, text, told):
         (["--data", "{tall}", "--class-conditional", "--preset", "digits"], "got 7x8"),
         (
             ["-T", 19],
-            "--timesteps must be more than 19.5 for --schedule 'linear', whose last beta is 19.5 / timesteps, got 19; --schedule 'cosine' takes fewer",
+            "--timesteps must be more than 19.5 for --schedule 'linear', whose last beta is 19.5 / timesteps, got 19; "
+            "--schedule 'cosine' takes fewer",
         ),
     ],
 )

@@ -8,15 +8,9 @@ from PIL import Image
 from ddpm_fast.cli.demo import run_demo
 
 FILES = {
-    "samples.png",
-    "forward.png",
-    "reverse.gif",
-    "bound.png",
-    "results.json",
-    "metrics.jsonl",
-    "checkpoint.json",
-    "checkpoint.safetensors",
-}
+    "samples.png", "forward.png", "reverse.gif", "bound.png",
+    "results.json", "metrics.jsonl", "checkpoint.json", "checkpoint.safetensors",
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""examples/learned_variance.py, at a size at which its figures mean nothing: what it measures, that it goes on where it was, what it writes."""
+"""examples/learned_variance.py at a size at which figures mean nothing: what it measures, that it goes on where it was, what it writes."""
 
 import csv
 import json

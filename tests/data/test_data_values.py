@@ -137,7 +137,8 @@ def test_a_range_of_floats_is_the_default_ones_twin(tmp_path):
 
 
 @pytest.mark.parametrize("value_range, message", [
-    ((1, 1), "must be two numbers, the smaller first, got 1 1"), ((0, np.inf), "got 0 inf"), ((0, np.nan), "got 0 nan"), ((1, 2, 3), "got 1 2 3"),
+    ((1, 1), "must be two numbers, the smaller first, got 1 1"),
+    ((0, np.inf), "got 0 inf"), ((0, np.nan), "got 0 nan"), ((1, 2, 3), "got 1 2 3"),
     ((0, 0.5), "of integers must be two integers of at most .* got 0 0.5"), ((0, 2**33), "got 0 8589934592"),
 ])  # fmt: skip
 def test_range_errors(tmp_path, value_range, message):

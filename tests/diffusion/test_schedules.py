@@ -244,7 +244,10 @@ def test_number_of_steps_must_be_a_positive_integer(name, T):
 
 
 def test_rescaled_schedule_needs_more_than_twenty_steps():
-    message = r"the betas of linear\(20, rescale\) must lie inside \(0, 1\), but run from 0.005 to 1: take more steps, smaller betas or the cosine schedule"
+    message = (
+        r"the betas of linear\(20, rescale\) must lie inside \(0, 1\), but run from 0.005 to 1: "
+        r"take more steps, smaller betas or the cosine schedule"
+    )
     with pytest.raises(ValueError, match=message):
         NoiseSchedule.linear(20, rescale=True)
     assert NoiseSchedule.linear(21, rescale=True).betas[-1] < 1

@@ -85,27 +85,13 @@ def test_initial_weights():
 def test_state_dict_names_are_stable():
     names = set(UNet(**TINY, num_classes=2).state_dict())
     assert names >= {
-        "conv_in.weight",
-        "time_embedding.linear1.weight",
-        "time_embedding.linear2.bias",
-        "label_embedding.weight",
-        "down.0.blocks.0.norm1.weight",
-        "down.0.blocks.0.conv1.weight",
-        "down.0.blocks.0.time_projection.weight",
-        "down.0.downsample.conv.weight",
-        "down.1.blocks.0.shortcut.weight",
-        "down.1.attentions.0.norm.weight",
-        "mid.block1.conv2.bias",
-        "mid.attention.qkv.weight",
-        "mid.attention.proj_out.weight",
-        "up.0.blocks.1.norm2.weight",
-        "up.0.attentions.1.qkv.bias",
-        "up.0.upsample.conv.weight",
-        "up.1.blocks.1.conv2.weight",
-        "norm_out.weight",
-        "conv_out.weight",
-        "conv_out.bias",
-    }
+        "conv_in.weight", "time_embedding.linear1.weight", "time_embedding.linear2.bias", "label_embedding.weight",
+        "down.0.blocks.0.norm1.weight", "down.0.blocks.0.conv1.weight", "down.0.blocks.0.time_projection.weight",
+        "down.0.downsample.conv.weight", "down.1.blocks.0.shortcut.weight", "down.1.attentions.0.norm.weight",
+        "mid.block1.conv2.bias", "mid.attention.qkv.weight", "mid.attention.proj_out.weight",
+        "up.0.blocks.1.norm2.weight", "up.0.attentions.1.qkv.bias", "up.0.upsample.conv.weight",
+        "up.1.blocks.1.conv2.weight", "norm_out.weight", "conv_out.weight", "conv_out.bias",
+    }  # fmt: skip
     assert len(names) == 129
 
 

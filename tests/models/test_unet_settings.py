@@ -50,8 +50,8 @@ def test_a_sampler_of_a_network_in_another_dtype(dtype):
 def test_numbers_of_numpy():
     numbers = dict(
         in_channels=np.int64(2), out_channels=np.uint8(3), base_channels=np.int32(8), channel_mult=np.array([1, 2]), num_blocks=np.int64(1),
-        attention_resolutions=(np.int16(4),), image_size=np.array(8), num_heads=np.int64(2), dropout=np.float32(0.25), num_classes=np.int64(3),
-        norm_groups=np.int64(4), norm_eps=np.float64(1e-5),
+        attention_resolutions=(np.int16(4),), image_size=np.array(8), num_heads=np.int64(2), dropout=np.float32(0.25),
+        num_classes=np.int64(3), norm_groups=np.int64(4), norm_eps=np.float64(1e-5),
     )  # fmt: skip
     model = UNet(**numbers)
     assert json.loads(json.dumps(model.config)) == model.config == UNet(**model.config).config

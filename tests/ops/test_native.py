@@ -47,11 +47,14 @@ class Unlike:
     (dict(out=...), TypeError, "cpu_q_sample: out is missing"),
     (dict(t=None), TypeError, "cpu_q_sample: t must be a tensor of torch.int64, got NoneType"),
     (dict(t=torch.zeros(2)), TypeError, "cpu_q_sample: t must be a tensor of torch.int64, got a tensor of torch.float32"),
-    (dict(signal=torch.ones(2).double()), TypeError, "cpu_q_sample: signal must be a tensor of torch.float32, got a tensor of torch.float64"),
+    (dict(signal=torch.ones(2).double()), TypeError,
+     "cpu_q_sample: signal must be a tensor of torch.float32, got a tensor of torch.float64"),
     (dict(x_start=3), TypeError, "cpu_q_sample: x_start must be a tensor, got int"),
-    (dict(x_start=torch.ones(2, 5).long()), TypeError, "x_start must be a tensor of float32, bfloat16 or float16, got a tensor of torch.int64"),
+    (dict(x_start=torch.ones(2, 5).long()), TypeError,
+     "x_start must be a tensor of float32, bfloat16 or float16, got a tensor of torch.int64"),
     (dict(out=torch.ones(2, 5).half()), TypeError, "cpu_q_sample: out must be a tensor of torch.float32, got a tensor of torch.float16"),
-    (dict(noise=torch.ones(2, 5).bfloat16()), TypeError, "cpu_q_sample: noise must be a tensor of torch.float32, got a tensor of torch.bfloat16"),
+    (dict(noise=torch.ones(2, 5).bfloat16()), TypeError,
+     "cpu_q_sample: noise must be a tensor of torch.float32, got a tensor of torch.bfloat16"),
     (dict(noise=Unlike()), TypeError, "cpu_q_sample: noise must be a Noise, got Unlike"),
     (dict(noise=(1, 2**32, 0)), OverflowError, r"cpu_q_sample: noise must have a stream below 2\^32"),
     (dict(sizes=torch.tensor(1.0)), ValueError, r"cpu_q_sample: sizes must be \(N, \.\.\.\)"),
@@ -59,7 +62,8 @@ class Unlike:
     (dict(noise=torch.empty(5, 2).t()), ValueError, "cpu_q_sample: noise must be contiguous"),
     (dict(signal=torch.ones(4)[::2]), ValueError, "cpu_q_sample: signal must be contiguous"),
     (dict(t=torch.zeros(4).long()[::2]), ValueError, "cpu_q_sample: t must be contiguous"),
-    (dict(sigma=torch._efficientzerotensor(2)), ValueError, "^a tensor has no memory to read: its storage was freed, or it stands for values without holding them$"),
+    (dict(sigma=torch._efficientzerotensor(2)), ValueError,
+     "^a tensor has no memory to read: its storage was freed, or it stands for values without holding them$"),
     (dict(grad_x=torch.ones(2, 5)), TypeError, "cpu_q_sample has no argument grad_x"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(changes, error, message):
@@ -86,7 +90,8 @@ def kl(operand, **changes):
 
 
 @pytest.mark.parametrize("operand", [
-    (torch.zeros(2, 3), 1, 1), (torch.zeros(2, 3), 3, 0), (torch.zeros(3, 2).t(), 3, 1), (torch.zeros(2, 6)[:, ::2], 6, 1), (torch.zeros(2, 1).expand(2, 3), 0, 0),
+    (torch.zeros(2, 3), 1, 1), (torch.zeros(2, 3), 3, 0), (torch.zeros(3, 2).t(), 3, 1),
+    (torch.zeros(2, 6)[:, ::2], 6, 1), (torch.zeros(2, 1).expand(2, 3), 0, 0),
 ])  # fmt: skip
 def test_an_operand_lies_as_is_said(operand):
     with pytest.raises(ValueError, match="cpu_gaussian_kl: mean2 must be strided as is said"):
@@ -176,7 +181,7 @@ def test_the_layout_is_of_numbers_that_lie_apart(op):
 
 
 def test_fields_are_all_of_a_struct():
-    """No member is without its line in `fields`, where a kernel would find it as it was never given; and no struct is without its kernel."""
+    """No member is without its line in `fields`: a kernel would find it as it was never given. And no struct is without its kernel."""
     source = re.sub(r"//.*", "", (CSRC / "common" / "arguments.h").read_text())
     structs = dict(re.findall(r"struct (\w+Arguments) \{(.*?)\};", source, re.S))
     assert structs.keys() == {struct for _, struct in KERNELS}

@@ -1,4 +1,4 @@
-"""From the public functions to CUDA's driver: what group_norm and attention hand to the bindings, up to the launch that fails without a GPU.
+"""From the public functions to CUDA's driver: what group_norm and attention hand the bindings, up to the launch that fails without a GPU.
 
 The tensors are the CPU's; the order and the types of the bindings' arguments are what is tested. Where there is a GPU the other tests
 see the results.

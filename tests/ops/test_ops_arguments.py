@@ -112,7 +112,8 @@ def test_numpy_integers_are_integers():
     (lambda: KEY.uniform(2, ()), ValueError, r"device must be a torch.device or its name, got \(\)"),
     (lambda: group_norm(torch.ones(1, 2, 2), 1, dropout=0.5), TypeError, r"dropout must be \(probability, Noise\), got 0.5"),
     (lambda: group_norm(torch.ones(1, 2, 2), 1, dropout=("x", KEY)), TypeError, "the probability of dropout must be a number, got str"),
-    (lambda: p_step(**step_arguments(make("p_step", "Noise", SHAPE)) | dict(guidance=1.5)), TypeError, r"guidance must be \(output, scale\), got 1.5"),
+    (lambda: p_step(**step_arguments(make("p_step", "Noise", SHAPE)) | dict(guidance=1.5)), TypeError,
+     r"guidance must be \(output, scale\), got 1.5"),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_what_is_no_number_is_named(call, error, message):
     with pytest.raises(error, match=message):

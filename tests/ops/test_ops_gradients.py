@@ -216,7 +216,7 @@ def test_no_gradient_came(name, given, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_case
 def test_many_gradients_at_once(name, given, dtype):
-    """is_grads_batched, which torch.autograd.functional.jacobian(vectorize=True) uses: backward under vmap, where no tensor has an address."""
+    """is_grads_batched, which torch.autograd.functional.jacobian(vectorize=True) uses: backward under vmap, where none has an address."""
     case = make(name, given, (3, 2, 5), dtype)
     each = [upstreams(case(), seed) for seed in (4, 5, 6)]
     exact = [gradients(case.in_float64(), [g.double() for g in grads]) for grads in each]

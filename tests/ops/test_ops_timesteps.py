@@ -1,4 +1,7 @@
-"""The range check of t: whatever carries it, and wherever the op runs, a t outside the tables raises or gives NaN. Never memory beside them."""
+"""The range check of t: whatever carries it, and wherever the op runs, a t outside the tables raises or gives NaN.
+
+Never memory beside them.
+"""
 
 import pytest
 import torch

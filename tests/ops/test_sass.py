@@ -156,7 +156,7 @@ def test_contraction_would_be_noticed(tmp_path):
 @pytest.mark.parametrize("call", TRITON, ids=str)
 @pytest.mark.parametrize("arch", SIMULATED_ARCHS)
 def test_triton_kernels(arch, call, tmp_path):
-    """No local memory; as many multiplications and additions as the PTX has. (Roots, divisions and exponentials have FFMAs of their own.)"""
+    """No local memory; as many multiplications and additions as the PTX has. (Roots, divisions, exponentials have FFMAs of their own.)"""
     with simulated(int(arch[3:]), run=False) as launches:
         everything(make(*call, (2, 1, 1, 1504), torch.float32), backend="triton")
     assert launches

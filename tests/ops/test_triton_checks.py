@@ -72,19 +72,27 @@ def right(name, **changes):
 
 WRONG = {
     "off-by-one mask": ("_tile.py", "(i < elements)", "(i <= elements)", "q_sample", MemoryFault),
-    "missing tail guard": ("q_sample.py", "entry(sigma_ptr, t, known) * e, mask=inside)", "entry(sigma_ptr, t, known) * e)", "q_sample", MemoryFault),
-    "missing guard of samples": ("_tile.py", "(n < samples)[:, None] & (i < elements)", "(n >= 0)[:, None] & (i < elements)", "q_sample", MemoryFault),
-    "swapped coefficients": (
-        "q_sample.py", "entry(signal_ptr, t, known) * x + entry(sigma_ptr, t, known) * e", "entry(sigma_ptr, t, known) * x + entry(signal_ptr, t, known) * e",
-        "q_sample", AssertionError,
+    "missing tail guard": (
+        "q_sample.py", "entry(sigma_ptr, t, known) * e, mask=inside)", "entry(sigma_ptr, t, known) * e)", "q_sample", MemoryFault,
     ),
-    "swapped coefficients, backward": ("p_step.py", "x_t * g + from_x_t * g_start", "from_x_t * g + x_t * g_start", "p_step", AssertionError),
+    "missing guard of samples": (
+        "_tile.py", "(n < samples)[:, None] & (i < elements)", "(n >= 0)[:, None] & (i < elements)", "q_sample", MemoryFault,
+    ),
+    "swapped coefficients": (
+        "q_sample.py", "entry(signal_ptr, t, known) * x + entry(sigma_ptr, t, known) * e",
+        "entry(sigma_ptr, t, known) * x + entry(signal_ptr, t, known) * e", "q_sample", AssertionError,
+    ),
+    "swapped coefficients, backward": (
+        "p_step.py", "x_t * g + from_x_t * g_start", "from_x_t * g + x_t * g_start", "p_step", AssertionError,
+    ),
     "a column of the table": ("_output.py", "entry(table_ptr, at + 3, known)", "entry(table_ptr, at + 4, known)", "p_step", AssertionError),
     "32-bit sample index": ("_philox.py", "n[:, None].to(tl.uint64)", "n[:, None].to(tl.uint64) & 0xFFFFFFFF", "q_sample", AssertionError),
     "counter of the first tile in all": ("_philox.py", "j = (first // 4)", "j = (first * 0)", "q_sample", AssertionError),
     "sum over what is not there": ("_reduce.py", "tl.where(inside, value, 0.0)", "value", "simple_loss", AssertionError),
     "sum of the first tile alone": ("_reduce.py", "first + at < tiles", "first + at < 1", "simple_loss", AssertionError),
-    "zeros of the variance half": ("simple_loss.py", "if DOUBLED == 2:", "if DOUBLED == 3:", "simple_loss with a variance half", AssertionError),
+    "zeros of the variance half": (
+        "simple_loss.py", "if DOUBLED == 2:", "if DOUBLED == 3:", "simple_loss with a variance half", AssertionError,
+    ),
     "the decoder at the wrong step": ("vlb_terms.py", "    if any_row(t == 0):", "    if any_row(t == 1):", "vlb_terms", AssertionError),
 }  # fmt: skip
 
@@ -213,57 +221,15 @@ def test_contraction_would_be_noticed(monkeypatch):
 
 
 # Batches and image sizes as they come in training and sampling, and small ones.
-LARGE = [
-    (n, c, h, h)
-    for n, c, h in (
-        (1, 3, 32),
-        (2, 3, 32),
-        (3, 3, 32),
-        (16, 3, 32),
-        (17, 3, 32),
-        (100, 3, 32),
-        (128, 3, 32),
-        (1, 1, 28),
-        (7, 1, 28),
-        (64, 1, 28),
-        (1, 3, 64),
-        (3, 3, 64),
-        (8, 3, 64),
-        (5, 3, 96),
-        (2, 3, 128),
-        (9, 4, 64),
-        (16, 4, 32),
-        (33, 4, 32),
-        (2, 3, 256),
-        (1, 3, 512),
-    )
-]
+LARGE = [(n, c, h, h) for n, c, h in (
+    (1, 3, 32), (2, 3, 32), (3, 3, 32), (16, 3, 32), (17, 3, 32), (100, 3, 32), (128, 3, 32), (1, 1, 28), (7, 1, 28), (64, 1, 28),
+    (1, 3, 64), (3, 3, 64), (8, 3, 64), (5, 3, 96), (2, 3, 128), (9, 4, 64), (16, 4, 32), (33, 4, 32), (2, 3, 256), (1, 3, 512),
+)]  # fmt: skip
 ODD = [(n, c, h, w) for n, c, h, w in ((1, 3, 31, 33), (2, 1, 37, 41), (5, 3, 29, 29), (4, 3, 30, 30), (3, 3, 35, 62), (1, 1, 101, 103))]
-SMALL = [
-    (n, 1, h, h)
-    for n, h in (
-        (1, 8),
-        (64, 8),
-        (100, 8),
-        (3, 4),
-        (7, 2),
-        (1, 1),
-        (500, 1),
-        (2, 16),
-        (33, 16),
-        (10, 9),
-        (11, 10),
-        (3, 12),
-        (4, 13),
-        (9, 14),
-        (5, 20),
-        (6, 24),
-        (2, 25),
-        (8, 27),
-        (3, 6),
-        (12, 7),
-    )
-]
+SMALL = [(n, 1, h, h) for n, h in (
+    (1, 8), (64, 8), (100, 8), (3, 4), (7, 2), (1, 1), (500, 1), (2, 16), (33, 16), (10, 9),
+    (11, 10), (3, 12), (4, 13), (9, 14), (5, 20), (6, 24), (2, 25), (8, 27), (3, 6), (12, 7),
+)]  # fmt: skip
 
 
 def variants(name, shapes, monkeypatch):

@@ -211,19 +211,8 @@ class _Log(TorchDispatchMode):
 
 
 MAKES_ROOM = {
-    "empty",
-    "empty_like",
-    "new_empty",
-    "detach",
-    "view",
-    "expand",
-    "as_strided",
-    "select",
-    "unbind",
-    "slice",
-    "alias",
-    "_unsafe_view",
-}
+    "empty", "empty_like", "new_empty", "detach", "view", "expand", "as_strided", "select", "unbind", "slice", "alias", "_unsafe_view",
+}  # fmt: skip
 
 
 def test_the_log_sees_what_runs():

@@ -129,16 +129,9 @@ def compiled(source: str, folder, csrc, *flags: str) -> Counter:
     options = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", *flags]
     target = folder / "q_sample.o"
     command = [
-        *shlex.split(COMPILER),
-        *options,
-        "-DDDPM_ISA=portable",
-        "-I",
-        str(csrc / "cpu"),
-        "-c",
-        str(folder / "q_sample.cpp"),
-        "-o",
-        str(target),
-    ]
+        *shlex.split(COMPILER), *options, "-DDDPM_ISA=portable", "-I", str(csrc / "cpu"),
+        "-c", str(folder / "q_sample.cpp"), "-o", str(target),
+    ]  # fmt: skip
     subprocess.run(command, check=True)
     return disassembled(str(target))["q_sample", "portable"]
 

@@ -37,21 +37,9 @@ FLAG = (MANY, torch.from_numpy(MANY), "x", 1, None, 0.0, [True], torch.tensor(Tr
 CHOICE = (MANY, "n" * 10**5, None, 3, "nope", ["linear"], {})
 FUNCTION = (None, 3, "x", X)
 BETAS = (
-    MANY,
-    None,
-    3,
-    0.1,
-    "x",
-    ["x"],
-    [1j],
-    [True],
-    [[0.1]],
-    [0.1, 2.0],
-    [0.1, None],
-    torch.tensor([0.1j]),
-    torch.tensor([1, 0]),
-    torch.zeros(0),
-)
+    MANY, None, 3, 0.1, "x", ["x"], [1j], [True], [[0.1]], [0.1, 2.0], [0.1, None],
+    torch.tensor([0.1j]), torch.tensor([1, 0]), torch.zeros(0),
+)  # fmt: skip
 TIMESTEPS = (MANY, 3, "x", [0.5], ["x"], [True], [[1]], [3, 1], [0, 6], [-1, 2], np.array([0.0, 1.0]), [None], {})
 STEPS = (MANY, "3", 1.5, True, [0.5, 1.0], [3, 1], ["x"], [True, False], 0, 7, 1j, {}, torch.tensor([0.5]), [[1]])
 LABELS = (3, 1.0, "x", [0, 1], T.float(), T.int(), T[:1], T.view(2, 1), torch.tensor([0, 4]), torch.tensor([-1, 0]), np.array([0, 1]))
@@ -63,9 +51,18 @@ NOT_NONE = (3, "x", [1], X)
 
 CALLS = {
     NoiseSchedule: (dict(betas=[0.1, 0.2]), dict(betas=BETAS, timesteps=TIMESTEPS[:7])),
-    NoiseSchedule.linear: (dict(T=5), dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta"), rescale=FLAG)),
-    NoiseSchedule.quadratic: (dict(T=5), dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta"))),
-    NoiseSchedule.sigmoid: (dict(T=5), dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta"))),
+    NoiseSchedule.linear: (
+        dict(T=5),
+        dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta"), rescale=FLAG),
+    ),
+    NoiseSchedule.quadratic: (
+        dict(T=5),
+        dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta")),
+    ),
+    NoiseSchedule.sigmoid: (
+        dict(T=5),
+        dict(T=(None, *INTEGER, 0), beta_start=((None, *NUMBER, 0, 1), "beta"), beta_end=((None, *NUMBER, 2), "beta")),
+    ),
     NoiseSchedule.constant: (dict(T=5), dict(T=(None, *INTEGER, 0), beta=(None, *NUMBER, 0, 1))),
     NoiseSchedule.jsd: (dict(T=5), dict(T=(None, *INTEGER, 0), max_beta=(None, *NUMBER))),
     NoiseSchedule.cosine: (dict(T=5), dict(T=(None, *INTEGER, 0), s=(None, *NUMBER), max_beta=(None, *NUMBER))),
@@ -81,14 +78,20 @@ CALLS = {
     DIFFUSION.q_mean_variance: (dict(x_start=X, t=T), dict(x_start=TENSOR, t=TIME)),
     DIFFUSION.q_posterior: (dict(x_start=X, x_t=X, t=T), dict(x_start=LIKE, x_t=TENSOR, t=TIME)),
     DIFFUSION.p_mean_variance: (OUT, dict(model_output=(OUTPUT, "output"), x_t=TENSOR, t=TIME, clip=FLAG)),
-    DIFFUSION.p_step: (dict(OUT, noise=Noise(0)), dict(model_output=(OUTPUT, "output"), x_t=TENSOR, t=TIME, noise=NOISE, clip=FLAG, x_next=NOT_NONE[:3])),
+    DIFFUSION.p_step: (
+        dict(OUT, noise=Noise(0)),
+        dict(model_output=(OUTPUT, "output"), x_t=TENSOR, t=TIME, noise=NOISE, clip=FLAG, x_next=NOT_NONE[:3]),
+    ),
     DIFFUSION.predict_x_start: (OUT, dict(model_output=(OUTPUT, "output"), x_t=TENSOR, t=TIME)),
     DIFFUSION.target: (dict(x_start=X, t=T, noise=Noise(0)), dict(x_start=TENSOR, t=TIME, noise=NOISE)),
     DIFFUSION.simple_loss: (
         dict(model_output=X, x_start=X, t=T, noise=Noise(0)),
         dict(model_output=(OUTPUT, "output"), x_start=TENSOR, t=TIME, noise=NOISE, weight=CHOICE),
     ),
-    DIFFUSION.vlb_terms: (dict(OUT, x_start=X), dict(model_output=(OUTPUT, "output"), x_start=LIKE, x_t=TENSOR, t=TIME, clip=FLAG, detach_mean=FLAG)),
+    DIFFUSION.vlb_terms: (
+        dict(OUT, x_start=X),
+        dict(model_output=(OUTPUT, "output"), x_start=LIKE, x_t=TENSOR, t=TIME, clip=FLAG, detach_mean=FLAG),
+    ),
     DIFFUSION.loss: (
         dict(OUT, x_start=X, noise=Noise(0), weight="p2"),
         dict(model_output=(OUTPUT, "output"), x_start=TENSOR, t=TIME, noise=NOISE, kind=CHOICE, weight=CHOICE, gamma=NUMBER),
@@ -97,14 +100,17 @@ CALLS = {
     DIFFUSION.bits_per_dim: (dict(model=model, x_start=X), dict(model=FUNCTION, x_start=(*TENSOR, X + 3), clip=FLAG, noise=(3, "x", X))),
     DIFFUSION.bound_terms: (
         dict(model=model, x_start=X, timesteps=[T]),
-        dict(model=FUNCTION, x_start=TENSOR, timesteps=((3, [], ["x"], [1.0], [T.float()]), r"\bt\b|timesteps"), clip=FLAG, report=FUNCTION),
+        dict(
+            model=FUNCTION, x_start=TENSOR, timesteps=((3, [], ["x"], [1.0], [T.float()]), r"\bt\b|timesteps"), clip=FLAG, report=FUNCTION,
+        ),
     ),
     DIFFUSION.x_start_mse: (dict(OUT, x_start=X), dict(model_output=(OUTPUT, "output"), x_start=LIKE, x_t=TENSOR, t=TIME, clip=FLAG)),
     Sampler: (
         dict(model=model, diffusion=DIFFUSION),
         dict(
-            model=FUNCTION, diffusion=(None, 3, "x", SCHEDULE), sampler=CHOICE, steps=STEPS, spacing=CHOICE, eta=(None, *NUMBER, -1, 2, 0.5), clip=FLAG,
-            threshold=(*NUMBER, 0, 2), guidance=(None, *NUMBER, "2"), null_label=INTEGER, graph=("yes", 1, 0.0, [True]),
+            model=FUNCTION, diffusion=(None, 3, "x", SCHEDULE), sampler=CHOICE, steps=STEPS, spacing=CHOICE,
+            eta=(None, *NUMBER, -1, 2, 0.5), clip=FLAG, threshold=(*NUMBER, 0, 2), guidance=(None, *NUMBER, "2"),
+            null_label=INTEGER, graph=("yes", 1, 0.0, [True]),
         ),
     ),
     SAMPLER.__call__: (
@@ -116,9 +122,15 @@ CALLS = {
     ),
     SAMPLER.interpolate: (
         dict(a=X, b=X, weights=[0.5], t=3),
-        dict(a=(*TENSOR, X[:1], X + 3), b=(*LIKE[:-1], X + 3), weights=WEIGHTS, t=(None, *INTEGER, 6, T), seed=(None, *SEED), labels=LABELS, first_sample=(None, *SEED)),
+        dict(
+            a=(*TENSOR, X[:1], X + 3), b=(*LIKE[:-1], X + 3), weights=WEIGHTS, t=(None, *INTEGER, 6, T), seed=(None, *SEED), labels=LABELS,
+            first_sample=(None, *SEED),
+        ),
     ),
-    sample: (dict(model=model, diffusion=DIFFUSION, shape=(2, 1, 4)), dict(model=FUNCTION, diffusion=(None, 3), shape=SHAPE, labels=LABELS, sampler=CHOICE)),
+    sample: (
+        dict(model=model, diffusion=DIFFUSION, shape=(2, 1, 4)),
+        dict(model=FUNCTION, diffusion=(None, 3), shape=SHAPE, labels=LABELS, sampler=CHOICE),
+    ),
     make_table: (dict(chain=DIFFUSION), dict(sampler=CHOICE, steps=STEPS, eta=(None, *NUMBER), spacing=CHOICE)),
     spaced_timesteps: (dict(T=6, steps=3), dict(T=(None, *INTEGER), steps=(None, *INTEGER), spacing=CHOICE)),
     evaluate_bound: (

@@ -88,8 +88,8 @@ def bounds():
 
 def training():
     config = TrainConfig(
-        data="digits", steps=3, batch=4, timesteps=8, variance="learned_range", loss="hybrid", timestep_sampler="loss_aware", preset="digits", device="cpu",
-        network=dict(base_channels=32),
+        data="digits", steps=3, batch=4, timesteps=8, variance="learned_range", loss="hybrid", timestep_sampler="loss_aware",
+        preset="digits", device="cpu", network=dict(base_channels=32),
     )  # fmt: skip
     images = torch.arange(6 * 64, device="cpu").remainder(17).to(torch.uint8).view(6, 1, 8, 8)
     trainer = Trainer(config, ImageData("digits", images, images[:2], 17))

@@ -14,7 +14,7 @@ from .core import immediate
 from .linker import Kernel
 from .machine import Machine
 from .memory import ALLOCATED, INITIALISED, Device, DeviceArray, Space, UnsupportedInstruction
-from .parser import SIZES, Imm, Name
+from .program import SIZES, Imm, Name
 from .races import GlobalMarks, RaceDetector
 from .report import Report
 from .schedule import fill, parse

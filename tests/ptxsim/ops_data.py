@@ -7,7 +7,7 @@ import numpy as np
 from .core import DTYPES, F32, U32, U64, UNSIGNED, emit, op
 from .memory import LOCAL_BASE, PARAM_BASE, SHARED_BASE
 from .ops_float import DECODE, ENCODE, flush, is_float
-from .parser import SIZES, Name, Pair, Vec
+from .program import SIZES, Name, Pair, Vec
 
 COMPARE = {
     "eq": np.equal,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .core import DTYPES, F64, HANDLERS, I32, I64, U32, U64, UNSIGNED, emit, op
-from .parser import SIZES, Imm
+from .program import SIZES, Imm
 
 
 def double_width(dtype):

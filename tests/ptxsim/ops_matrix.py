@@ -10,7 +10,7 @@ from .memory import ALLOCATED, INITIALISED, BarrierError, from_bfloat16
 from .ops_float import DECODE, ENCODE, packed
 from .ops_memory import rows_changed, space_of
 from .ops_warp import warp_synchronous
-from .parser import SIZES, Imm, Vec
+from .program import SIZES, Imm, Vec
 
 I16 = np.dtype("i2")
 

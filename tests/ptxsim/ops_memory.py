@@ -8,7 +8,7 @@ from .core import BOOL, DTYPES, U32, UNSIGNED, op
 from .group import Group
 from .memory import ALLOCATED, GLOBAL_BASE, INITIALISED
 from .ops_float import DECODE, ENCODE, is_float
-from .parser import SIZES, Name, Vec
+from .program import SIZES, Name, Vec
 
 
 def space_of(ins):
@@ -168,8 +168,10 @@ def atom(k, ins):
 
 @op("cp")
 def cp_async(k, ins):
-    """cp.async: the source is read at issue (or with a seed at the wait), the data lands when a wait covers its group; until then the bytes of
-    the destination count as uninitialised."""
+    """cp.async: the source is read at issue (or with a seed at the wait), the data lands when a wait covers its group.
+
+    Until then the bytes of the destination count as uninitialised.
+    """
     if ins.op[:3] == ("cp", "async", "commit_group"):
 
         def commit(m, g):

@@ -9,7 +9,7 @@ from .group import Group
 from .memory import BarrierError
 from .ops_float import is_float
 from .order import ballot
-from .parser import SIZES, Imm, Name, Pair
+from .program import SIZES, Imm, Name, Pair
 
 
 def warp_synchronous(k, member, run):

@@ -218,8 +218,8 @@ def _call(case: Case, tensors: dict[str, Tensor]) -> dict:
     given = {name: tensors[name] for name in ("x", *OPTIONAL) if name in tensors}
     samples, channels, pixels = case.shape
     return dict(
-        channels_last=case.channels_last, samples=samples, channels=channels, pixels=pixels, groups=case.groups, eps=case.eps, silu=case.silu,
-        dropout=(case.dropout, KEY), **given,
+        channels_last=case.channels_last, samples=samples, channels=channels, pixels=pixels, groups=case.groups, eps=case.eps,
+        silu=case.silu, dropout=(case.dropout, KEY), **given,
     )  # fmt: skip
 
 

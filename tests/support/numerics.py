@@ -178,7 +178,8 @@ def _within(actual, exact, finite, allowed, rule, what, baseline=None):
         other = "" if baseline is None else f", baseline {_show(baseline[at])}"
         _fail(
             what,
-            f"{count} of {error.numel()} elements are too far off, the worst at {at}: got {_show(actual[at])}, exact {_show(exact[at])}{other}; "
+            f"{count} of {error.numel()} elements are too far off, the worst at {at}: "
+            f"got {_show(actual[at])}, exact {_show(exact[at])}{other}; "
             f"error {float(error[at]):.3e}, allowed {float(allowed[at]):.3e} ({rule})",
         )
 

@@ -16,8 +16,10 @@ extern "C" __global__ void exchange(float* b, int what, int sync) {
   if (what == 1) v = __ballot_sync(~0u, t & 1);
   if (what == 2) v = __match_any_sync(~0u, t / 2);
   if (what == 3) v = __reduce_add_sync(~0u, t);
-  if (what == 4) { float d[4]; asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4}, {%5,%5,%5,%5};"
-                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(0), "f"(1.f)); v = d[0]; }
+  if (what == 4) {
+    float d[4];
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%4,%4,%4}, {%4,%4}, {%5,%5,%5,%5};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(0), "f"(1.f)); v = d[0]; }
   if (sync) __syncwarp();
   b[t] = s[t ^ 1] + (v == 12345);
 }
@@ -75,7 +77,8 @@ extern "C" __global__ void total(const float* a, volatile float* part, unsigned*
   __syncthreads();
   if (last && threadIdx.x == 33) { float v = 0; for (int i = 0; i < 2 * gridDim.x; i++) v += part[i]; *sum = v; }
 }
-extern "C" __global__ void half_a_warp(float* b) { if (threadIdx.x % 32 < 16) ASM("barrier.sync 1, 32;"); else ASM("barrier.sync 2, 32;"); b[threadIdx.x] = 1; }
+extern "C" __global__ void half_a_warp(float* b) {
+  if (threadIdx.x % 32 < 16) ASM("barrier.sync 1, 32;"); else ASM("barrier.sync 2, 32;"); b[threadIdx.x] = 1; }
 """
 
 
@@ -137,16 +140,8 @@ def test_a_wait_for_cp_async_is_the_threads_own(launch, device):
 
 
 def test_global_memory_within_a_block(launch, device):
-    races(
-        launch,
-        "through_global",
-        3,
-        64,
-        192,
-        0,
-        match=r"global-memory race: read.*write by thread \d+ of block \(0, 0, 0\)",
-        inputs=[device.empty(192, "f4")],
-    )
+    race = r"global-memory race: read.*write by thread \d+ of block \(0, 0, 0\)"
+    races(launch, "through_global", 3, 64, 192, 0, match=race, inputs=[device.empty(192, "f4")])
     out = launch("through_global", 3, 64, 192, 1, inputs=[device.empty(192, "f4")], batch_threads=128)
     assert (out == np.arange(192) % 64 ^ 32).all()
 

@@ -16,8 +16,9 @@ extern "C" __global__ void early(volatile float* a, float* b) {           // ove
   a[t] = -1; asm volatile("cp.async.wait_all;" ::: "memory"); b[t] = s[t]; }
 extern "C" __global__ void approximate(const float* x, float* y) {
   float v = x[threadIdx.x], r[6];
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r[0]) : "f"(v)); asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r[1]) : "f"(v)); asm("sqrt.approx.f32 %0, %1;" : "=f"(r[2]) : "f"(v));
-  asm("lg2.approx.f32 %0, %1;" : "=f"(r[3]) : "f"(v)); asm("tanh.approx.f32 %0, %1;" : "=f"(r[4]) : "f"(v)); asm("div.full.f32 %0, %1, %2;" : "=f"(r[5]) : "f"(v), "f"(3.f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r[0]) : "f"(v)); asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r[1]) : "f"(v));
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(r[2]) : "f"(v)); asm("lg2.approx.f32 %0, %1;" : "=f"(r[3]) : "f"(v));
+  asm("tanh.approx.f32 %0, %1;" : "=f"(r[4]) : "f"(v)); asm("div.full.f32 %0, %1, %2;" : "=f"(r[5]) : "f"(v), "f"(3.f));
   for (int i = 0; i < 6; i++) y[i * blockDim.x + threadIdx.x] = r[i]; }
 extern "C" __global__ void divergent(float* b, int sync) {                // reduction by shuffles behind a branch
   int t = threadIdx.x; float v = t; if (t & 1) { v *= 2; for (int i = 0; i < t; i++) v += 1; }

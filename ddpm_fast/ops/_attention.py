@@ -81,7 +81,8 @@ def attention_cpu(qkv: Tensor) -> Tensor:
 
 
 def _backward_cpu(arguments: Any, needs: Any, grads: Any, results: Any) -> dict[str, Tensor | None]:
-    qkv, scale = _with_whole_heads(arguments[0]), arguments[1]
+    qkv, scale = arguments
+    qkv = _with_whole_heads(qkv)
     out, logsumexp = results
     as_heads = lambda x: x.unflatten(2, qkv.shape[3:]).transpose(1, 2)  # noqa: E731
     parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -73,9 +73,9 @@ def _shape(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> to
     return torch.broadcast_shapes(shape, logvar1.shape, mean2.shape, logvar2.shape)
 
 
-def _operands(arguments: Sequence[Any], shape: torch.Size) -> list[_Operand]:
+def _operands(tensors: Sequence[Tensor], shape: torch.Size) -> list[_Operand]:
     elements = math.prod(shape[1:])
-    return [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in arguments[:4]]
+    return [(x.contiguous(), elements, 1) if x.shape == shape else _operand(x, shape) for x in tensors]
 
 
 def _launch(
@@ -90,55 +90,62 @@ def _launch(
     )  # fmt: skip
 
 
-def _new_kl(arguments: Sequence[Any], shape: torch.Size) -> Tensor:
-    return arguments[0].new_empty(shape if arguments[4] is None else shape[:1])
+def _new_kl(*arguments: Any) -> Tensor:
+    *tensors, reduction = arguments
+    shape = _shape(*tensors)
+    return tensors[0].new_empty(shape if reduction is None else shape[:1])
 
 
 def _gaussian_kl_cpu(*arguments: Any) -> Tensor:
-    shape = _shape(*arguments[:4])
-    kl = _new_kl(arguments, shape)
-    _launch(_operands(arguments, shape), arguments[4] is not None, kl, None)
+    *tensors, reduction = arguments
+    kl = _new_kl(*arguments)
+    _launch(_operands(tensors, _shape(*tensors)), reduction is not None, kl, None)
     return kl
 
 
 def _ahead_cpu(arguments: Any, needs: Any) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]] | None:
-    if arguments[4] is None or arguments[0].dtype != torch.float32 or any(x.shape != arguments[0].shape for x in arguments[1:4]):
+    *tensors, reduction = arguments
+    shape = tensors[0].shape
+    if reduction is None or tensors[0].dtype != torch.float32 or any(x.shape != shape for x in tensors):
         return None
-    shape = arguments[0].shape
-    kl, grads = _new_kl(arguments, shape), [arguments[0].new_empty(shape) if needed else None for needed in needs[:4]]
-    _launch(_operands(arguments, shape), True, kl, None, grads)
+    kl, grads = (
+        _new_kl(*arguments),
+        [x.new_empty(shape) if getattr(needs, name) else None for name, x in zip(_OPERANDS, tensors, strict=True)],
+    )
+    _launch(_operands(tensors, shape), True, kl, None, grads)
     return kl, dict(zip(_OPERANDS, grads, strict=True)), [grad for grad in grads if grad is not None]
 
 
 def _gaussian_kl_triton(*arguments: Any) -> Tensor:
-    shape = _shape(*arguments[:4])
-    kl = _new_kl(arguments, shape)
-    triton_kernels("gaussian_kl").forward(_operands(arguments, shape), kl, shape, arguments[4] is not None)
+    *tensors, reduction = arguments
+    shape, kl = _shape(*tensors), _new_kl(*arguments)
+    triton_kernels("gaussian_kl").forward(_operands(tensors, shape), kl, shape, reduction is not None)
     return kl
 
 
 def _backward(arguments: Any, needs: Any, grads: Any, kernel: Callable[..., None]) -> dict[str, Tensor | None]:
-    shape = _shape(*arguments[:4])
-    operands = _operands(arguments, shape)
+    *tensors, reduction = arguments
+    shape = _shape(*tensors)
+    operands = _operands(tensors, shape)
     # A kernel sums the gradient of an operand with one value a sample. What is left to sum here is summed in fp32.
     operands = [
         (x.expand(shape).contiguous(), math.prod(shape[1:]), 1)
-        if needs[k] and not element and _varies(arguments[k], shape)
+        if needs[k] and not element and _varies(tensors[k], shape)
         else (x, sample, element)
         for k, (x, sample, element) in enumerate(operands)
     ]
     summed = [k for k, (_, _, element) in enumerate(operands) if needs[k] and not element]
-    totals = iter(arguments[0].new_empty(len(summed), shape[0], dtype=torch.float32) if summed else ())
+    totals = iter(tensors[0].new_empty(len(summed), shape[0], dtype=torch.float32) if summed else ())
     results: list[Any] = [None] * 4  # tensors, of the gradients that are wanted
     for k, (x, _, element) in enumerate(operands):
         if needs[k]:
             results[k] = (
-                next(totals) if not element else new_like(x) if x.shape == arguments[k].shape else x.new_empty(shape, dtype=torch.float32)
+                next(totals) if not element else new_like(x) if x.shape == tensors[k].shape else x.new_empty(shape, dtype=torch.float32)
             )
-    kernel(operands, grads[0].contiguous(), results, shape, arguments[4] is not None)
+    kernel(operands, grads[0].contiguous(), results, shape, reduction is not None)
     for k in summed:
         results[k] = results[k].view(-1, *[1] * (len(shape) - 1))
-    triples = zip(_OPERANDS, results, arguments[:4], strict=True)
+    triples = zip(_OPERANDS, results, tensors, strict=True)
     return {name: None if grad is None else grad.sum_to_size(x.shape).to(x.dtype) for name, grad, x in triples}
 
 
@@ -181,7 +188,7 @@ _op = Op(
     "Tensor mean1, Tensor logvar1, Tensor mean2, Tensor logvar2, str? reduction",
     "Tensor",
     check=_check,
-    fake=lambda *arguments: _new_kl(arguments, _shape(*arguments[:4])),
+    fake=_new_kl,
     reference=gaussian_kl_reference,
     differentiable=_OPERANDS,
     cpu=_gaussian_kl_cpu,

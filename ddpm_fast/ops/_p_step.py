@@ -91,7 +91,7 @@ def _p_step_cpu(
     noise: Noise | Tensor | None,
     variance: str,
     clip: bool,
-    previous: Tensor | None,
+    x_start_previous: Tensor | None,
     without: Tensor | None,
     scale: float,
     with_x_start: bool,
@@ -105,19 +105,19 @@ def _p_step_cpu(
         x_start = torch.empty_like(x_t)
     native.cpu_p_step(
         sizes=x_t, x_t=x_t, model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise),
-        variance=variance, clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
+        variance=variance, clip=clip, x_start_previous=contiguous(x_start_previous), without=contiguous(without), guidance=scale,
         x_next=x_next, x_start=x_start,
     )  # fmt: skip
     return x_next, x_start
 
 
 def _backward_cpu(arguments: Any, needs: Any, grads: Any) -> dict[str, Tensor | None]:
-    x_t, model_output, t, table, noise, variance, clip, previous, without, scale, _ = arguments
+    x_t, model_output, t, table, noise, variance, clip, x_start_previous, without, scale, _ = arguments
     results = {name: new_like(getattr(arguments, name)) if getattr(needs, name) else None for name in _DIFFERENTIABLE}
     grad_x_next, grad_x_start = grads
     native.cpu_p_step_backward(
         sizes=x_t, x_t=x_t.contiguous(), model_output=model_output.contiguous(), t=t.contiguous(), table=table, noise=contiguous(noise),
-        variance=variance, clip=clip, x_start_previous=contiguous(previous), without=contiguous(without), guidance=scale,
+        variance=variance, clip=clip, x_start_previous=contiguous(x_start_previous), without=contiguous(without), guidance=scale,
         grad_x_next=contiguous(grad_x_next), grad_x_start=contiguous(grad_x_start),
         **{f"grad_{name}": result for name, result in results.items()},
     )  # fmt: skip
@@ -222,12 +222,12 @@ def p_step(
 
 
 def _check_destinations(into: dict[str, Any], arguments: Sequence[Any]) -> None:
-    x_t, model_output, t, table, noise, _, _, previous, without, *_ = arguments
+    x_t, model_output, t, table, noise, _, _, x_start_previous, without, *_ = arguments
     x_next, x_start = into.values()
     if x_next is not None:
-        check_destination("x_next", x_next, "x_t", x_t, model_output, t, table, noise, previous, without)
+        check_destination("x_next", x_next, "x_t", x_t, model_output, t, table, noise, x_start_previous, without)
     if x_start is not None:
-        other, name = (x_t, "x_t") if previous is None else (previous, "x_start_previous")
+        other, name = (x_t, "x_t") if x_start_previous is None else (x_start_previous, "x_start_previous")
         check_destination(
             "x_start",
             x_start,
@@ -240,5 +240,5 @@ def _check_destinations(into: dict[str, Any], arguments: Sequence[Any]) -> None:
             without,
             x_next,
             None if other is x_t else x_t,
-            in_place=previous is not None,
+            in_place=x_start_previous is not None,
         )

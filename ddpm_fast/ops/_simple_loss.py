@@ -43,7 +43,8 @@ def _launch(arguments: Any, loss: Tensor | None, grad_loss: Tensor | None, grad_
 
 
 def _simple_loss_cpu(*arguments: Any) -> Tensor:
-    loss = per_sample(arguments[1])
+    _, x_start, *_ = arguments
+    loss = per_sample(x_start)
     _launch(arguments, loss, None, None)
     return loss
 

@@ -115,7 +115,8 @@ def _launch(arguments: Any, terms: Tensor | None, grad_terms: Tensor | None, gra
 
 
 def _vlb_terms_cpu(*arguments: Any) -> Tensor:
-    terms = per_sample(arguments[2])
+    _, _, x_t, *_ = arguments
+    terms = per_sample(x_t)
     _launch(arguments, terms, None, None)
     return terms
 

@@ -169,11 +169,12 @@ def _launch(kernel, arguments, reads, writes):
 
 
 def forward(*arguments, x_next=None, x_start=None):
-    x_t, previous = arguments[0], contiguous(arguments[7])
+    x_t, _, _, _, _, _, _, x_start_previous, _, _, with_x_start = arguments
     x_next = new_like(x_t) if x_next is None else x_next
-    if x_start is None and arguments[-1]:
+    if x_start is None and with_x_start:
         x_start = new_like(x_t)
-    _launch(_p_step_fwd_kernel, arguments, dict(previous_ptr=previous), dict(x_next_ptr=x_next, x_start_ptr=x_start))
+    reads = dict(previous_ptr=contiguous(x_start_previous))
+    _launch(_p_step_fwd_kernel, arguments, reads, dict(x_next_ptr=x_next, x_start_ptr=x_start))
     return x_next, x_start
 
 

@@ -83,7 +83,8 @@ def _launch(tiles, arguments, share, grad_loss, sums, grad_model_output):
 
 
 def forward(*arguments):
-    loss, tiles = per_sample(arguments[1]), _tiles(arguments)
+    _, x_start, *_ = arguments
+    loss, tiles = per_sample(x_start), _tiles(arguments)
     sums = workspace(tiles, loss)
     _launch(tiles, arguments, 1.0, None, sums, None)
     finish(sums, loss)

@@ -120,7 +120,8 @@ def _launch(tiles, arguments, grad_terms, sums, grad_model_output):
 
 
 def forward(*arguments):
-    terms, tiles = per_sample(arguments[2]), _tiles(arguments)
+    _, _, x_t, *_ = arguments
+    terms, tiles = per_sample(x_t), _tiles(arguments)
     sums = workspace(tiles, terms)
     _launch(tiles, arguments, None, sums, None)
     finish(sums, terms)

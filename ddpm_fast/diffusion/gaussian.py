@@ -390,9 +390,9 @@ class GaussianDiffusion:
         terms, errors = [], []
         for stream, t in enumerate(timesteps):
             self.q_sample(x_start, t, noise.at(stream=stream), out=x_t)
-            out = model(x_t, self._told(t))
-            terms.append(self.vlb_terms(out, x_start, x_t, t, clip))
-            errors.append(self.x_start_mse(out, x_start, x_t, t, clip))
+            model_output = model(x_t, self._told(t))
+            terms.append(self.vlb_terms(model_output, x_start, x_t, t, clip))
+            errors.append(self.x_start_mse(model_output, x_start, x_t, t, clip))
             report()
         if not terms:
             raise ValueError("timesteps must be one or more tensors of t, got none")

@@ -79,10 +79,10 @@ class StepGraph:
     def _body(self) -> None:
         # A table's first step multiplies its history by zero: any finite memory will do.
         history = self.x_start if self.multistep else None
-        out = self.step.predict(self.x, self.t)
-        if overlap(self.x, out):
-            out = out.clone()  # the model returned its input, which p_step writes over
-        self.step.apply(self.x, out, self.row, self.z, history, self.x, self.x_start)
+        model_output = self.step.predict(self.x, self.t)
+        if overlap(self.x, model_output):
+            model_output = model_output.clone()  # the model returned its input, which p_step writes over
+        self.step.apply(self.x, model_output, self.row, self.z, history, self.x, self.x_start)
 
     def set_labels(self, labels: Tensor | None) -> StepGraph:
         """Changes the labels, for the next batch; whether there are any, and how many, is fixed."""

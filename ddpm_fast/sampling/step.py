@@ -93,18 +93,18 @@ class ReverseStep:
         Returns:
             (x', x̂0 or None), each like x_t.
         """
-        out = self.plan(self.doubled(x_t), row) if self.plan is not None else self.predict(x_t, self.model_t[row])
-        reuse = not keep and x_t.is_contiguous() and not overlap(x_t, out)  # it may return its input
+        model_output = self.plan(self.doubled(x_t), row) if self.plan is not None else self.predict(x_t, self.model_t[row])
+        reuse = not keep and x_t.is_contiguous() and not overlap(x_t, model_output)  # it may return its input
         into = x_start_previous if x_start_previous is not None and not keep else with_x_start or self.multistep
-        return self.apply(x_t, out, self.row_index[row], noise, x_start_previous, x_t if reuse else None, into)
+        return self.apply(x_t, model_output, self.row_index[row], noise, x_start_previous, x_t if reuse else None, into)
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The model's output: of 2N samples, conditional and not, where it is guided. ``t`` is a row of ``model_t``."""
         x = self.doubled(x_t)
-        out = self.model(x, t) if self.labels is None else self.model(x, t, self.labels)
+        model_output = self.model(x, t) if self.labels is None else self.model(x, t, self.labels)
         if self.guided or self.threshold is not None:  # else p_step will check the rest
-            check_output(out, "x_t", x, self.table.variance)
-        return checks.tensor("the model output", out)
+            check_output(model_output, "x_t", x, self.table.variance)
+        return checks.tensor("the model output", model_output)
 
     def doubled(self, x_t: Tensor) -> Tensor:
         """The model's input: every sample twice where it is guided."""
@@ -113,7 +113,7 @@ class ReverseStep:
     def apply(
         self,
         x_t: Tensor,
-        out: Tensor,
+        model_output: Tensor,
         row: Tensor,
         noise: Noise | Tensor | None,
         x_start_previous: Tensor | None,
@@ -123,21 +123,22 @@ class ReverseStep:
         """p_step, after what the model gave is guided and thresholded; arguments as there."""
         rows, clip, guidance = self.rows, self.clip, None
         if self.guided:
-            out, without = out.chunk(2)
+            model_output, without = model_output.chunk(2)
             guidance = without, self.guidance.scale
         if self.threshold is not None:
-            out, guidance, rows, clip = self._thresholded(x_t, out, row, guidance, self.threshold), None, self.given_x_start, False
+            model_output = self._thresholded(x_t, model_output, row, guidance, self.threshold)
+            guidance, rows, clip = None, self.given_x_start, False
         x_next, guess = ops.p_step(
-            x_t, out, row, rows, noise, variance=self.table.variance, clip=clip and not self.table.output_is_mean,
+            x_t, model_output, row, rows, noise, variance=self.table.variance, clip=clip and not self.table.output_is_mean,
             x_start_previous=x_start_previous, guidance=guidance, x_next=x_next, x_start=x_start,
         )  # fmt: skip
         if clip and self.table.output_is_mean and guess is not None:
             guess.clamp_(-1.0, 1.0)
         return x_next, guess
 
-    def _thresholded(self, x_t: Tensor, out: Tensor, row: Tensor, guidance: tuple[Tensor, float] | None, share: float) -> Tensor:
+    def _thresholded(self, x_t: Tensor, model_output: Tensor, row: Tensor, guidance: tuple[Tensor, float] | None, share: float) -> Tensor:
         """The output with x̂0, thresholded, in place of its prediction."""
-        prediction, raw = split_output(out, x_t)
+        prediction, raw = split_output(model_output, x_t)
         if guidance is not None:
             without, scale = guidance
             prediction = torch.lerp(split_output(without, x_t)[0], prediction, scale)

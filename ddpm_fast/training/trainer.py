@@ -188,8 +188,8 @@ class Trainer:
         (t, factor), noise = self.timestep_sampler.draw(step), self._noise.at(stream=step)
         x_t = self.diffusion.q_sample(x_start, t, noise)
         with self._autocast():
-            out = self.model(x_t, t, labels, dropout=self._dropout.at(stream=step))
-        losses = self.diffusion.loss(out.float(), x_start, x_t, t, noise, kind=config.loss, weight=config.weight)
+            model_output = self.model(x_t, t, labels, dropout=self._dropout.at(stream=step))
+        losses = self.diffusion.loss(model_output.float(), x_start, x_t, t, noise, kind=config.loss, weight=config.weight)
         loss = (losses if factor is None else losses * factor).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

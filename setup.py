@@ -4,6 +4,7 @@ Environment, read at build time only:
     DDPM_FAST_CUDA        auto (default: where nvcc works), 0 or 1
     DDPM_FAST_CUDA_ARCHS  for instance "80;90" (default: the GPUs present, else 80 and 90 with PTX)
     CXX, CUDACXX          compilers, as CMake understands them
+    CUDA_HOME, CUDA_PATH  toolkits to look for nvcc in, where it is not on PATH
 """
 
 import os
@@ -17,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+USUAL_TOOLKIT = "/usr/local/cuda"
 NO_COMPILER = """
 ddpm_fast builds its kernels and found no C++ compiler (looked for {looked_for}). Install one:
     Debian, Ubuntu    apt-get install g++
@@ -32,6 +34,8 @@ class CMakeBuild(build_ext):
         check_compiler()
         import pybind11  # build requirements; not needed for metadata
 
+        if compiler := nvcc():
+            os.environ["CUDACXX"] = compiler  # which CMake reads
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
@@ -71,13 +75,22 @@ def cuda_choice() -> str:
     return choice
 
 
+def nvcc() -> str:
+    """The CUDA compiler: CUDACXX, nvcc on PATH, or that of a toolkit that CUDA_HOME or CUDA_PATH names or that lies at /usr/local/cuda."""
+    if os.environ.get("CUDACXX", "").strip():
+        return os.environ["CUDACXX"]
+    toolkits = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + [USUAL_TOOLKIT]
+    found = [shutil.which("nvcc"), *(shutil.which("nvcc", path=str(Path(toolkit, "bin"))) for toolkit in toolkits if toolkit)]
+    return next(filter(None, found), "")
+
+
 def present_architectures() -> str:
     """Compute capabilities of the GPUs in this machine, for CMake; empty, for the default, where there are none.
 
     Empty too where the nvcc at hand is too old for one of them: the default's PTX serves it.
     """
     present = re.findall(r"^(\d+)\.(\d+)$", output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"), re.MULTILINE)
-    known = output(os.environ.get("CUDACXX", "nvcc"), "--list-gpu-arch")
+    known = output(nvcc() or "nvcc", "--list-gpu-arch")
     architectures = sorted({major + minor for major, minor in present})
     return ";".join(architectures) if all(f"compute_{a}" in known for a in architectures) else ""
 

@@ -13,6 +13,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/group_norm.h"
+#include "cuda/probe.h"
 #include "plans.h"
 #endif
 
@@ -161,6 +162,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(DDPM_FAST_CUDA)
     add_cuda_kernels(m.ptr());
     add_plans(m);
+    m.def("cuda_problem", &cuda::problem, py::arg("device"), "Why the CUDA kernels cannot start on a device; empty where they can.");
 #endif
   } catch (const python::Raised&) {
     throw py::error_already_set();

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ddpm_fast import autotune, ops, types
+from ddpm_fast import autotune, backends, ops, types
 from ddpm_fast._version import __version__
 from ddpm_fast.diffusion import BoundTerms, GaussianDiffusion, PMeanVariance
 from ddpm_fast.diffusion.schedules import NoiseSchedule
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "attention",
     "autotune",
+    "backends",
     "data",
     "evaluation",
     "gaussian_kl",

@@ -1,7 +1,7 @@
 """Choice between kernels of one result: the first call of a kind times them, and this process remembers the fastest.
 
 Another kernel rounds otherwise, so a choice changes bits. For equal bits in every run switch it off: ``autotune.enable(False)``,
-``with autotune.disabled():`` or ``torch.use_deterministic_algorithms(True)``; then the default, this library's kernel, always runs. Each
+``with autotune.disabled():`` or ``torch.use_deterministic_algorithms(True)``; then the default always runs. Each
 rank of a distributed run chooses for itself. Their choices differ only if two kernels take nearly the same time.
 """
 

@@ -48,7 +48,10 @@ class Backend(NamedTuple):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="of the tensors of op_cases.py: what test_ops_*.py ask of every op"
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="of the tensors of op_cases.py: what test_ops_*.py ask of every op; the GPU where there is one",
     )
 
 

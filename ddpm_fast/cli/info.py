@@ -31,8 +31,8 @@ def report() -> dict[str, Any]:
     for op, table in sorted(tables.items()):
         ops[op] = {
             "backends": {b: missing(b) or "available" for b in BACKENDS if b in table.implementations},
-            "cpu tensors": table.default("cpu", torch.float32),
-            "cuda tensors": table.default("cuda", torch.float32),
+            "cpu tensors": table.default(torch.device("cpu"), torch.float32),
+            "cuda tensors": table.default(torch.device("cuda"), torch.float32),
         }
     return {
         "ddpm_fast": __version__,

@@ -110,7 +110,10 @@ def launched_ranks() -> Iterator[Ranks]:
     try:
         # The long limit is for this group only. While the processes look for each other the default holds: one whose torchrun has
         # died must give up.
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if torch.cuda.is_available() and local < torch.cuda.device_count():
+            torch.cuda.set_device(local)  # what asks for "cuda", and not for this process's device by name, must not crowd the first GPU
         group: Any = torch.distributed.new_group(timeout=_PATIENCE)  # it is a group, as every process is in it
-        yield Ranks(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), group)
+        yield Ranks(torch.distributed.get_rank(), size, local, group)
     finally:
         torch.distributed.destroy_process_group()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
-from ddpm_fast.backends import native
+from ddpm_fast.backends import missing
 from ddpm_fast.models import layers
 from ddpm_fast.models.levels import DownLevel, Level, Middle, UpLevel
 from ddpm_fast.ops._attention import attention_cpu
@@ -40,7 +40,7 @@ def plan_obstacle(model: UNet, like: Tensor) -> str:
     if not like.is_cpu or like.dtype != torch.float32:
         return "plans are for the CPU in float32"
     if (
-        native is None
+        missing("cpu")
         or goes_through_dispatcher()
         or in_functorch()
         or torch.is_autocast_enabled("cpu")

@@ -24,6 +24,9 @@ from ddpm_fast.ops._native import stream_of, workspace_floats
 from ddpm_fast.ops._op import Op
 from ddpm_fast.types import Backend
 
+# Compute capabilities of GPUs whose tensor cores have eight times the products of TF32 that the GPU has of fp32: A100, H100, B200, B300.
+# Of the other GPUs that have TF32 (RTX 30 to 50, A10, L4, L40) both rates are equal, by NVIDIA's architecture papers.
+_FAST_TF32 = {(8, 0), (9, 0), (10, 0), (10, 3)}
 LARGEST_HEAD = 256  # channels of a head that the CUDA kernels take, in multiples of 8
 
 
@@ -208,13 +211,23 @@ def _choice(qkv: Tensor, scale: float) -> str:
     """Name of the implementation for a tensor that is not on the CPU: "ddpm_fast" or "pytorch"."""
     if qkv.dtype not in NATIVE_DTYPES or in_functorch() or 0 in qkv.shape:
         return "ddpm_fast"  # the op then calls the reference
-    if qkv.device.type != "cuda" or missing("cuda") or not _kernel_takes(qkv):
+    if qkv.device.type != "cuda" or missing("cuda", qkv.device) or not _kernel_takes(qkv):
         return "pytorch"
-    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
+    unmeasured = _unmeasured(qkv)
     if goes_through_dispatcher() or type(qkv) is not Tensor:
-        return "ddpm_fast"
+        return unmeasured
+    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
     key = (qkv.shape, str(qkv.dtype), "with gradient" if needs_grad else "forward")
-    return autotune.choose("attention", key, candidates(qkv, scale, needs_grad), "ddpm_fast", device=qkv.device)
+    return autotune.choose("attention", key, candidates(qkv, scale, needs_grad), unmeasured, device=qkv.device)
+
+
+def _unmeasured(qkv: Tensor) -> str:
+    """Name of the implementation where nothing is timed: in a compiled graph, under deterministic algorithms, without the autotuner.
+
+    PyTorch's kernels are tuned for 16 bits. Ours takes fp32 apart into TF32 products, which pays where the tensor cores have more of
+    those than the GPU has of fp32's.
+    """
+    return "ddpm_fast" if qkv.dtype == torch.float32 and torch.cuda.get_device_capability(qkv.device) in _FAST_TF32 else "pytorch"
 
 
 def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict[str, Callable[[], tuple[Tensor, ...]]]:

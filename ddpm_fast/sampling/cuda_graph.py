@@ -14,25 +14,34 @@ from ddpm_fast.noise import Noise
 from ddpm_fast.ops._randn import randn
 from ddpm_fast.sampling.step import ReverseStep
 
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
+Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 _WARM_UP = 3  # runs before the capture, in which kernels are compiled and chosen and libraries set up
 
 
-def cuda_capture(body: Callable[[], None]) -> Callable[[], None]:
+def cuda_capture(body: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Runs ``body`` a few times, records it in a CUDA graph, and gives what replays it.
+
+    Args:
+        body: what to record; everything in it runs on ``device``.
+        device: the GPU, which need not be the current one.
 
     Raises:
         RuntimeError: where something in it waits for the device or cannot be recorded for another reason.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.device(device):
+        return _recorded(body, device)
+
+
+def _recorded(body: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    aside, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    aside.wait_stream(current)
     with torch.cuda.stream(aside):  # a capture must not find allocations that are pending on its own stream
         for _ in range(_WARM_UP):
             body()
-    torch.cuda.current_stream().wait_stream(aside)
+    current.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):
             body()
     except torch.OutOfMemoryError:
         raise
@@ -65,7 +74,7 @@ class StepGraph:
     Args:
         step: what to record. Its labels are changed in place by :meth:`set_labels`.
         like: (N, C, ...), a state of the batch.
-        capture: records a function without arguments.
+        capture: records a function without arguments, for a device.
     """
 
     def __init__(self, step: ReverseStep, like: Tensor, capture: Capture) -> None:
@@ -74,7 +83,7 @@ class StepGraph:
         self.x_start, self.z = torch.zeros_like(self.x), torch.zeros_like(self.x) if step.table.draws else None
         self.t, self.row = step.model_t[0].clone(), step.row_index[0].clone()
         with _autocast_without_cache():
-            self._replay = capture(self._body)
+            self._replay = capture(self._body, like.device)
 
     def _body(self) -> None:
         # A table's first step multiplies its history by zero: any finite memory will do.

@@ -136,7 +136,7 @@ def test_ancestral_sampling_adds_noise_to_the_outputs(variance, graph):
         return torch.sin(3 * x) + 0.2
 
     draw = Sampler(bounded, diffusion, graph=graph)
-    draw._capture = lambda body: body
+    draw._capture = lambda body, device: body
     images = draw(shape, 4, callback=lambda t, x, x_start: seen.append((t, x.double(), x_start.double())))
     x = Noise(4).fold_in(3).materialize(shape).double()
     for step, x_next, x_start in seen:

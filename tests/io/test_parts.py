@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from played_ranks import play
 
 from ddpm_fast.io.parts import Parts, gaps
@@ -95,3 +96,18 @@ def test_one_process_waits_for_nobody():
     with launched_ranks() as ranks:
         assert ranks == Ranks() and ranks.first and ranks.device("auto") == "auto"
         ranks.wait()
+
+
+@pytest.mark.parametrize("there, expected", [(0, []), (1, []), (2, [1])])
+def test_each_process_has_its_own_gpu_as_the_current_one(there, expected, monkeypatch):
+    """Else what asks for "cuda" without a number would go to the first GPU, for all of them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, result in dict(init_process_group=None, new_group="group", get_rank=1, destroy_process_group=None).items():
+        monkeypatch.setattr(torch.distributed, name, lambda *_, result=result, **__: result)
+    with launched_ranks() as ranks:
+        assert ranks == Ranks(1, 2, 1, "group") and chosen == expected

@@ -227,8 +227,35 @@ class OnCuda:
     ],
 )
 def test_choice(tensor, lacks, expected):
-    with mock.patch.object(MODULE, "missing", lambda _: lacks):
+    with (
+        mock.patch.object(MODULE, "missing", lambda *_: lacks),
+        mock.patch("torch.cuda.get_device_capability", lambda _: (9, 0)),
+    ):
         assert MODULE._choice(tensor, 1.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "expected"),
+    [
+        (torch.float32, (8, 0), "ddpm_fast"),
+        (torch.float32, (9, 0), "ddpm_fast"),
+        (torch.float32, (8, 9), "pytorch"),  # TF32 is no faster there than fp32
+        (torch.float32, (7, 5), "pytorch"),  # and not there at all
+        (torch.bfloat16, (9, 0), "pytorch"),
+        (torch.float16, (8, 0), "pytorch"),
+    ],
+)
+def test_choice_where_nothing_may_be_timed(dtype, capability, expected):
+    """In a compiled graph (here for a tensor that is not a plain one) and under deterministic algorithms, without the autotuner."""
+    tensor, chosen = OnCuda((2, 16, 3, 1, 64), dtype), []
+    with (
+        mock.patch.object(MODULE, "missing", lambda *_: ""),
+        mock.patch("torch.cuda.get_device_capability", lambda _: capability),
+        mock.patch.object(MODULE.autotune, "choose", lambda *arguments, **_: chosen.append(arguments[3]) or arguments[3]),
+    ):
+        assert MODULE._choice(tensor, 1.0) == expected and not chosen
+        with mock.patch.object(MODULE, "Tensor", OnCuda):
+            assert MODULE._choice(tensor, 1.0) == expected and chosen == [expected]
 
 
 def test_candidates_give_the_same_and_leave_nothing_behind():
@@ -237,7 +264,7 @@ def test_candidates_give_the_same_and_leave_nothing_behind():
     with (
         mock.patch.dict(MODULE.backends.implementations, cuda=MODULE._forward_cpu),
         mock.patch.dict("ddpm_fast.backends.TAKES", cuda=("cpu",)),
-        mock.patch("ddpm_fast.backends.missing", lambda _: ""),
+        mock.patch("ddpm_fast.backends.missing", lambda *_: ""),
     ):
         plain = [call()[0] for call in MODULE.candidates(qkv, 0.3, False).values()]
         with torch.no_grad():

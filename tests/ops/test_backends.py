@@ -1,11 +1,15 @@
 """Which implementation is chosen, what a missing one says, and how ops are listed."""
 
+import re
+
 import pytest
 import torch
 from machine import ISAS
 
 from ddpm_fast import backends, ops
 from ddpm_fast.backends import BACKENDS, BackendTable, missing, native
+from ddpm_fast.models import UNet
+from ddpm_fast.models.cpu_plan import plan_obstacle
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -20,12 +24,12 @@ def table():
 
 @pytest.fixture
 def nothing_is_missing(monkeypatch):
-    monkeypatch.setattr(backends, "missing", lambda backend: "")
+    monkeypatch.setattr(backends, "missing", lambda backend, device=None: "")
 
 
 @pytest.fixture
 def all_is_missing(monkeypatch):
-    monkeypatch.setattr(backends, "missing", lambda backend: "" if backend == "reference" else f"no {backend} today")
+    monkeypatch.setattr(backends, "missing", lambda backend, device=None: "" if backend == "reference" else f"no {backend} today")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,7 @@ def all_is_missing(monkeypatch):
     ],
 )
 def test_default(table, nothing_is_missing, device, dtype, expected):
-    assert table.default(device.type, dtype) == expected
+    assert table.default(device, dtype) == expected
     assert table.choose(device, dtype) == expected
     assert table.choose(device, dtype) == expected  # from what it remembers
 
@@ -56,6 +60,7 @@ def test_default_without_triton_is_cuda_and_without_either_the_reference(nothing
         del backends.tables["an_op"]
 
 
+@pytest.mark.filterwarnings("ignore:an_op runs in plain PyTorch")
 def test_what_is_missing_is_never_the_default(table, all_is_missing):
     for device in (CPU, CUDA):
         assert table.choose(device, torch.float32) == "reference"
@@ -119,29 +124,67 @@ def test_missing_without_cuda_in_the_build(monkeypatch, forgetful):
     monkeypatch.setattr(backends, "native", WithoutCuda)
     monkeypatch.setattr(backends, "native_missing", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_start_triton", lambda: None)
     assert missing("cuda") == "ddpm_fast._C was built without CUDA: switched off"
     assert missing("cpu") == missing("triton") == ""
 
 
-@pytest.mark.parametrize(
-    "capabilities, on_path, cc, message",
-    [
-        ([(9, 0)], ["gcc"], "", ""),
-        ([(9, 0)], ["clang"], "", ""),
-        ([(9, 0)], [], "/opt/cc", ""),
-        ([(9, 0)], [], "", "Triton builds its launcher with a C compiler, and there is no gcc or clang on PATH and no CC"),
-        ([(9, 0), (7, 0)], ["gcc"], "", "Triton needs a compute capability of 7.5 or more, the oldest GPU here has 7.0"),
-    ],
-)
-def test_missing_where_triton_could_not_launch(monkeypatch, forgetful, capabilities, on_path, cc, message):
-    """The first op must not stop there: the reference runs, and `info` says why."""
+@pytest.fixture
+def gpus(monkeypatch, forgetful):
+    """gpus(capability, ...): a machine with such GPUs, as far as PyTorch says, and a build of ours for some architectures."""
+
+    class WithCuda:
+        built, problems = "80-real 90", {}
+
+        def build_info():
+            return {"cuda": 13000, "cuda_architectures": WithCuda.built}
+
+        def cuda_problem(index):
+            return WithCuda.problems.get(index, "")
+
+    def there_are(*capabilities, built="80-real 90", problems=()):
+        WithCuda.built, WithCuda.problems = built, dict(problems)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+    monkeypatch.setattr(backends, "native", WithCuda)
+    monkeypatch.setattr(backends, "native_missing", "")
+    monkeypatch.setattr(backends, "_start_triton", lambda: None)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    return there_are
+
+
+@pytest.mark.parametrize(
+    "on_path, cc, message",
+    [
+        (["gcc"], "", ""),
+        (["clang"], "", ""),
+        ([], "/opt/cc", ""),
+        ([], "", "Triton builds its launcher with a C compiler, and there is no gcc or clang on PATH and no CC"),
+    ],
+)
+def test_missing_where_triton_could_not_launch(monkeypatch, gpus, on_path, cc, message):
+    """The first op must not stop there: the reference runs, and `info` says why."""
+    gpus((9, 0))
     monkeypatch.setattr("shutil.which", lambda name: name if name in on_path else None)
     monkeypatch.setenv("CC", cc)
     assert missing("triton") == message
+
+
+def test_missing_where_tritons_driver_does_not_start(monkeypatch, gpus):
+    """As without Python.h, or libcuda: it is tried before an op needs it."""
+    gpus((9, 0))
+
+    def start():
+        raise ImportError("libcuda.so cannot be found!\nPossible files are located at []")
+
+    monkeypatch.setattr(backends, "_start_triton", start)
+    reason = "Triton's driver does not start: ImportError: libcuda.so cannot be found! Possible files are located at []"
+    assert missing("triton") == missing("triton", torch.device("cuda", 0)) == reason
 
 
 @pytest.mark.parametrize(
@@ -150,22 +193,101 @@ def test_missing_where_triton_could_not_launch(monkeypatch, forgetful, capabilit
         ("80-real 90", (8, 0), ""),
         ("80-real 90", (12, 0), ""),  # by the PTX of the newest
         ("native", (7, 0), ""),  # of the GPU that it was built beside
-        ("90 86-real", (8, 0), "ddpm_fast._C was built for a compute capability of 8.6 or more, the oldest GPU here has 8.0"),
-        ("100", (9, 0), "ddpm_fast._C was built for a compute capability of 10.0 or more, the oldest GPU here has 9.0"),
+        ("90 86-real", (8, 0), "ddpm_fast._C was built for a compute capability of 8.6 or more, cuda:0 has 8.0"),
+        ("100", (9, 0), "ddpm_fast._C was built for a compute capability of 10.0 or more, cuda:0 has 9.0"),
     ],
 )
-def test_missing_where_no_kernel_of_the_build_could_start(monkeypatch, forgetful, built, capability, message):
-    class WithCuda:
-        def build_info():
-            return {"cuda": 13000, "cuda_architectures": built}
-
-    monkeypatch.setattr(backends, "native", WithCuda)
-    monkeypatch.setattr(backends, "native_missing", "")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+def test_missing_where_no_kernel_of_the_build_could_start(gpus, built, capability, message):
+    gpus(capability, built=built)
     assert missing("cuda") == message
+
+
+def test_each_gpu_is_asked_for_itself(table, gpus):
+    """One old card beside a new one switches nothing off on the new one."""
+    gpus((8, 9), (6, 1), (8, 6), problems={2: "CUDA driver version is insufficient"})
+    first, second, third = (torch.device("cuda", index) for index in range(3))
+    assert missing("triton") == missing("cuda") == missing("triton", first) == missing("cuda", first) == ""
+    assert missing("triton", second) == "Triton needs a compute capability of 7.5 or more, cuda:1 has 6.1"
+    assert missing("cuda", second) == "ddpm_fast._C was built for a compute capability of 8.0 or more, cuda:1 has 6.1"
+    assert missing("cuda", third) == "CUDA driver version is insufficient"
+    assert [table.default(device, torch.float32) for device in (first, second, third)] == ["triton", "reference", "triton"]
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: Triton needs .* cuda:1 has 6.1"):
+        table.choose(second, torch.float32, "triton")
+
+
+def test_missing_where_no_gpu_will_do(gpus):
+    gpus((6, 1), (7, 0))
+    assert missing("triton") == "Triton needs a compute capability of 7.5 or more, cuda:0 has 6.1"
+
+
+def test_a_gpu_that_runs_the_reference_says_why_once(gpus, monkeypatch):
+    gpus((6, 1))
+    monkeypatch.setattr(backends, "_warned_of", set())
+    tables = [BackendTable(f"op {i}", reference="r", cuda="d") for i in range(2)]
+    try:
+        device = torch.device("cuda", 0)
+        message = (
+            "op 0 runs in plain PyTorch on cuda:0, in many small operations, since its kernels are missing: ddpm_fast._C was built for"
+        )
+        with pytest.warns(RuntimeWarning, match=message) as warned:
+            assert [table.choose(device, torch.float32) for table in tables] == ["r", "r"]
+            assert tables[0].choose(device, torch.float64) == "r"  # which has no kernels anywhere
+        assert len(warned) == 1
+    finally:
+        for table in tables:
+            del backends.tables[table.op]
+
+
+def test_a_backend_is_switched_off_and_on(table, gpus):
+    gpus((9, 0))
+    device = torch.device("cuda", 0)
+    assert table.choose(device, torch.float32) == "triton"
+    try:
+        backends.disable("triton")
+        assert table.choose(device, torch.float32) == "cuda"
+        assert missing("triton") == missing("triton", device) == "switched off by backends.disable('triton')"
+        with pytest.raises(RuntimeError, match=r"backend 'triton' is not available: switched off by backends\.disable"):
+            table.choose(device, torch.float32, "triton")
+        backends.disable("cuda")
+        assert table.choose(device, torch.float32) == "reference"
+        backends.disable("cpu")
+        assert table.choose(CPU, torch.float32) == "reference"
+    finally:
+        for backend in ("cpu", "triton", "cuda"):
+            backends.enable(backend)
+    assert table.choose(device, torch.float32) == "triton" and table.choose(CPU, torch.float32) == "cpu"
+
+
+def test_every_op_takes_the_reference_where_the_cpu_kernels_are_off():
+    if native is None:
+        pytest.skip(backends.native_missing)
+    try:
+        backends.disable("cpu")
+        for op, table in backends.tables.items():
+            if "cpu" in table.implementations:
+                assert table.choose(CPU, torch.float32) is table.implementations["reference"], op
+        net = UNet.from_preset("digits").eval()
+        assert "kernels" in plan_obstacle(net, torch.zeros(1, 1, 8, 8))
+    finally:
+        backends.enable("cpu")
+    assert table.choose(CPU, torch.float32) is table.implementations["cpu"]
+
+
+@pytest.mark.parametrize("name", ["reference", "gpu", None])
+@pytest.mark.parametrize("switch", [backends.disable, backends.enable])
+def test_what_cannot_be_switched_off(switch, name):
+    with pytest.raises(ValueError, match=f"backend must be one of cpu, triton, cuda, got {name!r}"):
+        switch(name)
+
+
+def test_the_kernels_say_why_they_cannot_start():
+    if native is None or not hasattr(native, "cuda_problem"):
+        pytest.skip(backends.native_missing or "ddpm_fast._C was built without CUDA")
+    if torch.cuda.is_available():
+        assert all(native.cuda_problem(index) == "" for index in range(torch.cuda.device_count()) if not missing("cuda"))
+        assert "invalid device ordinal" in native.cuda_problem(torch.cuda.device_count())
+    else:
+        assert re.fullmatch(r".+ \(kernels built with CUDA \d+\.\d, driver (not found|for CUDA \d+\.\d)\)", native.cuda_problem(0))
 
 
 @pytest.mark.parametrize("version, message", [("13.0", "PyTorch sees no CUDA device"), (None, "this PyTorch was built without CUDA")])

@@ -25,7 +25,7 @@ def on_cuda():
     if not missing("cuda"):
         pytest.skip("there is a GPU, which must not be given addresses of the CPU's")
     with (
-        mock.patch("ddpm_fast.backends.missing", lambda _: ""),
+        mock.patch("ddpm_fast.backends.missing", lambda *_: ""),
         mock.patch.dict("ddpm_fast.backends.TAKES", cuda=("cpu",)),
         mock.patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(multi_processor_count=108)),
         mock.patch.object(_group_norm, "stream_of", lambda _: dict(device=0, stream=0)),

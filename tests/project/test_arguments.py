@@ -189,7 +189,7 @@ def test_a_model_that_returns_something_else_is_told_so(options, learned):
     labels = options.pop("labels", None)
     for out in (*OUTPUTS, X) if learned and options.get("sampler") is None else OUTPUTS:
         draw = Sampler(broken(out), diffusion, **options)
-        draw._capture = lambda body: body
+        draw._capture = lambda body, device: body
         with pytest.raises((TypeError, ValueError), match="the model output must"):
             draw((2, 1, 4), labels=labels)
         with pytest.raises((TypeError, ValueError), match="the model output must"):

@@ -32,7 +32,7 @@ def network(**overrides):
     return net
 
 
-def traced(body):
+def traced(body, device):
     body()  # as the warm-up: kernels are chosen
     nothing = torch.zeros(())
     module = make_fx(lambda _: body())(nothing)

@@ -74,7 +74,7 @@ def simulated(arch: int, *, run: bool = True) -> Iterator[list[Started]]:
     missing = backends.missing
     with (
         mock.patch.object(_launch, "start", start),
-        mock.patch.object(backends, "missing", lambda backend: "" if backend == "triton" else missing(backend)),
+        mock.patch.object(backends, "missing", lambda backend, device=None: "" if backend == "triton" else missing(backend, device)),
         mock.patch.dict(backends.TAKES, triton=("cpu",)),
     ):
         yield launches

@@ -32,7 +32,7 @@ FACTOR, ULPS = 4.0, 16.0  # of the reference's largest error, and of the result'
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one op on one backend.
+    """Outcome of one op on one backend.
 
     Attributes:
         op, backend, device, dtype: what was run.
@@ -58,7 +58,7 @@ def _draw(stream: int, *shape: int) -> Tensor:
 
 def _cases() -> Iterator[tuple[str, Leaves, Call]]:
     """Name of an op, its floating inputs in float64, and the call."""
-    schedule, t = NoiseSchedule.linear(STEPS), torch.tensor([0, 17, STEPS - 1])
+    schedule, t = NoiseSchedule.linear(STEPS), torch.tensor([0, 17, STEPS - 1], device="cpu")
     x, other, noise = (_draw(stream, *SHAPE) for stream in range(3))
     doubled, without = (_draw(stream, SHAPE[0], 2 * SHAPE[1], *SHAPE[2:]) for stream in (3, 4))
     signal, sigma = dict(signal=schedule.sqrt_alphas_bar), dict(sigma=schedule.sqrt_one_minus_alphas_bar)

@@ -53,6 +53,27 @@ PyMethodDef first_out_of_range_method{"first_out_of_range",
                                       reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&first_out_of_range)), METH_FASTCALL,
                                       "Index of the first value of t outside 0..steps - 1, or -1."};
 
+// noise_words(words, seed, stream, first_sample): into words, int64 and contiguous, the first word of each sample's first block.
+PyObject* noise_words(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return python::guarded([&] {
+    if (count != 4 || !python::is_tensor(given[0]) || !python::has_dtype(given[0], python::Torch::get().int64))
+      python::raise(PyExc_TypeError, "noise_words takes a tensor of torch.int64, a seed, a stream and a first sample");
+    if (!python::is_contiguous(given[0])) python::raise(PyExc_ValueError, "words must be contiguous");
+    int64_t* const words = static_cast<int64_t*>(python::address(given[0]));
+    const int64_t samples = python::numel(given[0]);
+    const uint64_t seed = python::to_uint64(given[1]), stream = python::to_uint64(given[2]), first_sample = python::to_uint64(given[3]);
+    for (int64_t i = 0; i < samples; ++i) {
+      const uint64_t sample = first_sample + uint64_t(i);
+      uint32_t word = 0, c1 = uint32_t(stream), c2 = uint32_t(sample), c3 = uint32_t(sample >> 32);
+      philox4x32_10(word, c1, c2, c3, uint32_t(seed), uint32_t(seed >> 32));
+      words[i] = word;
+    }
+    Py_RETURN_NONE;
+  });
+}
+PyMethodDef noise_words_method{"noise_words", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&noise_words)), METH_FASTCALL,
+                               "Writes the first word of each sample's first block."};
+
 int64_t conv3x3_floats(int64_t channels_in, int64_t channels_out) {
   return (channels_out + conv3x3_panel - 1) / conv3x3_panel * conv3x3_panel * 16 * channels_in;
 }
@@ -156,6 +177,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("isa").none(true), "For tests: use this build of the CPU kernels; None goes back to the best.");
   m.def("layout", &layout, "For tests: (bytes of a kernel's struct, [(name of a number, offset, NumPy's type), ...]).");
   m.add_object("first_out_of_range", py::reinterpret_steal<py::object>(PyCFunction_New(&first_out_of_range_method, nullptr)));
+  m.add_object("noise_words", py::reinterpret_steal<py::object>(PyCFunction_New(&noise_words_method, nullptr)));
   m.def("conv3x3_floats", &conv3x3_floats, py::arg("channels_in"), py::arg("channels_out"));
   try {
     add_cpu_kernels(m.ptr());

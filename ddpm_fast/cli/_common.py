@@ -49,6 +49,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is writt
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:i].")]
 Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of everything random.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a training run, or its checkpoint file.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="Of the network: fp32, or bf16 by autocast, whatever it was trained in.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default PyTorch's choice.")]
 
 

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ddpm_fast.cli._common import Device, Run, Seed, Threads, app, bound_rows, console, parse_size, print_table, set_threads
+from ddpm_fast.cli._common import (
+    Device,
+    PrecisionOption,
+    Run,
+    Seed,
+    Threads,
+    app,
+    bound_rows,
+    console,
+    parse_size,
+    print_table,
+    set_threads,
+)
 from ddpm_fast.cli.errors import reading
 
 if TYPE_CHECKING:
@@ -64,6 +76,7 @@ def evaluate(
     features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
     inception_weights: Annotated[Path | None, typer.Option(help="Inception's file; by default PyTorch's cache, or a download.")] = None,
     reference: Annotated[str, typer.Option(help="What samples are compared with: train, as is usual for FID, or test.")] = "train",
+    precision: PrecisionOption = "fp32",
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
@@ -80,6 +93,7 @@ def evaluate(
     from ddpm_fast.io.parts import Parts
     from ddpm_fast.io.ranks import launched_ranks
     from ddpm_fast.training import load_data, load_trained
+    from ddpm_fast.training.config import autocast
     from ddpm_fast.training.trained import fingerprint
     from ddpm_fast.training.trainer import resolve_device
 
@@ -92,6 +106,7 @@ def evaluate(
     warnings.simplefilter("ignore", DataWarning)  # printed as notes
     with launched_ranks() as ranks, contextlib.ExitStack() as held:
         trained = load_trained(run, resolve_device(ranks.device(device)))
+        computing = autocast(trained.device, precision, "--precision")
         source = data or trained.config.data
         with reading(source):
             images = images_to_evaluate(source, trained, given)
@@ -116,12 +131,14 @@ def evaluate(
         ranks.lead(prepare)
         if not no_bound:
             settings = dict(**trained.settings, images=fingerprint(images.test), terms=terms, clip=clip, seed=seed)
+            settings |= {} if precision == "fp32" else {"precision": precision}
             count = min(limit or len(images.test), len(images.test))
             parts = Parts(out / "bound.parts", settings)
             part = "held-out" if len(images.train) else "all"
             if ranks.first and part == "all":
                 console.print(f"evaluating {count} of all {len(images.test)} images of {source}", soft_wrap=True)
-            evaluate_run(out, trained, images, count, batch, parts, ranks, dict(data=source, part=part, step=trained.step))
+            with computing:
+                evaluate_run(out, trained, images, count, batch, parts, ranks, dict(data=source, part=part, step=trained.step))
         if extractor is not None and drawn is not None and compared is not None:
             measure_samples(out, drawn, compared, extractor, reference, batch, seed)
 

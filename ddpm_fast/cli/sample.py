@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ddpm_fast.cli._common import Device, Out, Run, Seed, Threads, app, console, print_table, set_threads
+from ddpm_fast.cli._common import Device, Out, PrecisionOption, Run, Seed, Threads, app, console, print_table, set_threads
 
 if TYPE_CHECKING:
     from ddpm_fast.types import SamplerName, Spacing
@@ -49,6 +50,7 @@ def sample(
             "--compile", help="Compile the network, for CUDA; on CPUs it is slower than the kernels' calls that sampling makes by itself."
         ),
     ] = False,
+    precision: PrecisionOption = "fp32",
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
@@ -65,12 +67,14 @@ def sample(
     from ddpm_fast.io.sample_writer import write_samples
     from ddpm_fast.sampling import Sampler
     from ddpm_fast.training import load_trained
+    from ddpm_fast.training.config import autocast
     from ddpm_fast.training.trainer import resolve_device
 
     set_threads(threads)
     chosen = parse_steps(steps)
-    with launched_ranks() as ranks:
+    with launched_ranks() as ranks, contextlib.ExitStack() as held:
         trained = load_trained(run, resolve_device(ranks.device(device)))
+        held.enter_context(autocast(trained.device, precision, "--precision"))
         labels = parse_label(label, trained.classes)
         draw = Sampler(
             trained.model,
@@ -90,7 +94,7 @@ def sample(
         length, shape = len(draw.table), trained.image_shape
         settings = dict(
             **trained.settings, sampler=sampler, steps=chosen or length, spacing=spacing, eta=eta, threshold=threshold, guidance=guidance,
-            label=label, seed=seed,
+            label=label, seed=seed, **({} if precision == "fp32" else {"precision": precision}),
         )  # fmt: skip
 
         def batch_labels(first: int, size: int) -> torch.Tensor | None:

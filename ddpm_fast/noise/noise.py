@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ddpm_fast import checks
 from ddpm_fast._pytorch import draw
-from ddpm_fast.noise.philox import MASK32, philox4x32_10, sample_index, split64
+from ddpm_fast.noise.philox import MASK32, philox4x32_10
 from ddpm_fast.noise.randn import normals
+from ddpm_fast.noise.words import words
 
 _FOLD_TAG = 0x464F4C44  # "FOLD": keeps derived keys apart from the counters of any noise
 
@@ -139,12 +140,7 @@ class Noise:
 
         device = checks.device("device", device)
 
-        def words(count: int) -> Tensor:
-            sample = sample_index(count, self.first_sample, device)
-            counter = (torch.zeros_like(sample), self.stream, *split64(sample))
-            return philox4x32_10(*counter, self.seed & MASK32, self.seed >> 32)[0]
-
-        return draw(words, count)
+        return draw(lambda count: words(count, self.seed, self.stream, self.first_sample, device), count)
 
 
 def _check_integer(name: str, value: int, bits: int) -> int:

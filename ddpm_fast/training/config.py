@@ -9,6 +9,8 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from ddpm_fast.data.images import ImageData
 from ddpm_fast.diffusion.gaussian import LOSSES, GaussianDiffusion
 from ddpm_fast.diffusion.parameterisation import WEIGHTS
@@ -23,6 +25,17 @@ WARMUP_SHARE = 8  # a recipe's warm-up takes at most one part in so many of a ru
 # Far beyond any use (but for the seed, which has 64 bits). A larger number is a slip or a damaged file, and would fill the memory with
 # tables or take hours to count through.
 _MOST = {"timesteps": 1_000_000, "batch": 1_000_000, "seed": 2**64 - 1}
+
+
+def autocast(device: torch.device, precision: str, name: str = "precision") -> torch.autocast:
+    """Context in which a network on a device computes in a precision: "fp32" as it is, "bf16" by autocast.
+
+    Raises:
+        ValueError: for another precision, which is called ``name`` there.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"{name} must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @dataclass(frozen=True)

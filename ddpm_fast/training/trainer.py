@@ -31,7 +31,7 @@ from ddpm_fast.training.checkpoint import (
     save_checkpoint,
     strip_prefix,
 )
-from ddpm_fast.training.config import TrainConfig
+from ddpm_fast.training.config import TrainConfig, autocast
 from ddpm_fast.training.metrics import METRICS, open_metrics, read_metrics
 from ddpm_fast.training.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_fast.training.trained import cannot_rebuild, fingerprint, load_run, load_run_data, rebuilt
@@ -187,7 +187,7 @@ class Trainer:
         x_start, labels = self.batch(step)
         (t, factor), noise = self.timestep_sampler.draw(step), self._noise.at(stream=step)
         x_t = self.diffusion.q_sample(x_start, t, noise)
-        with self._autocast():
+        with autocast(self.device, self.config.precision):
             model_output = self.model(x_t, t, labels, dropout=self._dropout.at(stream=step))
         losses = self.diffusion.loss(model_output.float(), x_start, x_t, t, noise, kind=config.loss, weight=config.weight)
         loss = (losses if factor is None else losses * factor).mean()
@@ -335,9 +335,6 @@ class Trainer:
         model = copy.deepcopy(self.model)
         self.ema.copy_to(model)
         return model.eval()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -33,6 +33,19 @@ def test_train_writes_a_whole_run(run):
     assert "digits" in json.dumps(meta)
 
 
+def test_samples_in_bf16_are_near_those_in_fp32(run, tmp_path, command):
+    images = {}
+    for precision in ("fp32", "bf16"):
+        arguments = ("--count", 4, "--steps", 3, "--formats", "npz", "--precision", precision)
+        assert command("sample", run, "--out", tmp_path / precision, *arguments)[0] == 0
+        with np.load(tmp_path / precision / "samples.npz") as file:
+            images[precision] = file["images"].astype(int)
+    difference = abs(images["fp32"] - images["bf16"])
+    assert difference.max() > 0 and difference.mean() < 17 / 4
+    code, _, error = command("sample", run, "--out", tmp_path / "fp32", *arguments)
+    assert code == 2 and "holds images of other settings" in error
+
+
 def test_sample_does_not_depend_on_the_batch(run, tmp_path):
     outputs = []
     for name, batch in (("one", 5), ("two", 2)):

@@ -45,6 +45,29 @@ def test_bound_as_table_and_picture(run, tmp_path, command):
     assert total == pytest.approx(summary["bits_per_dim"])
 
 
+def test_bf16_is_near_fp32_and_a_computation_of_its_own(run, tmp_path, monkeypatch, command):
+    """The network ran in it, and what one precision has left the other does not go on with."""
+    seen, forward = [], UNet.forward
+
+    def watched(self, x, *arguments, **options):
+        out = forward(self, x, *arguments, **options)
+        seen.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(UNet, "forward", watched)
+    bounds = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        arguments = ("--out", tmp_path / precision, "--limit", 4, "--terms", 4, "--precision", precision)
+        assert command("eval", run, *arguments)[0] == 0
+        assert set(seen) == {dtype}
+        bounds[precision] = json.loads((tmp_path / precision / "bound.json").read_text())["bits_per_dim"]
+    # bf16 has 8 bits: an output is off by some of its 256ths, and a term by twice as much of itself.
+    assert bounds["fp32"] != bounds["bf16"] == pytest.approx(bounds["fp32"], rel=0.1)
+    code, _, error = command("eval", run, "--out", tmp_path / "bad", "--precision", "fp64")
+    assert code == 2 and error.strip() == "ddpm-fast: --precision must be one of fp32, bf16, got 'fp64'"
+
+
 def test_as_many_terms_as_there_are_is_no_estimate(run, tmp_path, command):
     assert command("eval", run, "--out", tmp_path, "--limit", 2, "--terms", 99)[0] == 0
     assert json.loads((tmp_path / "bound.json").read_text())["estimated"] is False

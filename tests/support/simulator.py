@@ -66,7 +66,9 @@ def simulated(arch: int, *, run: bool = True) -> Iterator[list[Started]]:
             inputs = {x.data_ptr() for x in _present(reads).values()}
             for x in _present(writes).values():
                 if x.data_ptr() not in inputs:
-                    x.detach().fill_(torch.nan)  # what a kernel forgets to write must not be right by chance
+                    x.detach().fill_(
+                        torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min
+                    )  # what a kernel forgets to write must not be right by chance
             report = run_triton(kernel, grid, arguments, constants, uninitialised_outputs=tuple(_present(writes)), **compiler)
         _, compiled, _ = compile_triton(kernel, arguments, constants, **compiler)
         launches.append(Started(kernel.__name__, grid, _present(reads), _present(writes), compiled, report))

@@ -140,7 +140,7 @@ def compiler_file(name: str) -> str:
 def op_tests() -> list[str]:
     """Test files of the ops, and of the noise that they share."""
     ops = [path.stem.strip("_") for path in (ROOT / "ddpm_fast" / "ops").glob("*.py")]
-    files = {path for op in [*ops, "ops", "noise"] for path in (ROOT / "tests").glob(f"*/test_{op}*.py")}
+    files = {path for op in [*ops, "ops", "noise", "words"] for path in (ROOT / "tests").glob(f"*/test_{op}*.py")}
     return sorted(str(path.relative_to(ROOT)) for path in files if not path.stem.endswith("_cuda"))
 
 

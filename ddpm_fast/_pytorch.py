@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters, retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
+F = TypeVar("F", bound=Callable[..., Any])
 _FRONT = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 
 transforms_active = torch._C._are_functorch_transforms_active  # inside torch.func's transforms, also where `below_functorch` steps out
@@ -49,6 +50,15 @@ def goes_through_dispatcher() -> bool:
     """
     # The dispatch stack is that of make_fx, FlopCounterMode and the like.
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or bool(torch._C._len_torch_dispatch_stack())
+
+
+def constant_while_compiling(function: F) -> F:
+    """Marks a function of constants, such as a device, that a compiler calls and does not trace: it may ask the machine.
+
+    As torch.compiler.assume_constant_result, which imports the compiler.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010  a checker knows no such attribute
+    return function
 
 
 def holds_values(x: Tensor) -> bool:

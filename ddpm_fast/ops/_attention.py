@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_fast import autotune, checks
-from ddpm_fast._pytorch import goes_through_dispatcher, in_functorch
+from ddpm_fast._pytorch import constant_while_compiling, goes_through_dispatcher, in_functorch
 from ddpm_fast.backends import NATIVE_DTYPES, missing, native
 from ddpm_fast.ops._common import check_data, table_dtype
 from ddpm_fast.ops._native import stream_of, workspace_floats
@@ -211,23 +211,27 @@ def _choice(qkv: Tensor, scale: float) -> str:
     """Name of the implementation for a tensor that is not on the CPU: "ddpm_fast" or "pytorch"."""
     if qkv.dtype not in NATIVE_DTYPES or in_functorch() or 0 in qkv.shape:
         return "ddpm_fast"  # the op then calls the reference
-    if qkv.device.type != "cuda" or missing("cuda", qkv.device) or not _kernel_takes(qkv):
+    if qkv.device.type != "cuda" or not _kernel_takes(qkv):
         return "pytorch"
-    unmeasured = _unmeasured(qkv)
+    first = _unmeasured(qkv.device, qkv.dtype)
     if goes_through_dispatcher() or type(qkv) is not Tensor:
-        return unmeasured
+        return first
+    if missing("cuda", qkv.device):
+        return "pytorch"
     needs_grad = torch.is_grad_enabled() and qkv.requires_grad
     key = (qkv.shape, str(qkv.dtype), "with gradient" if needs_grad else "forward")
-    return autotune.choose("attention", key, candidates(qkv, scale, needs_grad), unmeasured, device=qkv.device)
+    return autotune.choose("attention", key, candidates(qkv, scale, needs_grad), first, device=qkv.device)
 
 
-def _unmeasured(qkv: Tensor) -> str:
-    """Name of the implementation where nothing is timed: in a compiled graph, under deterministic algorithms, without the autotuner.
+@constant_while_compiling
+def _unmeasured(device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the implementation on a GPU where nothing is timed: in a compiled graph, under deterministic algorithms.
 
     PyTorch's kernels are tuned for 16 bits. Ours takes fp32 apart into TF32 products, which pays where the tensor cores have more of
     those than the GPU has of fp32's.
     """
-    return "ddpm_fast" if qkv.dtype == torch.float32 and torch.cuda.get_device_capability(qkv.device) in _FAST_TF32 else "pytorch"
+    fast = not missing("cuda", device) and dtype == torch.float32 and torch.cuda.get_device_capability(device) in _FAST_TF32
+    return "ddpm_fast" if fast else "pytorch"
 
 
 def candidates(qkv: Tensor, scale: float, needs_grad: bool) -> dict[str, Callable[[], tuple[Tensor, ...]]]:

@@ -118,6 +118,16 @@ def test_a_draw_raises_as_vmap_asks():
         torch.func.vmap(draw, randomness="different", chunk_size=2)(torch.ones(4, 2))
 
 
+def test_a_compiler_calls_what_is_marked_and_does_not_trace_it():
+    @_pytorch.constant_while_compiling
+    def asked(device):
+        with open(__file__):  # which no compiler can trace
+            return f"{device} is asked"
+
+    compiled = torch.compile(lambda x: x + len(asked(x.device)), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [len("cpu is asked")] * 2
+
+
 def private(node):
     return (
         isinstance(node, ast.Attribute)

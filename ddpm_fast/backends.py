@@ -214,7 +214,7 @@ class BackendTable:
     def _say_why(self, device: torch.device, dtype: torch.dtype) -> None:
         """Warns where a GPU runs an op in plain PyTorch because its kernels are missing: the same reason once in a process."""
         reasons = [missing(backend, device) for backend in self._candidates(device, dtype) if backend not in _switched_off]
-        if device.type == "cuda" and reasons:
+        if device.type == "cuda" and reasons and torch.cuda.is_available():  # else there is nothing to run on
             _warn_of("; ".join(reasons), f"{self.op} runs in plain PyTorch on {device}")
 
 

@@ -60,7 +60,6 @@ def test_default_without_triton_is_cuda_and_without_either_the_reference(nothing
         del backends.tables["an_op"]
 
 
-@pytest.mark.filterwarnings("ignore:an_op runs in plain PyTorch")
 def test_what_is_missing_is_never_the_default(table, all_is_missing):
     for device in (CPU, CUDA):
         assert table.choose(device, torch.float32) == "reference"

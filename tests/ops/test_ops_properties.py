@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from numerics import assert_as_accurate, assert_bits_equal, assert_close_to_exact
+from numerics import Rounded, assert_as_accurate, assert_bits_equal, assert_close_to_exact, assert_within_rounding
 from op_cases import TABLES, every_case, everything, make
 
 from ddpm_fast import Noise
@@ -130,7 +130,41 @@ def test_p_step(shape, dtype, out_dtype, kind, clip, key, generated, guided, mul
         prediction = without.double()[:, : shape[1]] * -0.5 + 1.5 * prediction
     guess = row[..., 0] * x_t.double() + row[..., 1] * prediction
     assume(not clip or bool(((guess.abs() - 1).abs() > 1e-5).all()))
-    compare(ours, lambda *a: p_step_reference(*a)[0], arguments, leaves, seed, floor=4.0)
+    upstream = numbers(shape, seed + 1).to(dtype)
+    exact = value_and_gradients(lambda *a: p_step_reference(*a)[0], in_float64(*arguments), leaves, upstream.double())
+    magnitudes = value_and_gradients(without_cancelling, magnitudes_of_p_step(arguments), leaves, upstream.double().abs())
+    units = roundings_of_p_step(max(abs(log_variance) + 1, float(out[:, shape[1] :].abs().max())))
+    for i, (got, e, magnitude) in enumerate(zip(value_and_gradients(ours, arguments, leaves, upstream), exact, magnitudes, strict=True)):
+        assert_within_rounding(got, Rounded(e, units * magnitude.abs()), what="the value" if i == 0 else f"gradient {i - 1}")
+
+
+def roundings_of_p_step(log_variance):
+    """Largest error of p_step and its gradients, in sums of magnitudes, for log-variances of so much at most.
+
+    Each term of a sum passes through at most 16 roundings, each by half an ulp of no more than the sum of all magnitudes. The deviation
+    is e^(½ log-variance), whose exponent errs by four halves of an ulp of its own size.
+    """
+    return (16 + 2 * log_variance) * 2.0**-24
+
+
+def magnitudes_of_p_step(arguments):
+    """What p_step is called with, in float64, with the magnitude of all that is multiplied or added: of all but log-variances."""
+    x_t, out, t, table, noise, kind, _, previous, without, scale = in_float64(*arguments)
+    noise = noise.materialize(x_t.shape, dtype=torch.float64) if isinstance(noise, Noise) else noise
+    halves = [None if x is None else torch.cat([x[:, : x_t.shape[1]].abs(), x[:, x_t.shape[1] :]], 1) for x in (out, without)]
+    kept = {COLUMNS.index("log_variance_low"), COLUMNS.index("log_variance_high")}
+    table = torch.stack([column if i in kept else column.abs() for i, column in enumerate(table.unbind(1))], 1)
+    previous = None if previous is None else previous.abs()
+    return [x_t.abs(), halves[0], t, table, noise.abs(), kind, False, previous, halves[1], scale]
+
+
+def without_cancelling(x_t, out, t, table, noise, kind, clip, previous, without, scale):
+    """p_step of magnitudes: no number on the way is larger, and by autograd none on the way of a gradient."""
+    if without is not None:
+        channels = x_t.shape[1]
+        prediction = without[:, :channels] + scale * (out[:, :channels] + without[:, :channels])
+        out = torch.cat([prediction, out[:, channels:] + 0 * without[:, channels:]], 1)  # the other half has no part in it
+    return p_step_reference(x_t, out, t, table, noise, kind, clip, previous)[0]
 
 
 @given(
@@ -224,13 +258,13 @@ def test_p_step_of_any_variance(raw, kind, dtype, key):
     table[:, 5:] = torch.tensor([fixed, fixed, 1.0]) if kind == "fixed" else torch.tensor([-20.0, 0.0, 1.0])
     table[0, COLUMNS.index("noise")] = 0.0
     out = torch.cat([numbers((2, 1, 5), 3), torch.full((2, 1, 5), raw)], 1)
-    got = p_step(x_t, out, t, table, key, variance=kind)
-    baseline, exact = (p_step_reference(*a, key, kind, True) for a in ((x_t, out, t, table), in_float64(x_t, out, t, table)))
+    arguments = [x_t, out, t, table, key, kind, True, None, None, 1.0]
+    got, exact = p_step(x_t, out, t, table, key, variance=kind), p_step_reference(*in_float64(*arguments))
     assert got[0][0].isfinite().all() and not got[0].isnan().any()
     if (kind == "learned_range" and abs(raw) > 4) or (kind == "learned" and abs(raw) > 88):
         return
-    for x, b, e in zip(got, baseline, exact, strict=True):
-        assert_as_accurate(x, b, e, floor=4.0)
+    for x, e, magnitude in zip(got, exact, p_step_reference(*magnitudes_of_p_step(arguments)), strict=True):
+        assert_within_rounding(x, Rounded(e, roundings_of_p_step(100) * magnitude))
 
 
 @given(raw=st.floats(-1e4, 1e4), kind=st.sampled_from(["learned", "learned_range"]), missed=st.booleans())

@@ -61,8 +61,9 @@ def outcome(kernels, name, shape=(3, 1, 1, 1030), **changes):
     with simulated(80):
         results = module.forward(*arguments)
         results = results if isinstance(results, tuple) else (results,)
-        needs = op.Arguments(**{leaf: leaf in case.leaves for leaf in case.arguments})
-        gradients = module.backward(op.Arguments(*arguments), needs, [torch.ones_like(x) for x in results])
+        make_arguments = op.gradients.Arguments
+        needs = make_arguments(**{leaf: leaf in case.leaves for leaf in case.arguments})
+        gradients = module.backward(make_arguments(*arguments), needs, [torch.ones_like(x) for x in results])
     return [*results, *(gradients[leaf] for leaf in case.leaves)]
 
 

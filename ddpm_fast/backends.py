@@ -44,7 +44,7 @@ except ImportError as error:
     native_missing = f"ddpm_fast._C was not built or does not load ({error}); run `pip install -e .` again and read its output"
 
 
-_switched_off: dict[str, str] = {}
+_switched_off: dict[str, str] = {}  # backend: the reason, or an empty one
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def missing(backend: str, device: torch.device | None = None) -> str:
         backend: its name.
         device: the GPU in question. Without one, or without its number, a backend is there if it runs on any GPU of this machine.
     """
-    if backend in _switched_off:
+    if _switched_off.get(backend):
         return _switched_off[backend]
     if backend == "cpu":
         return native_missing
@@ -82,21 +82,18 @@ def disable(backend: Backend) -> None:
     Raises:
         ValueError: for another name.
     """
-    if backend not in TAKES:
-        raise ValueError(f"backend must be one of {', '.join(TAKES)}, got {backend!r}")
-    _switched_off[backend] = f"switched off by backends.disable({backend!r})"
-    _choose_again()
+    _switch(backend, f"switched off by backends.disable({backend!r})")
 
 
 def enable(backend: Backend) -> None:
     """Switches a backend on again after :func:`disable`. Raises ValueError as that does."""
+    _switch(backend, "")
+
+
+def _switch(backend: str, reason: str) -> None:
     if backend not in TAKES:
         raise ValueError(f"backend must be one of {', '.join(TAKES)}, got {backend!r}")
-    _switched_off.pop(backend, None)
-    _choose_again()
-
-
-def _choose_again() -> None:
+    _switched_off[backend] = reason
     missing.cache_clear()
     for table in tables.values():
         table.forget()
@@ -213,7 +210,7 @@ class BackendTable:
 
     def _say_why(self, device: torch.device, dtype: torch.dtype) -> None:
         """Warns where a GPU runs an op in plain PyTorch because its kernels are missing: the same reason once in a process."""
-        reasons = [missing(backend, device) for backend in self._candidates(device, dtype) if backend not in _switched_off]
+        reasons = [missing(backend, device) for backend in self._candidates(device, dtype) if not _switched_off.get(backend)]
         if device.type == "cuda" and reasons and torch.cuda.is_available():  # else there is nothing to run on
             _warn_of("; ".join(reasons), f"{self.op} runs in plain PyTorch on {device}")
 

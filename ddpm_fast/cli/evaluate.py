@@ -130,8 +130,7 @@ def evaluate(
 
         ranks.lead(prepare)
         if not no_bound:
-            settings = dict(**trained.settings, images=fingerprint(images.test), terms=terms, clip=clip, seed=seed)
-            settings |= {} if precision == "fp32" else {"precision": precision}
+            settings = dict(**trained.settings, images=fingerprint(images.test), terms=terms, clip=clip, seed=seed, precision=precision)
             count = min(limit or len(images.test), len(images.test))
             parts = Parts(out / "bound.parts", settings)
             part = "held-out" if len(images.train) else "all"

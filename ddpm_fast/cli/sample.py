@@ -94,7 +94,7 @@ def sample(
         length, shape = len(draw.table), trained.image_shape
         settings = dict(
             **trained.settings, sampler=sampler, steps=chosen or length, spacing=spacing, eta=eta, threshold=threshold, guidance=guidance,
-            label=label, seed=seed, **({} if precision == "fp32" else {"precision": precision}),
+            label=label, seed=seed, precision=precision,
         )  # fmt: skip
 
         def batch_labels(first: int, size: int) -> torch.Tensor | None:

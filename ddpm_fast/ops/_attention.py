@@ -230,7 +230,7 @@ def _unmeasured(device: torch.device, dtype: torch.dtype) -> str:
     PyTorch's kernels are tuned for 16 bits. Ours takes fp32 apart into TF32 products, which pays where the tensor cores have more of
     those than the GPU has of fp32's.
     """
-    fast = not missing("cuda", device) and dtype == torch.float32 and torch.cuda.get_device_capability(device) in _FAST_TF32
+    fast = dtype == torch.float32 and not missing("cuda", device) and torch.cuda.get_device_capability(device) in _FAST_TF32
     return "ddpm_fast" if fast else "pytorch"
 
 

@@ -43,7 +43,7 @@ def test_samples_in_bf16_are_near_those_in_fp32(run, tmp_path, command):
     difference = abs(images["fp32"] - images["bf16"])
     assert difference.max() > 0 and difference.mean() < 17 / 4
     code, _, error = command("sample", run, "--out", tmp_path / "fp32", *arguments)
-    assert code == 2 and "holds images of other settings" in error
+    assert code == 2 and "holds images of other settings (--precision 'fp32', not 'bf16')" in error
 
 
 def test_sample_does_not_depend_on_the_batch(run, tmp_path):
